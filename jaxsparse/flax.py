@@ -1,0 +1,254 @@
+"""Flax Linen: plans that learn the contraction axes from the model, and an interceptor that makes it run sparse."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import jax
+from flax import linen as nn
+from flax.linen import dtypes
+
+from jaxsparse.compress import Sparse24, decompress
+from jaxsparse.contractions import Use, uses
+from jaxsparse.forward import apply_masks
+from jaxsparse.matmul import sparse_matmul
+from jaxsparse.patterns import Pattern, why_not
+from jaxsparse.plan import Leaf, Plan, apply_rules, leaf_paths
+from jaxsparse.state import merged_masks
+
+__all__ = ["intercept", "plan"]
+
+
+def plan(model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args, **init_kwargs) -> Plan:
+    """Plans the sparsity of a Flax Linen model; the axis of each kernel is the one that the model sums over.
+
+    The model is traced once, abstractly: no arithmetic, no device memory. What the traced program does with a leaf
+    decides: a kernel of Dense, DenseGeneral, attention, Einsum, Conv or any module of your own whose matrix product can
+    be followed is grouped along the innermost axis that the product sums over (for Conv the input channels), whether or
+    not `nn.scan`, `nn.vmap` or `nn.remat` stacks or wraps it, and however many submodules share it.
+
+    Args:
+      model: an unbound module.
+      rules: from a path, or a pattern of paths with `*`, `?` and `[...]` as in file names (`*` also crosses `/`), to a
+        pattern or to None for dense. Paths are those of the `params` collection, as in `"encoder/layers_0/kernel"`. The
+        first rule that matches a leaf decides. A leaf that no rule matches stays dense.
+      *init_args: the arguments of `model.init` after the key, arrays or `jax.ShapeDtypeStruct`.
+      **init_kwargs: its keyword arguments, passed on as they are.
+
+    Returns:
+      The plan. A leaf that cannot follow its rule stays dense; `print` the plan to see why. Embedding tables, kernels of
+      grouped convolutions and everything that is no operand of a product always do.
+
+    Raises:
+      TypeError: a rule gives something that is no pattern, or `model` is no module.
+      ValueError: a rule matches no leaf, or names an axis that is not the one the model sums over.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+      >>> print(js.flax.plan(model, {"*/kernel": "2:4"}, jnp.zeros((1, 6))))
+      leaf             layer    shape      axis  pattern      density  why dense
+      ---------------  -------  -------  ------  ---------  ---------  -----------------------------------------
+      layers_0/bias    Dense    8                dense            1    no rule matches
+      layers_0/kernel  Dense    6x8              dense            1    axis -2 has size 6, not a multiple of m=4
+      layers_2/bias    Dense    2                dense            1    no rule matches
+      layers_2/kernel  Dense    8x2          -2  2:4              0.5
+      1 of 4 leaves are sparse, with 16 of 74 weights; 66 weights participate (density 0.892).
+
+    References:
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.1, for which layers to prune.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"flax.plan: `model` is a {type(model).__name__}, not a flax.linen.Module. Use jaxsparse.plan for other parameters."
+        )
+    params, owners, found = _trace(model, init_args, init_kwargs)
+    roles = dict(zip(leaf_paths(params), zip(owners, found, strict=True), strict=True))
+
+    def decide(path, leaf, rule, pattern):
+        return _decide(path, leaf, rule, pattern, *roles[path])
+
+    planned = apply_rules("flax.plan", params, rules, decide)
+    return Plan(tuple(dataclasses.replace(leaf, layer=roles[leaf.path][0]) for leaf in planned.leaves))
+
+
+def _trace(model, args, kwargs):
+    """The shapes of the parameters, and for each leaf the kind of its module and how the model uses it."""
+    key = jax.random.key(0)
+    kinds: dict[tuple[str, ...], str] = {}
+
+    def note(next_fun, args, kwargs, context):
+        kinds[context.module.path] = type(context.module).__name__
+        return next_fun(*args, **kwargs)
+
+    def init(*args):
+        return model.init(key, *args, **kwargs)
+
+    def apply(params, rest, *args):
+        return model.apply({"params": params, **rest}, *args, rngs={"params": key}, mutable=True, **kwargs)
+
+    variables = dict(jax.eval_shape(init, *args))
+    params = nn.meta.unbox(variables.pop("params", {}))
+    with nn.intercept_methods(note):
+        program = jax.make_jaxpr(apply)(params, variables, *args)
+    paths = [tuple(str(key.key) for key in path[:-1]) for path, _ in jax.tree.leaves_with_path(params)]
+    return params, [kinds.get(path, "") for path in paths], uses(program, len(paths))
+
+
+def _decide(path: str, leaf, rule: str, pattern: Pattern, layer: str, found: set[Use]) -> Leaf:
+    def dense(reason):
+        return Leaf(path, leaf.shape, None, reason=reason)
+
+    if layer == "Embed":
+        return dense("an embedding table")
+    if not found:
+        return dense("not used by the model when it is called with these arguments")
+    bad = sorted(use.reason for use in found if use.reason)
+    if bad:
+        return dense(bad[0])
+    summed = {use.summed[-1] for use in found}
+    if len(summed) > 1:
+        return dense(f"shared by products that sum over different axes {sorted(axis - leaf.ndim for axis in summed)}")
+    (axis,) = (axis - leaf.ndim for axis in summed)
+    if pattern.axis is not None and pattern.axis not in (axis, axis + leaf.ndim):
+        raise ValueError(
+            f"flax.plan: rule {rule!r} names axis {pattern.axis} for {path} of shape {leaf.shape}, but the model sums over axis {axis}. "
+            f'Leave the axis out, as in "{pattern}".'
+        )
+    pattern = dataclasses.replace(pattern, axis=axis)
+    reason = why_not(pattern, leaf.shape, leaf.dtype)
+    if reason:
+        return dense(reason)
+    contracting = min(_run_length(use.summed, axis + leaf.ndim) for use in found)
+    stack = tuple(sorted({axis - leaf.ndim for use in found for axis in use.stack}))
+    return Leaf(path, leaf.shape, pattern, contracting, stack)
+
+
+def _run_length(summed: tuple[int, ...], last: int) -> int:
+    """How many neighbouring axes are summed over up to `last`."""
+    length = 1
+    while last - length in summed:
+        length += 1
+    return length
+
+
+@contextlib.contextmanager
+def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
+    """Makes Flax Linen models run with sparse weights while the context lasts, without a change to their code.
+
+    With an optimizer state or masks, the outermost module call of each `model.apply` sees the effective parameters,
+    as `sparse_params` computes them. In any case, compressed leaves (`Sparse24`, from `compress`) run: Dense and
+    DenseGeneral, the projections of attention among them, through `sparse_matmul`; every other module with its kernel
+    decompressed at the call. `model.init` is left alone.
+
+    Enter it inside the function that is traced, with the state among its arguments. Flax does not tell `jax.jit` of
+    interceptors: around a call of a function that was compiled before, this context would change nothing, without an
+    error. Compressed leaves in place of dense ones make `jax.jit` trace anew by themselves.
+
+        @jax.jit
+        def loss(params, opt_state, x):
+            with jaxsparse.flax.intercept(opt_state):  # inside
+                return model.apply(params, x).mean()
+
+    Args:
+      opt_state: an optimizer state that holds masks, or a pytree of masks; None for compressed leaves alone.
+      gradient: `"dense"` or `"masked"`, as for `participate`.
+
+    Raises:
+      ValueError: there are no masks in `opt_state`; in a call of a module, they were made for other parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> model, x = nn.Dense(2), jnp.ones((1, 4))
+      >>> params = {"params": {"kernel": jnp.array([[1.0, 4.0], [2.0, 3.0], [3.0, 2.0], [4.0, 1.0]])}}
+      >>> model = nn.Dense(2, use_bias=False)
+      >>> with js.flax.intercept(js.magnitude_masks(params, js.flax.plan(model, {"kernel": "2:4"}, x))):
+      ...     model.apply(params, x)
+      Array([[7., 7.]], dtype=float32)
+
+    References:
+      Pool and Yu, Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
+    """
+    masks = None if opt_state is None else merged_masks(opt_state, "flax.intercept")
+    inside = False
+
+    def interceptor(next_fun, args, kwargs, context):
+        nonlocal inside
+        if context.module.is_initializing():
+            return next_fun(*args, **kwargs)
+        if inside:
+            return _run_layer(next_fun, args, kwargs, context)
+        inside = True
+        try:
+            return _with_params(context, _outermost(masks, gradient, context.module.path), args, kwargs)
+        finally:
+            inside = False
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def _with_params(context, change, args, kwargs):
+    """Calls the intercepted method again, with the parameters of its module changed."""
+
+    def method(module, *args, **kwargs):
+        return getattr(module, context.method_name)(*args, **kwargs)
+
+    def changed(variables):
+        return {**variables, "params": change(variables["params"])} if "params" in variables else variables
+
+    return nn.map_variables(method, "params", trans_in_fn=changed)(context.module, *args, **kwargs)
+
+
+def _outermost(masks, gradient, module_path):
+    prefix = "".join(f"{name}/" for name in module_path)
+
+    def change(params):
+        if masks is not None:
+            params = apply_masks(params, masks, "flax.intercept", prefix=prefix, gradient=gradient)
+        # a layer of flax.linen keeps its weight as "kernel" and is met again in _run_layer; others could read theirs in `setup`
+        return jax.tree.map_with_path(lambda path, leaf: leaf if path[-1].key == "kernel" else decompress(leaf), params, is_leaf=_is_packed)
+
+    return change
+
+
+def _is_packed(leaf):
+    return isinstance(leaf, Sparse24)
+
+
+def _run_layer(next_fun, args, kwargs, context):
+    """Calls a module inside the outermost one: its own compressed kernel runs compressed if it can, else is decompressed."""
+    module = context.module
+    own = module.variables.get("params", {})
+    if not any(map(_is_packed, own.values())):
+        return next_fun(*args, **kwargs)
+    if isinstance(module, (nn.Dense, nn.DenseGeneral)) and context.method_name == "__call__" and len(args) == 1:
+        axes = _contracted_axes(module, args[0], own["kernel"])
+        if axes is not None:
+            return _dense(module, args[0], own, axes)
+
+    def change(params):
+        return {name: decompress(leaf) if _is_packed(leaf) else leaf for name, leaf in params.items()}
+
+    return _with_params(context, change, args, kwargs)
+
+
+def _contracted_axes(module, x, kernel: Sparse24):
+    """The axes of x that a Dense or DenseGeneral sums over, where `kernel` is packed for just that; else None."""
+    if module.dot_general is not None or module.dot_general_cls is not None or getattr(module, "batch_dims", None):
+        return None
+    axis = getattr(module, "axis", -1)
+    axes = tuple(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+    sizes = tuple(x.shape[a] for a in axes)
+    fits = kernel.contracting == sizes and not kernel.output_first and kernel.values.ndim == 2
+    return axes if fits else None
+
+
+def _dense(module, x, params, axes):
+    kernel, bias = params["kernel"], params.get("bias")
+    x, values, bias = dtypes.promote_dtype(x, kernel.values, bias, dtype=module.dtype)
+    rows = [a for a in range(x.ndim) if a not in axes]
+    y = sparse_matmul(x.transpose(*rows, *axes), dataclasses.replace(kernel, values=values), precision=module.precision)
+    return y if bias is None else y + bias

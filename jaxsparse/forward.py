@@ -1,0 +1,132 @@
+"""Weights, mask and decay factor to the effective weights that a forward pass uses."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse.plan import leaf_paths
+from jaxsparse.state import merged_masks
+
+__all__ = ["apply_masks", "masks_by_path", "participate", "sparse_params"]
+
+
+def participate(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Array:
+    """The effective weight `w * (M + D * (1 - M))`: `w` where the mask participates, `D * w` elsewhere.
+
+    Selects rather than multiplies, so that inf and NaN in a weight that is dropped (`D = 0`) stay out.
+
+    Args:
+      w: weights, floating array of any shape.
+      mask: boolean array of the shape of `w`, or a boolean scalar; True = participates.
+      decay: the decay factor D in [0, 1], a float or a traced scalar.
+      gradient: `"dense"`, the straight-through estimator: every weight receives the gradient with respect to
+        the effective weight, unscaled. `"masked"`, the chain rule: scaled as the weight is.
+
+    Returns:
+      Array of the shape and dtype of `w`.
+
+    Raises:
+      TypeError: the mask is not boolean, or `w` is not floating.
+      ValueError: the mask has another shape than `w`, or `gradient` is neither of the two.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> mask = jnp.array([False, False, True, True])
+      >>> js.participate(jnp.array([1.0, 2.0, 3.0, 4.0]), mask, 0.75)
+      Array([0.75, 1.5 , 3.  , 4.  ], dtype=float32)
+      >>> jax.grad(lambda w: js.participate(w, mask).sum())(jnp.ones(4))
+      Array([1., 1., 1., 1.], dtype=float32)
+
+    References:
+      Pool and Yu, Advances in Sparse Neural Model Training, Algorithm 1, for the dense gradient; Bambhaniya et al.,
+      Progressive Gradient Flow, section 4, for the decay factor and the masked one.
+    """
+    w, mask = jnp.asarray(w), jnp.asarray(mask)
+    if gradient not in ("dense", "masked"):
+        raise ValueError(f'participate: gradient={gradient!r} is neither "dense" (straight-through) nor "masked" (chain rule).')
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"participate: `w` is {w.dtype}. Pass floating-point weights.")
+    if mask.dtype != bool:
+        raise TypeError(f"participate: `mask` is {mask.dtype}, not boolean. True marks a weight that participates.")
+    if mask.shape not in ((), w.shape):
+        raise ValueError(f"participate: `mask` has shape {mask.shape}, but `w` has shape {w.shape}. Make the mask of these weights.")
+    return (_straight_through if gradient == "dense" else _effective)(w, mask, decay)
+
+
+def _effective(w, mask, decay):
+    if isinstance(decay, (int, float)) and decay == 0:
+        return jnp.where(mask, w, 0)
+    decay = jnp.asarray(decay, w.dtype)
+    return jnp.where(mask, w, jnp.where(decay == 0, 0, decay * w))
+
+
+@jax.custom_jvp
+def _straight_through(w, mask, decay):
+    return _effective(w, mask, decay)
+
+
+@_straight_through.defjvp
+def _(primals, tangents):
+    return _effective(*primals), tangents[0]
+
+
+def masks_by_path(masks, params, call: str, *, prefix: str = "", partial: bool = False) -> list[jax.Array | None]:
+    """For every leaf of `params`, in tree order, its mask in `masks`, or None where it is dense.
+
+    `params` is what the masks were made for, or its subtree under the path `prefix`; `partial` allows it to lack leaves.
+
+    Raises:
+      ValueError: the masks mark a leaf that `params` lacks or has in another shape.
+    """
+    found = {path: mask for path, mask in zip(leaf_paths(masks), jax.tree.leaves(masks), strict=True) if mask.ndim}
+    paths = [prefix + path for path in leaf_paths(params)]
+    missing = {path for path in found if path.startswith(prefix)} - set(paths)
+    if missing and not partial:
+        raise ValueError(
+            f"{call}: the masks have a leaf {min(missing)} that the parameters lack; they have: {', '.join(paths)}. "
+            "Pass the masks that were made for these parameters."
+        )
+    for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
+        if path in found and found[path].shape != jnp.shape(leaf):
+            raise ValueError(
+                f"{call}: {path} has shape {jnp.shape(leaf)}, but its mask has shape {found[path].shape}. "
+                "Pass the masks that were made for these parameters."
+            )
+    return [found.get(path) for path in paths]
+
+
+def sparse_params(params, opt_state, *, gradient: str = "dense"):
+    """The effective parameters: every sparse leaf masked, the dense ones as they are.
+
+    Args:
+      params: pytree of weights.
+      opt_state: an optimizer state that holds masks (see `masks`), or a pytree of masks.
+      gradient: `"dense"` or `"masked"`, as for `participate`.
+
+    Returns:
+      A pytree of the structure of `params`. A function of the dense weights: differentiate through it.
+
+    Raises:
+      ValueError: there are no masks in `opt_state`, or they were made for other parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}
+      >>> tx = js.rewire(optax.sgd(0.1), js.plan(params, {"w": js.NM(2, 4, axis=0)}))
+      >>> js.sparse_params(params, tx.init(params))
+      {'w': Array([ 0., -4.,  3.,  0.], dtype=float32)}
+
+    References:
+      Pool and Yu, Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
+    """
+    return apply_masks(params, merged_masks(opt_state, "sparse_params"), "sparse_params", gradient=gradient)
+
+
+def apply_masks(params, masks, call: str, *, prefix: str = "", gradient: str = "dense"):
+    """`params`, or their subtree under the path `prefix`, with every sparse leaf masked."""
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = zip(leaves, masks_by_path(masks, params, call, prefix=prefix), strict=True)
+    return jax.tree.unflatten(treedef, [w if mask is None else participate(w, mask, gradient=gradient) for w, mask in pairs])

@@ -1,0 +1,95 @@
+"""Where the masks live: the state of `rewire`, found wherever an optimizer nests it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse.plan import Plan
+
+__all__ = ["RewireState", "masks", "merged_masks", "rewire_states"]
+
+
+class RewireState(NamedTuple):
+    """The state of `rewire`.
+
+    Attributes:
+      count: updates so far, int32 scalar.
+      masks: pytree of the structure of the parameters: boolean arrays, and the scalar True for dense leaves.
+      plan: the plan, static.
+      inner_state: the state of the wrapped transformation.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    masks: Any
+    plan: Plan
+    inner_state: Any
+
+
+def rewire_states(opt_state) -> list[RewireState]:
+    """Every `RewireState` in an optimizer state, however deep."""
+
+    def is_one(node):
+        return isinstance(node, RewireState)
+
+    # an nnx.Optimizer is a pytree too, but its Variables are not the arrays that masks are
+    opt_state = getattr(opt_state, "opt_state", opt_state)
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(node)]
+
+
+def masks(opt_state):
+    """The masks in an optimizer state, however deep the user nests it.
+
+    Args:
+      opt_state: the state of an optimizer that holds `rewire`, inside `optax.chain`, `MultiSteps`,
+        `inject_hyperparams`, `multi_transform` and the like, or an `nnx.Optimizer`.
+
+    Returns:
+      A pytree of the structure of the parameters: boolean arrays where leaves are sparse (True = participates),
+      the scalar True where they are dense. Where `multi_transform` gives several parts of the tree a `rewire`
+      each, their masks are put together.
+
+    Raises:
+      ValueError: the state holds no masks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}
+      >>> tx = js.rewire(optax.sgd(0.1), js.plan(params, {"w": js.NM(2, 4, axis=0)}))
+      >>> js.masks(tx.init(params))
+      {'w': Array([False,  True,  True, False], dtype=bool)}
+    """
+    found = rewire_states(opt_state)
+    if not found:
+        raise ValueError(
+            f"masks: this {type(opt_state).__name__} holds no masks. Wrap the optimizer in jaxsparse.rewire or a recipe of "
+            "jaxsparse.recipes, and pass the state that its init returned."
+        )
+    merged = found[0].masks
+    for state in found[1:]:
+        merged = jax.tree.map(_first, merged, state.masks, is_leaf=_is_hole)
+    return merged
+
+
+def merged_masks(source, call: str):
+    """The masks of an optimizer state, or the tree of masks itself."""
+    if rewire_states(source):
+        return masks(source)
+    leaves = jax.tree.leaves(source)
+    if not leaves or any(getattr(leaf, "dtype", None) is not jnp.dtype(bool) for leaf in leaves):
+        raise ValueError(
+            f"{call}: this {type(source).__name__} is neither masks nor an optimizer state that holds them. Wrap the optimizer in "
+            "jaxsparse.rewire or a recipe of jaxsparse.recipes, or pass a pytree of boolean masks."
+        )
+    return source
+
+
+def _is_hole(node):
+    return isinstance(node, optax.MaskedNode)
+
+
+def _first(a, b):
+    return b if _is_hole(a) else a

@@ -1,0 +1,274 @@
+"""Optax transformations that treat non-participating weights in their own way, and the wrapper that holds the masks.
+
+Order matters. `rewire` is outermost and hands the masks that produced the gradient to the chain inside it. There,
+`scale_nonparticipating` and `sr_ste` act on gradients, before the optimizer; `decay_nonparticipating`,
+`reset_nonparticipating` and `fix_nonparticipating` act on updates, after it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse.forward import masks_by_path
+from jaxsparse.masks import magnitude_masks
+from jaxsparse.patterns import integer
+from jaxsparse.plan import Plan, match
+from jaxsparse.state import RewireState
+
+__all__ = [
+    "decay_nonparticipating",
+    "fix_nonparticipating",
+    "reset_nonparticipating",
+    "rewire",
+    "scale_nonparticipating",
+    "sr_ste",
+]
+
+
+def rewire(
+    inner: optax.GradientTransformation, plan: Plan, *, every: int = 1, until: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Holds the masks and recomputes them from the updated weights; the outermost wrapper of the optimizer.
+
+    Before update t the masks are those of the weights at the last step that is a multiple of `every`. The chain
+    inside receives them, as the extra argument `masks`, with the gradient that they produced.
+
+    Args:
+      inner: the optimizer, usually a chain with the transformations of this module.
+      plan: which leaf follows which pattern.
+      every: the updates between two rewirings (`r` in the paper).
+      until: the step from which on the masks stay; None for never.
+
+    Returns:
+      A transformation with state `RewireState`. Its `update` needs `params`.
+
+    Raises:
+      TypeError: `plan` is no plan.
+      ValueError: no leaf of the plan is sparse, or `every` or `until` is out of range; in `init` and `update`, the
+        parameters are not those of the plan; in `update`, they are missing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}
+      >>> tx = js.rewire(optax.sgd(1.0), js.plan(params, {"w": js.NM(2, 4, axis=0)}))
+      >>> updates, state = tx.update({"w": jnp.array([-9.0, 0.0, 0.0, 0.0])}, tx.init(params), params)
+      >>> js.masks(state)["w"]
+      Array([ True,  True, False, False], dtype=bool)
+
+    References:
+      Pool and Yu, Advances in Sparse Neural Model Training, section 3.1 and Algorithm 1.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"rewire: `plan` is a {type(plan).__name__}. Make one with jaxsparse.plan or jaxsparse.flax.plan.")
+    if not plan.sparse:
+        raise ValueError(f"rewire: the plan keeps every leaf dense:\n{plan}")
+    _check_steps("rewire", every=every)
+    if until is not None:
+        _check_steps("rewire", until=until, least=0)
+    inner = optax.with_extra_args_support(inner)
+    every_step = until is None and isinstance(every, int) and every == 1
+
+    def init(params):
+        return RewireState(jnp.zeros((), jnp.int32), magnitude_masks(params, plan), plan, inner.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError("rewire: `params` is missing. Masks rank weights: call update(grads, opt_state, params).")
+        match(plan, params, "rewire")
+        updates, inner_state = inner.update(updates, state.inner_state, params, masks=state.masks, **extra_args)
+        count = optax.safe_increment(state.count)
+        updated = optax.apply_updates(params, updates)
+        if every_step:
+            masks = magnitude_masks(updated, plan)
+        else:
+            due = (count % every == 0) & (True if until is None else count < until)
+            masks = jax.lax.cond(due, lambda: magnitude_masks(updated, plan), lambda: state.masks)
+        return updates, RewireState(count, masks, plan, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_nonparticipating(s: float) -> optax.GradientTransformationExtraArgs:
+    """Scales the gradient of non-participating weights by `s`; place it before the optimizer.
+
+    Args:
+      s: the factor, 1 for the dense gradient. The paper finds that error grows as it falls to 0.
+
+    Returns:
+      A transformation without state. Its `update` needs the extra argument `masks`, which `rewire` provides.
+
+    Raises:
+      ValueError: in `update`, there are no masks, or they are of other parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> tx = js.scale_nonparticipating(0.5)
+      >>> tx.update(jnp.ones(2), tx.init(None), masks=jnp.array([True, False]))[0]
+      Array([1. , 0.5], dtype=float32)
+
+    References:
+      Pool and Yu, Advances in Sparse Neural Model Training, section 3.2.
+    """
+    return _stateless("scale_nonparticipating", lambda g, w: (g * s).astype(g.dtype))
+
+
+def sr_ste(decay: float) -> optax.GradientTransformationExtraArgs:
+    """Adds `decay * w` to the gradient of non-participating weights, which pulls them towards zero; place it before the optimizer.
+
+    Args:
+      decay: `lambda` in the paper, which uses 2e-4.
+
+    Returns:
+      A transformation without state. Its `update` needs `params` and the extra argument `masks`, which `rewire` provides.
+
+    Raises:
+      ValueError: in `update`, there are no masks or no parameters, or they do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> tx = js.sr_ste(2e-4)
+      >>> w, mask = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([False, False, True, True])
+      >>> tx.update(jnp.full(4, 10.0), tx.init(w), w, masks=mask)[0]
+      Array([10.0002, 10.0004, 10.    , 10.    ], dtype=float32)
+
+    References:
+      Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, section 4.
+    """
+    return _stateless("sr_ste", lambda g, w: (g + decay * w).astype(g.dtype), needs_params=True)
+
+
+def decay_nonparticipating(beta: float) -> optax.GradientTransformationExtraArgs:
+    """Shrinks updated non-participating weights by the factor `1 - beta` (REGULARIZE); place it after the optimizer.
+
+    Args:
+      beta: what they lose each step; the paper uses 2e-4.
+
+    Returns:
+      A transformation without state. Its `update` needs `params` and the extra argument `masks`, which `rewire` provides.
+
+    Raises:
+      ValueError: in `update`, there are no masks or no parameters, or they do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> tx = js.decay_nonparticipating(0.25)
+      >>> w, mask = jnp.array([4.0, 4.0]), jnp.array([True, False])
+      >>> w + tx.update(jnp.zeros(2), tx.init(w), w, masks=mask)[0]
+      Array([4., 3.], dtype=float32)
+
+    References:
+      Pool and Yu, Advances in Sparse Neural Model Training, Algorithm 1, line 11.
+    """
+    return _stateless("decay_nonparticipating", lambda u, w: (u - beta * (w + u)).astype(u.dtype), needs_params=True)
+
+
+class ResetState(NamedTuple):
+    """The state of `reset_nonparticipating` and `fix_nonparticipating`: updates so far, an int32 scalar."""
+
+    count: jax.Array  # type: ignore[assignment]
+
+
+def reset_nonparticipating(every: int) -> optax.GradientTransformationExtraArgs:
+    """Sets non-participating weights to exactly 0 at every step t that is a multiple of `every` (RESET); place it after the optimizer.
+
+    Steps count from 0, so the first update resets too, as Algorithm 1 writes it.
+
+    Args:
+      every: the steps between two resets (`z` in the paper, about 1000); 1 trains without rewiring.
+
+    Returns:
+      A transformation that counts its updates. Its `update` needs `params` and the extra argument `masks`, which `rewire` provides.
+
+    Raises:
+      ValueError: `every` is below 1; in `update`, there are no masks or no parameters, or they do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> tx = js.reset_nonparticipating(1000)
+      >>> w, mask = jnp.array([4.0, 4.0]), jnp.array([True, False])
+      >>> w + tx.update(jnp.ones(2), tx.init(w), w, masks=mask)[0]
+      Array([5., 0.], dtype=float32)
+
+    References:
+      Pool and Yu, Advances in Sparse Neural Model Training, section 3.3 and Algorithm 1, line 10.
+    """
+    _check_steps("reset_nonparticipating", every=every)
+    return _zeroing("reset_nonparticipating", lambda count: count % every == 0)
+
+
+def fix_nonparticipating(after: int) -> optax.GradientTransformationExtraArgs:
+    """Holds non-participating weights at exactly 0 from step `after` on (FIX); place it after the optimizer.
+
+    Rewiring must stop at the same step: `rewire(..., until=after)`, as `recipes.rewired(fix_after=...)` does.
+
+    Args:
+      after: the first step that holds them at 0 (`v` in the paper: half of training).
+
+    Returns:
+      A transformation that counts its updates. Its `update` needs `params` and the extra argument `masks`, which `rewire` provides.
+
+    Raises:
+      ValueError: `after` is below 0; in `update`, there are no masks or no parameters, or they do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> tx = js.fix_nonparticipating(0)
+      >>> w, mask = jnp.array([4.0, 4.0]), jnp.array([True, False])
+      >>> w + tx.update(jnp.ones(2), tx.init(w), w, masks=mask)[0]
+      Array([5., 0.], dtype=float32)
+
+    References:
+      Pool and Yu, Advances in Sparse Neural Model Training, section 3.3 and Algorithm 1, line 9.
+    """
+    _check_steps("fix_nonparticipating", after=after, least=0)
+    return _zeroing("fix_nonparticipating", lambda count: count >= after)
+
+
+def _check_steps(call, *, least=1, **steps):
+    ((name, value),) = steps.items()
+    if isinstance(value, jax.Array):  # as optax.inject_hyperparams passes it
+        return
+    if integer(value, f"{call}: `{name}`") < least:
+        raise ValueError(f"{call}: {name}={value} is below {least}. Pass a number of optimizer steps.")
+
+
+def _on_nonparticipating(call, f, updates, params, masks, needs_params):
+    if masks is None:
+        raise ValueError(f"{call}: there are no masks. Wrap the chain in jaxsparse.rewire, which passes them to it.")
+    if needs_params and params is None:
+        raise ValueError(f"{call}: `params` is missing. Call update(grads, opt_state, params).")
+
+    leaves, treedef = jax.tree.flatten(updates)
+    weights = jax.tree.leaves(params) if needs_params else leaves
+    masks = masks_by_path(masks, updates, call, partial=True)
+    new = (u if mask is None else jnp.where(mask, u, f(u, w)) for u, w, mask in zip(leaves, weights, masks, strict=True))
+    return jax.tree.unflatten(treedef, new)
+
+
+def _stateless(call, f, needs_params=False):
+    def update(updates, state, params=None, *, masks=None, **extra_args):
+        del extra_args
+        return _on_nonparticipating(call, f, updates, params, masks, needs_params), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _zeroing(call, when):
+    def update(updates, state, params=None, *, masks=None, **extra_args):
+        del extra_args
+        due = when(state.count)
+        # in the wider of both dtypes: -w rounded to a narrow update would not give exactly 0
+        zero = lambda u, w: jnp.where(due, -w.astype(jnp.promote_types(u.dtype, w.dtype)), u)  # noqa: E731
+        updates = _on_nonparticipating(call, zero, updates, params, masks, needs_params=True)
+        return updates, ResetState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(lambda params: ResetState(jnp.zeros((), jnp.int32)), update)
