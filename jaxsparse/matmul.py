@@ -111,7 +111,7 @@ def _jvp(primals, tangents, **params):
         parts.append(sparse_matmul_p.bind(x_dot, values, metadata, **params))
     if type(values_dot) is not ad.Zero:
         parts.append(sparse_matmul_p.bind(x, values_dot, metadata, **params))
-    return y, sum(parts[1:], parts[0]) if parts else ad.Zero(jax.core.get_aval(y).to_tangent_aval())
+    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
 
 
 def _transpose(ct, x, values, metadata, *, precision):

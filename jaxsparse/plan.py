@@ -69,10 +69,12 @@ class Plan:
         return self._hash
 
     def __str__(self):
+        def shape(leaf):
+            return "x".join(map(str, leaf.shape)) or "scalar"
+
         header = ("leaf", "layer", "shape", "axis", "pattern", "density", "why dense")
         rows = [
-            (leaf.path, leaf.layer, "x".join(map(str, leaf.shape)) or "scalar")
-            + (leaf.pattern.axis if leaf.pattern else None, leaf.pattern or "dense", leaf.density, leaf.reason)
+            (leaf.path, leaf.layer, shape(leaf), leaf.pattern and leaf.pattern.axis, leaf.pattern or "dense", leaf.density, leaf.reason)
             for leaf in self.leaves
         ]
         total = sum(math.prod(leaf.shape) for leaf in self.leaves)
