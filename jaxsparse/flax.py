@@ -57,7 +57,7 @@ def plan(model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args
       1 of 4 leaves are sparse, with 16 of 74 weights; 66 weights participate (density 0.892).
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.1, for which layers to prune.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to prune.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -169,7 +169,7 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
       Array([[7., 7.]], dtype=float32)
 
     References:
-      Pool and Yu, Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
+      Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
     """
     masks = None if opt_state is None else merged_masks(opt_state, "flax.intercept")
     inside = False

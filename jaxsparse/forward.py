@@ -39,8 +39,8 @@ def participate(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Array:
       Array([1., 1., 1., 1.], dtype=float32)
 
     References:
-      Pool and Yu, Advances in Sparse Neural Model Training, Algorithm 1, for the dense gradient; Bambhaniya et al.,
-      Progressive Gradient Flow, section 4, for the decay factor and the masked one.
+      Advances in Sparse Neural Model Training, Algorithm 1, for the dense gradient; Bambhaniya et al.,
+      Progressive Gradient Flow, section 3, for the decay factor and the masked one.
     """
     w, mask = jnp.asarray(w), jnp.asarray(mask)
     if gradient not in ("dense", "masked"):
@@ -120,7 +120,7 @@ def sparse_params(params, opt_state, *, gradient: str = "dense"):
       {'w': Array([ 0., -4.,  3.,  0.], dtype=float32)}
 
     References:
-      Pool and Yu, Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
+      Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
     """
     return apply_masks(params, merged_masks(opt_state, "sparse_params"), "sparse_params", gradient=gradient)
 

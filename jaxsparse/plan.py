@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import tabulate
 
 from jaxsparse.patterns import Pattern, as_pattern, group_axis, why_not
 
@@ -62,6 +61,12 @@ class Plan:
         return {leaf.path: leaf for leaf in self.leaves if leaf.pattern is not None}
 
     @functools.cached_property
+    def density(self) -> float:
+        """The fraction of all weights that participate."""
+        sizes = [math.prod(leaf.shape) for leaf in self.leaves]
+        return sum(size * leaf.density for size, leaf in zip(sizes, self.leaves, strict=True)) / max(sum(sizes), 1)
+
+    @functools.cached_property
     def _hash(self):
         return hash(self.leaves)
 
@@ -69,6 +74,8 @@ class Plan:
         return self._hash
 
     def __str__(self):
+        import tabulate  # only those who print a plan pay for it
+
         def shape(leaf):
             return "x".join(map(str, leaf.shape)) or "scalar"
 
@@ -79,11 +86,10 @@ class Plan:
         ]
         total = sum(math.prod(leaf.shape) for leaf in self.leaves)
         planned = sum(math.prod(leaf.shape) for leaf in self.sparse.values())
-        kept = sum(math.prod(leaf.shape) * leaf.density for leaf in self.leaves)
         table = tabulate.tabulate(rows, header, floatfmt=".3g", missingval="", disable_numparse=[0, 1, 2, 6])
         return (
             f"{table}\n{len(self.sparse)} of {len(self.leaves)} leaves are sparse, with {planned:,} of {total:,} weights; "
-            f"{kept:,.0f} weights participate (density {kept / max(total, 1):.3f})."
+            f"{self.density * total:,.0f} weights participate (density {self.density:.3f})."
         )
 
 

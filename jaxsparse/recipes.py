@@ -52,7 +52,7 @@ def rewired(
       Array([False,  True,  True, False], dtype=bool)
 
     References:
-      Pool and Yu, Advances in Sparse Neural Model Training, Algorithm 1.
+      Advances in Sparse Neural Model Training, Algorithm 1.
     """
     chain = [
         None if _is(grad_scale, 1) else scale_nonparticipating(grad_scale),

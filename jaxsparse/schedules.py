@@ -29,7 +29,7 @@ def linear_decay(beta: float, begin: int = 0) -> Schedule:
       0.75
 
     References:
-      Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 4.
+      Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 3.
     """
     _check_decay("linear_decay", beta, begin)
     lifetime = 1.0 / beta  # so that D ends at 0, not at the rounding error of 1 - beta * j
@@ -62,7 +62,7 @@ def exponential_decay(beta: float, begin: int = 0, end: int | None = None) -> Sc
       0.0
 
     References:
-      Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 4.
+      Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 3.
     """
     _check_decay("exponential_decay", beta, begin)
     if end is not None and end <= begin:
@@ -101,7 +101,7 @@ def stepwise_stages(n: int, m: int) -> tuple[tuple[int, int], ...]:
       ((7, 8), (4, 8), (2, 8), (1, 8))
 
     References:
-      Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 4.
+      Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 3.
     """
     _check_stages("stepwise_stages", n, m)
     kept, stages = m // 2, [(m - 1, m)] if n < m - 1 else []
@@ -131,7 +131,7 @@ def geometric_stages(n: int, m: int, k: int = 16) -> tuple[tuple[int, int], ...]
       ((16, 128), (8, 64), (4, 32), (2, 16), (1, 8))
 
     References:
-      Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 4.
+      Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 3.
     """
     _check_stages("geometric_stages", n, m)
     if k < 1 or k & (k - 1):
@@ -166,7 +166,7 @@ def gradual_density(final: float, *, begin: int, end: int, every: int = 1, initi
       [1.0, 0.213, 0.1]
 
     References:
-      Zhu and Gupta, To Prune, or Not to Prune, section 3; Hoefler et al., Sparsity in Deep Learning, section 3.
+      Zhu and Gupta, To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model Compression.
     """
     for name, value in (("final", final), ("initial", initial)):
         if not 0 < value <= 1:

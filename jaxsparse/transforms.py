@@ -60,7 +60,7 @@ def rewire(
       Array([ True,  True, False, False], dtype=bool)
 
     References:
-      Pool and Yu, Advances in Sparse Neural Model Training, section 3.1 and Algorithm 1.
+      Advances in Sparse Neural Model Training, section 3.1 and Algorithm 1.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"rewire: `plan` is a {type(plan).__name__}. Make one with jaxsparse.plan or jaxsparse.flax.plan.")
@@ -112,7 +112,7 @@ def scale_nonparticipating(s: float) -> optax.GradientTransformationExtraArgs:
       Array([1. , 0.5], dtype=float32)
 
     References:
-      Pool and Yu, Advances in Sparse Neural Model Training, section 3.2.
+      Advances in Sparse Neural Model Training, section 3.2.
     """
     return _stateless("scale_nonparticipating", lambda g, w: (g * s).astype(g.dtype))
 
@@ -138,7 +138,7 @@ def sr_ste(decay: float) -> optax.GradientTransformationExtraArgs:
       Array([10.0002, 10.0004, 10.    , 10.    ], dtype=float32)
 
     References:
-      Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, section 4.
+      Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch.
     """
     return _stateless("sr_ste", lambda g, w: (g + decay * w).astype(g.dtype), needs_params=True)
 
@@ -164,7 +164,7 @@ def decay_nonparticipating(beta: float) -> optax.GradientTransformationExtraArgs
       Array([4., 3.], dtype=float32)
 
     References:
-      Pool and Yu, Advances in Sparse Neural Model Training, Algorithm 1, line 11.
+      Advances in Sparse Neural Model Training, Algorithm 1, line 11.
     """
     return _stateless("decay_nonparticipating", lambda u, w: (u - beta * (w + u)).astype(u.dtype), needs_params=True)
 
@@ -198,7 +198,7 @@ def reset_nonparticipating(every: int) -> optax.GradientTransformationExtraArgs:
       Array([5., 0.], dtype=float32)
 
     References:
-      Pool and Yu, Advances in Sparse Neural Model Training, section 3.3 and Algorithm 1, line 10.
+      Advances in Sparse Neural Model Training, section 3.3 and Algorithm 1, line 10.
     """
     _check_steps("reset_nonparticipating", every=every)
     return _zeroing("reset_nonparticipating", lambda count: count % every == 0)
@@ -227,7 +227,7 @@ def fix_nonparticipating(after: int) -> optax.GradientTransformationExtraArgs:
       Array([5., 0.], dtype=float32)
 
     References:
-      Pool and Yu, Advances in Sparse Neural Model Training, section 3.3 and Algorithm 1, line 9.
+      Advances in Sparse Neural Model Training, section 3.3 and Algorithm 1, line 9.
     """
     _check_steps("fix_nonparticipating", after=after, least=0)
     return _zeroing("fix_nonparticipating", lambda count: count >= after)

@@ -1,0 +1,49 @@
+"""Writes the tables of README from the committed results, so that no number there is typed by hand.
+
+python benchmarks/readme.py
+"""
+
+import json
+import pathlib
+import re
+
+import tabulate
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def where(result):
+    return f"{result['processor'] or result['device']}, {result['cores']} cores, jax {result['jax']}, {result['date']}"
+
+
+def train_step(result):
+    return (
+        f"A training step of a transformer of {result['parameters'] / 1e6:.1f} million parameters with new masks every step, against the "
+        f"dense step: medians of {result['rounds']} rounds in which the runs take turns (`python benchmarks/train_step.py`; {where(result)}).\n\n"
+        + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=("", ".1f", ".3f"))
+    )
+
+
+def char_lm(result):
+    return (
+        f"The table of `make demo` after {result['steps']} steps ({where(result)}, {result['seconds']:.0f} seconds in all):\n\n"
+        + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=("", ".3f", ".3f", ".2f", ".1f", ".1f"))
+    )
+
+
+TABLES = {"train_step": train_step, "char_lm": char_lm}
+
+
+def filled(text):
+    """The text with every block between `<!-- name -->` and `<!-- end -->` made anew."""
+
+    def block(match):
+        result = json.loads((ROOT / "benchmarks" / "results" / f"{match[1]}.json").read_text())
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]](result)}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))

@@ -1,0 +1,67 @@
+"""What the benchmarks share: candidates timed in turns in one process, and a note of where that was."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+import jax
+import numpy as np
+import tqdm
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+# glibc returns large blocks to the system and charges the page faults to whoever asks next; keep them
+HEAP = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "536870912",
+}
+
+
+def with_warm_heap():
+    """Starts the program again with a heap that keeps its memory, unless it has one."""
+    if any(os.environ.get(name) != value for name, value in HEAP.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | HEAP)
+
+
+def in_turns(calls, rounds, label=""):
+    """The seconds of each call in `{name: function without arguments}`, `[rounds]` each; all are called once a round."""
+    seconds = {name: [] for name in calls}
+    for number in tqdm.trange(rounds + 2, desc=label, leave=False, mininterval=1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def environment():
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": str(jax.devices()[0].device_kind),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+    }
+
+
+def _processor():
+    info = pathlib.Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def save(name, **content):
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**environment(), **content}, indent=1, default=lambda value: np.asarray(value).tolist()) + "\n")
+    print(f"\nWritten to {path}")

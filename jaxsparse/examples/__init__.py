@@ -1,0 +1,1 @@
+"""Examples small enough to read in one sitting."""

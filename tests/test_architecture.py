@@ -1,0 +1,50 @@
+import ast
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import jaxsparse as js
+
+PACKAGE = pathlib.Path(js.__file__).parent
+ORDER = ["patterns", "plan", "masks", "state", "schedules", "forward", "transforms", "recipes"]
+ORDER += ["compress", "matmul", "contractions", "flax"]
+PUBLIC = [getattr(js, name) for name in dir(js) if not name.startswith("_")]
+PUBLIC = [x for x in PUBLIC if callable(x)] + [js.flax.plan, js.flax.intercept, js.recipes.rewired]
+
+
+def test_imports_point_one_way():
+    for place, module in enumerate(ORDER):
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+        froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        imported = {name.removeprefix("jaxsparse.") for name in froms if name.startswith("jaxsparse.")}
+        assert imported <= set(ORDER[:place]), module
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+
+
+def test_the_import_is_light():
+    code = "import sys, jaxsparse; print([m for m in ('flax', 'tabulate', 'jax.experimental.pallas', 'matplotlib') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_no_file_is_two():
+    assert all(len(path.read_text().splitlines()) <= 400 for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
+def test_docstrings_say_what_goes_in_and_out(function):
+    doc = inspect.getdoc(function)
+    assert re.match(r"[A-Z`].*\.", doc)
+    if inspect.isclass(function):
+        return
+    names = [name for name in inspect.signature(function).parameters if name not in ("opt_state",)]
+    assert all(re.search(rf"^  \*{{0,2}}{re.escape(name)}: ", doc, re.M) for name in names), names
+    assert "Example:\n  >>> " in doc
+    assert "Returns:\n" in doc or function.__name__ == "intercept"
