@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import jaxsparse as js
 
-CONTEXT, BATCH = 128, 8
+CONTEXT, BATCH, STEPS = 128, 8, 900
 
 
 class Block(nn.Module):
@@ -155,10 +155,11 @@ def plot(curves, path):
 
 
 def main(argv: Sequence[str] | None = None):
+    """Runs the example; returns the header and the rows of its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", default="2:4", help="n:m, n kept of every m (default 2:4)")
     parser.add_argument("--data", type=pathlib.Path, help="a text file; default: the manual pages of Python")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -219,6 +220,7 @@ def main(argv: Sequence[str] | None = None):
     prompt = np.array([np.searchsorted(alphabet, character) for character in "The "])
     continued = sample(model, final, prompt, jax.random.key(args.seed), 300)
     print(f"\nThe {list(models)[-1]} model writes:\n\nThe {''.join(alphabet[continued])}\n\nLoss curves: {args.plot}")
+    return header, rows
 
 
 if __name__ == "__main__":
