@@ -68,7 +68,7 @@ def _straight_through(w, mask, decay):
 
 @_straight_through.defjvp
 def _(primals, tangents):
-    return _effective(*primals), tangents[0]
+    return _straight_through(*primals), tangents[0]  # not _effective: a second derivative goes straight through, too
 
 
 def masks_by_path(masks, params, call: str, *, prefix: str = "", partial: bool = False) -> list[jax.Array | None]:
