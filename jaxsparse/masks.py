@@ -49,7 +49,7 @@ def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
     n, m, axis = _check_nm(scores, n, m, axis)
     if isinstance(n, int) and n == m:
         return jnp.ones(scores.shape, bool)
-    groups = scores.reshape(*scores.shape[:axis], -1, m, *scores.shape[axis + 1 :])
+    groups = scores.reshape(*scores.shape[:axis], scores.shape[axis] // m, m, *scores.shape[axis + 1 :])
     return _mask_groups(_order_keys(groups), n, m, axis + 1).reshape(scores.shape)
 
 
