@@ -61,6 +61,8 @@ def _check_nm(scores, n, m, axis):
         n = operator.index(n)
     elif n.shape or not jnp.issubdtype(n.dtype, jnp.integer):
         raise TypeError(f"nm_mask: `n` must be an integer scalar, not {n.dtype}{list(n.shape)}.")
+    else:
+        n = n.astype(jnp.int32)
     m, axis = operator.index(m), operator.index(axis)
     if m < 1 or (isinstance(n, int) and not 1 <= n <= m):
         raise ValueError(f"nm_mask: n={n} is not in 1..m={m}. n of every m weights participate.")
