@@ -35,7 +35,7 @@ def linear_decay(beta: float, begin: int = 0) -> Schedule:
     lifetime = 1.0 / beta  # so that D ends at 0, not at the rounding error of 1 - beta * j
 
     def factor(step):
-        return jnp.clip((lifetime - jnp.asarray(step - begin, jnp.float32)) / lifetime, 0.0, 1.0)
+        return jnp.clip((lifetime - jnp.asarray(_since(begin, step), jnp.float32)) / lifetime, 0.0, 1.0)
 
     return factor
 
@@ -69,10 +69,15 @@ def exponential_decay(beta: float, begin: int = 0, end: int | None = None) -> Sc
         raise ValueError(f"exponential_decay: end={end} is not above begin={begin}. Fine-tuning follows the decay.")
 
     def factor(step):
-        decayed = jnp.exp(-beta * jnp.maximum(jnp.asarray(step - begin, jnp.float32), 0.0))
+        decayed = jnp.exp(-beta * jnp.asarray(_since(begin, step), jnp.float32))
         return decayed if end is None else jnp.where(step < end, decayed, 0.0)
 
     return factor
+
+
+def _since(begin, step):
+    """The steps since `begin`, 0 before it; an unsigned step does not wrap."""
+    return jnp.maximum(step, begin) - begin
 
 
 def _check_decay(call, beta, begin):
@@ -177,7 +182,7 @@ def gradual_density(final: float, *, begin: int, end: int, every: int = 1, initi
         raise ValueError(f"gradual_density: every={every} does not divide the {end - begin} steps from begin to end.")
 
     def density(step):
-        changes = jnp.clip(jnp.floor_divide(step - begin, every), 0, (end - begin) // every)
+        changes = jnp.minimum(jnp.floor_divide(_since(begin, step), every), (end - begin) // every)
         left = 1.0 - jnp.asarray(changes, jnp.float32) * (every / (end - begin))
         return final + (initial - final) * left**3
 
