@@ -184,6 +184,6 @@ def gradual_density(final: float, *, begin: int, end: int, every: int = 1, initi
     def density(step):
         changes = jnp.minimum(jnp.floor_divide(_since(begin, step), every), (end - begin) // every)
         left = 1.0 - jnp.asarray(changes, jnp.float32) * (every / (end - begin))
-        return final + (initial - final) * left**3
+        return initial * left**3 + final * (1.0 - left**3)  # exact at both ends
 
     return density
