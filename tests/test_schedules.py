@@ -31,7 +31,7 @@ def test_exponential_decay_gives_the_worked_value():
 def test_linear_decay_is_exactly_1_up_to_begin_and_exactly_0_at_its_end(beta, begin):
     factor, end = js.linear_decay(beta, begin), begin + math.ceil(1 / beta - 1e-6)
     assert [float(factor(step)) for step in (0, begin)] == [1, 1]
-    assert 0 < float(factor(end - 1)) and (end - 1 == begin or float(factor(end - 1)) < 1)
+    assert float(factor(end - 1)) > 0 and (end - 1 == begin or float(factor(end - 1)) < 1)
     assert [float(factor(step)) for step in (end, end + 1, 10 * end)] == [0, 0, 0]
 
 
