@@ -84,7 +84,10 @@ def as_pattern(spec: Pattern | str, call: str = "as_pattern") -> Pattern:
     n, colon, m = spec.partition(":")
     if not (colon and n.strip().isdecimal() and m.strip().isdecimal()):
         raise ValueError(f'{call}: {spec!r} is not a pattern. Write "n:m" for n kept of every m, as in "2:4".')
-    return NM(int(n), int(m))
+    try:
+        return NM(int(n), int(m))
+    except ValueError as error:
+        raise ValueError(f"{call}: {error}") from None
 
 
 def group_axis(pattern: Pattern, ndim: int) -> int:
