@@ -102,7 +102,7 @@ def group_axis(pattern: Pattern, ndim: int) -> int:
 def why_not(pattern: Pattern, shape: tuple[int, ...], dtype) -> str | None:
     """Says why an array of `shape` and `dtype` cannot follow `pattern`; None if it can."""
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        return f"{jnp.dtype(dtype).name} has no order to rank by"
+        return f"{getattr(dtype, 'name', dtype)} has no order to rank by"
     try:
         size = shape[group_axis(pattern, len(shape))]
     except ValueError as error:

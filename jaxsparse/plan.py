@@ -80,7 +80,7 @@ class Plan:
         total = sum(math.prod(leaf.shape) for leaf in self.leaves)
         planned = sum(math.prod(leaf.shape) for leaf in self.sparse.values())
         kept = sum(math.prod(leaf.shape) * leaf.density for leaf in self.leaves)
-        table = tabulate.tabulate(rows, header, floatfmt=".3g", missingval="", disable_numparse=[0, 1, 2, 6])
+        table = tabulate.tabulate(rows, header, floatfmt=".3g", missingval="", disable_numparse=[0, 1, 2, 6] if rows else True)
         return (
             f"{table}\n{len(self.sparse)} of {len(self.leaves)} leaves are sparse, with {planned:,} of {total:,} weights; "
             f"{kept:,.0f} weights participate (density {kept / max(total, 1):.3f})."
