@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.patterns import Pattern, group_axis, integer
+from jaxsparse.patterns import Pattern, array, group_axis, integer
 from jaxsparse.plan import Plan, match
 
 __all__ = ["magnitude_masks", "nm_mask", "pattern_mask"]
@@ -44,7 +44,7 @@ def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3; Zhou et al., Learning N:M
       Fine-grained Structured Sparse Neural Networks From Scratch.
     """
-    scores = lax.stop_gradient(jnp.asarray(scores))
+    scores = lax.stop_gradient(array(scores, "nm_mask: `scores`"))
     n, m, axis = _check_nm(scores, n, m, axis)
     if isinstance(n, int) and n == m:
         return jnp.ones(scores.shape, bool)

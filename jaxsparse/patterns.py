@@ -66,6 +66,13 @@ def integer(value, what):
         raise TypeError(f"{what} must be an integer, not {value!r}.") from None
 
 
+def array(value, what):
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what} must be an array, not a {type(value).__name__}. Trees go through their leaves.") from error
+
+
 def as_pattern(spec: Pattern | str, call: str = "as_pattern") -> Pattern:
     """Reads `"n:m"` as `NM(n, m)`; a pattern passes through.
 
