@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.patterns import integer
+
 __all__ = ["exponential_decay", "geometric_stages", "gradual_density", "linear_decay", "stepwise_stages"]
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
@@ -98,6 +100,7 @@ def stepwise_stages(n: int, m: int) -> tuple[tuple[int, int], ...]:
       The stages in order, each `(n, m)`; the last is `(n, m)` itself.
 
     Raises:
+      TypeError: an argument is no integer.
       ValueError: `n` is not in `1..m`.
 
     Example:
@@ -128,6 +131,7 @@ def geometric_stages(n: int, m: int, k: int = 16) -> tuple[tuple[int, int], ...]
       The stages in order, each `(n, m)`; the last is `(n, m)` itself.
 
     Raises:
+      TypeError: an argument is no integer.
       ValueError: `n` is not in `1..m`, or `k` is no power of two.
 
     Example:
@@ -139,12 +143,13 @@ def geometric_stages(n: int, m: int, k: int = 16) -> tuple[tuple[int, int], ...]
       Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 4.
     """
     _check_stages("geometric_stages", n, m)
-    if k < 1 or k & (k - 1):
+    if integer(k, "geometric_stages: `k`") < 1 or k & (k - 1):
         raise ValueError(f"geometric_stages: k={k} is no power of two. The group halves from k*m={k * m} down to m={m}.")
     return tuple((n << i, m << i) for i in reversed(range(k.bit_length())))
 
 
 def _check_stages(call, n, m):
+    n, m = integer(n, f"{call}: `n`"), integer(m, f"{call}: `m`")
     if not 1 <= n <= m:
         raise ValueError(f"{call}: n={n} is not in 1..m={m}. The last stage keeps n of every m weights.")
 
