@@ -92,8 +92,8 @@ def _trace(model, args, kwargs):
     params = nn.meta.unbox(variables.pop("params", {}))
     with nn.intercept_methods(note):
         program = jax.make_jaxpr(apply)(params, variables, *args)
-    paths = [tuple(str(key.key) for key in path[:-1]) for path, _ in jax.tree.leaves_with_path(params)]
-    return params, [kinds.get(path, "") for path in paths], uses(program, len(paths))
+    owners = [tuple(path.split("/")[:-1]) for path in leaf_paths(params)]
+    return params, [kinds.get(path, "") for path in owners], uses(program, len(owners))
 
 
 def _decide(path: str, leaf, rule: str, pattern: Pattern, layer: str, found: set[Use]) -> Leaf:
