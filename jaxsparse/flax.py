@@ -176,7 +176,7 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
 
     def interceptor(next_fun, args, kwargs, context):
         nonlocal inside
-        if context.module.is_initializing():
+        if context.module.is_initializing() or context.method_name == "_call_intercepted":  # the wrapper of _with_params
             return next_fun(*args, **kwargs)
         if inside:
             return _run_layer(next_fun, args, kwargs, context)
@@ -193,13 +193,13 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
 def _with_params(context, change, args, kwargs):
     """Calls the intercepted method again, with the parameters of its module changed."""
 
-    def method(module, *args, **kwargs):
+    def _call_intercepted(module, *args, **kwargs):
         return getattr(module, context.method_name)(*args, **kwargs)
 
     def changed(variables):
         return {**variables, "params": change(variables["params"])} if "params" in variables else variables
 
-    return nn.map_variables(method, "params", trans_in_fn=changed)(context.module, *args, **kwargs)
+    return nn.map_variables(_call_intercepted, "params", trans_in_fn=changed)(context.module, *args, **kwargs)
 
 
 def _outermost(masks, gradient, module_path):
