@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse.forward import masks_by_path
 from jaxsparse.patterns import group_axis
-from jaxsparse.plan import Leaf, Plan, leaf_paths
+from jaxsparse.plan import Leaf, Plan, leaf_paths, match
 from jaxsparse.state import merged_masks, rewire_states
 
 __all__ = ["Sparse24", "compress", "decompress", "expand", "gather"]
@@ -92,7 +92,8 @@ def compress(params, opt_state, plan: Plan | None = None):
       The pytree with `Sparse24` in the place of the sparse leaves. `decompress` gives back the masked weights.
 
     Raises:
-      ValueError: there are no masks, they are of other parameters, a leaf is planned under another pattern than
+      TypeError: `plan` is no plan.
+      ValueError: there are no masks, they or the plan are of other parameters, a leaf is planned under another pattern than
         2:4, or its mask does not keep exactly 2 of every 4 along its axis.
 
     Example:
@@ -108,6 +109,8 @@ def compress(params, opt_state, plan: Plan | None = None):
     References:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
     """
+    if plan is not None:
+        match(plan, params, "compress")
     masks = masks_by_path(merged_masks(opt_state, "compress"), params, "compress")
     plans = [state.plan for state in rewire_states(opt_state)] if plan is None else [plan]
     planned = {path: leaf for one in plans for path, leaf in one.sparse.items()}

@@ -151,10 +151,10 @@ def _open(jaxpr):
 
 def _product(operand: Origin, summed, batch) -> Use:
     sources = [operand.axes[i] for i in summed]
-    if not sources:
-        return Use(reason="an operand of an outer product")
     if any(source is None for source in sources):
         return Use(reason="reshaped before its matrix product, so that its axes cannot be told")
+    if not any(sources):  # no axis is summed over, or only ones of size 1 that were added
+        return Use(reason="an operand of an outer product")
     stack = operand.stack + tuple(axis for i in batch for axis in operand.axes[i] or ())
     return Use(tuple(sorted(axis for source in sources for axis in source)), tuple(sorted(stack)))
 

@@ -92,8 +92,8 @@ def _trace(model, args, kwargs):
     params = nn.meta.unbox(variables.pop("params", {}))
     with nn.intercept_methods(note):
         program = jax.make_jaxpr(apply)(params, variables, *args)
-    paths = [tuple(str(key.key) for key in path[:-1]) for path, _ in jax.tree.leaves_with_path(params)]
-    return params, [kinds.get(path, "") for path in paths], uses(program, len(paths))
+    owners = [tuple(path.split("/")[:-1]) for path in leaf_paths(params)]
+    return params, [kinds.get(path, "") for path in owners], uses(program, len(owners))
 
 
 def _decide(path: str, leaf, rule: str, pattern: Pattern, layer: str, found: set[Use]) -> Leaf:
@@ -176,7 +176,7 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
 
     def interceptor(next_fun, args, kwargs, context):
         nonlocal inside
-        if context.module.is_initializing():
+        if context.module.is_initializing() or context.method_name == "_call_intercepted":  # the wrapper of _with_params
             return next_fun(*args, **kwargs)
         if inside:
             return _run_layer(next_fun, args, kwargs, context)
@@ -193,13 +193,13 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
 def _with_params(context, change, args, kwargs):
     """Calls the intercepted method again, with the parameters of its module changed."""
 
-    def method(module, *args, **kwargs):
+    def _call_intercepted(module, *args, **kwargs):
         return getattr(module, context.method_name)(*args, **kwargs)
 
     def changed(variables):
         return {**variables, "params": change(variables["params"])} if "params" in variables else variables
 
-    return nn.map_variables(method, "params", trans_in_fn=changed)(context.module, *args, **kwargs)
+    return nn.map_variables(_call_intercepted, "params", trans_in_fn=changed)(context.module, *args, **kwargs)
 
 
 def _outermost(masks, gradient, module_path):
@@ -240,7 +240,7 @@ def _contracted_axes(module, x, kernel: Sparse24):
     if module.dot_general is not None or module.dot_general_cls is not None or getattr(module, "batch_dims", None):
         return None
     axis = getattr(module, "axis", -1)
-    axes = tuple(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+    axes = tuple(sorted(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))))  # sorted as Flax does
     sizes = tuple(x.shape[a] for a in axes)
     fits = kernel.contracting == sizes and not kernel.output_first and kernel.values.ndim == 2
     return axes if fits else None

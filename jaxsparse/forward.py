@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.patterns import array
 from jaxsparse.plan import leaf_paths
 from jaxsparse.state import merged_masks
 
@@ -26,7 +27,7 @@ def participate(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Array:
 
     Raises:
       TypeError: the mask is not boolean, or `w` is not floating.
-      ValueError: the mask has another shape than `w`, or `gradient` is neither of the two.
+      ValueError: the mask has another shape than `w`, `decay` is no scalar, or `gradient` is neither of the two.
 
     Example:
       >>> import jax
@@ -42,7 +43,7 @@ def participate(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Array:
       Advances in Sparse Neural Model Training, Algorithm 1, for the dense gradient; Bambhaniya et al.,
       Progressive Gradient Flow, section 3, for the decay factor and the masked one.
     """
-    w, mask = jnp.asarray(w), jnp.asarray(mask)
+    w, mask = array(w, "participate: `w`"), array(mask, "participate: `mask`")
     if gradient not in ("dense", "masked"):
         raise ValueError(f'participate: gradient={gradient!r} is neither "dense" (straight-through) nor "masked" (chain rule).')
     if not jnp.issubdtype(w.dtype, jnp.floating):
@@ -51,6 +52,8 @@ def participate(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Array:
         raise TypeError(f"participate: `mask` is {mask.dtype}, not boolean. True marks a weight that participates.")
     if mask.shape not in ((), w.shape):
         raise ValueError(f"participate: `mask` has shape {mask.shape}, but `w` has shape {w.shape}. Make the mask of these weights.")
+    if not isinstance(decay, (int, float)) and array(decay, "participate: `decay`").shape:
+        raise ValueError(f"participate: `decay` has shape {jnp.shape(decay)}, but it is one factor for all weights. Pass a scalar.")
     return (_straight_through if gradient == "dense" else _effective)(w, mask, decay)
 
 
@@ -68,7 +71,7 @@ def _straight_through(w, mask, decay):
 
 @_straight_through.defjvp
 def _(primals, tangents):
-    return _effective(*primals), tangents[0]
+    return _straight_through(*primals), tangents[0]  # not _effective: a second derivative goes straight through, too
 
 
 def masks_by_path(masks, params, call: str, *, prefix: str = "", partial: bool = False) -> list[jax.Array | None]:
@@ -108,6 +111,7 @@ def sparse_params(params, opt_state, *, gradient: str = "dense"):
       A pytree of the structure of `params`. A function of the dense weights: differentiate through it.
 
     Raises:
+      TypeError: a sparse leaf is not floating.
       ValueError: there are no masks in `opt_state`, or they were made for other parameters.
 
     Example:
@@ -128,5 +132,9 @@ def sparse_params(params, opt_state, *, gradient: str = "dense"):
 def apply_masks(params, masks, call: str, *, prefix: str = "", gradient: str = "dense"):
     """`params`, or their subtree under the path `prefix`, with every sparse leaf masked."""
     leaves, treedef = jax.tree.flatten(params)
-    pairs = zip(leaves, masks_by_path(masks, params, call, prefix=prefix), strict=True)
-    return jax.tree.unflatten(treedef, [w if mask is None else participate(w, mask, gradient=gradient) for w, mask in pairs])
+    found = masks_by_path(masks, params, call, prefix=prefix)
+    for path, w, mask in zip(leaf_paths(params), leaves, found, strict=True):
+        if mask is not None and not jnp.issubdtype(jnp.result_type(w), jnp.floating):
+            raise TypeError(f"{call}: {prefix + path} is {jnp.result_type(w)}. Pass floating-point weights.")
+    masked = [w if mask is None else participate(w, mask, gradient=gradient) for w, mask in zip(leaves, found, strict=True)]
+    return jax.tree.unflatten(treedef, masked)

@@ -1,13 +1,12 @@
 """Scores to masks. A mask is boolean; True marks a weight that participates."""
 
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.patterns import Pattern, group_axis
+from jaxsparse.patterns import Pattern, array, group_axis, integer
 from jaxsparse.plan import Plan, match
 
 __all__ = ["magnitude_masks", "nm_mask", "pattern_mask"]
@@ -45,11 +44,11 @@ def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3; Zhou et al., Learning N:M
       Fine-grained Structured Sparse Neural Networks From Scratch.
     """
-    scores = lax.stop_gradient(jnp.asarray(scores))
+    scores = lax.stop_gradient(array(scores, "nm_mask: `scores`"))
     n, m, axis = _check_nm(scores, n, m, axis)
     if isinstance(n, int) and n == m:
         return jnp.ones(scores.shape, bool)
-    groups = scores.reshape(*scores.shape[:axis], -1, m, *scores.shape[axis + 1 :])
+    groups = scores.reshape(*scores.shape[:axis], scores.shape[axis] // m, m, *scores.shape[axis + 1 :])
     return _mask_groups(_order_keys(groups), n, m, axis + 1).reshape(scores.shape)
 
 
@@ -58,10 +57,12 @@ def _check_nm(scores, n, m, axis):
     if not (jnp.issubdtype(scores.dtype, jnp.floating) or jnp.issubdtype(scores.dtype, jnp.integer)):
         raise TypeError(f"nm_mask: `scores` are {scores.dtype}, which has no order to rank by. Pass real scores, as in jnp.abs(w).")
     if not isinstance(n, jax.core.Tracer):
-        n = operator.index(n)
+        n = integer(n, "nm_mask: `n`")
     elif n.shape or not jnp.issubdtype(n.dtype, jnp.integer):
         raise TypeError(f"nm_mask: `n` must be an integer scalar, not {n.dtype}{list(n.shape)}.")
-    m, axis = operator.index(m), operator.index(axis)
+    else:
+        n = n.astype(jnp.int32)
+    m, axis = integer(m, "nm_mask: `m`"), integer(axis, "nm_mask: `axis`")
     if m < 1 or (isinstance(n, int) and not 1 <= n <= m):
         raise ValueError(f"nm_mask: n={n} is not in 1..m={m}. n of every m weights participate.")
     if not -len(shape) <= axis < len(shape):

@@ -10,6 +10,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxsparse.compress import Sparse24, expand, gather
+from jaxsparse.patterns import array
 
 __all__ = ["sparse_matmul", "sparse_matmul_p"]
 
@@ -49,14 +50,18 @@ def sparse_matmul(x, w: Sparse24, *, implementation: str | None = None, precisio
         raise TypeError(f"sparse_matmul: `w` is a {type(w).__name__}, not a Sparse24. Make one with jaxsparse.compress.")
     if implementation not in (None, "dense"):
         raise ValueError(f'sparse_matmul: there is no implementation {implementation!r}. Pass None or "dense".')
-    x = jnp.asarray(x)
+    x = array(x, "sparse_matmul: `x`")
     stack, ends = w.values.shape[:-2], x.ndim - len(w.contracting)
     if x.shape[max(ends, 0) :] != w.contracting:
         raise ValueError(
-            f"sparse_matmul: `x` of shape {x.shape} does not end with the contracted axes {w.contracting} of `w`, whose shape is {w.shape}."
+            f"sparse_matmul: `x` of shape {x.shape} does not end with the contracted axes {w.contracting} of `w`, of shape {w.shape}. "
+            "Move the axes to sum over to the end of `x`."
         )
     if x.shape[: len(stack)] != stack or ends < len(stack):
-        raise ValueError(f"sparse_matmul: `x` of shape {x.shape} does not begin with the stack {stack} of `w`, whose shape is {w.shape}.")
+        raise ValueError(
+            f"sparse_matmul: `x` of shape {x.shape} does not begin with the stack {stack} of `w`, of shape {w.shape}. "
+            "Move the axes of the stack to the front of `x`, or use one weight of the stack."
+        )
     dtype = jnp.promote_types(x.dtype, w.dtype)
     rows = x.shape[len(stack) : ends]
     y = sparse_matmul_p.bind(

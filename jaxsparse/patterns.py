@@ -66,6 +66,13 @@ def integer(value, what):
         raise TypeError(f"{what} must be an integer, not {value!r}.") from None
 
 
+def array(value, what):
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what} must be an array, not a {type(value).__name__}. Trees go through their leaves.") from error
+
+
 def as_pattern(spec: Pattern | str, call: str = "as_pattern") -> Pattern:
     """Reads `"n:m"` as `NM(n, m)`; a pattern passes through.
 
@@ -84,7 +91,10 @@ def as_pattern(spec: Pattern | str, call: str = "as_pattern") -> Pattern:
     n, colon, m = spec.partition(":")
     if not (colon and n.strip().isdecimal() and m.strip().isdecimal()):
         raise ValueError(f'{call}: {spec!r} is not a pattern. Write "n:m" for n kept of every m, as in "2:4".')
-    return NM(int(n), int(m))
+    try:
+        return NM(int(n), int(m))
+    except ValueError as error:
+        raise ValueError(f"{call}: {error}") from None
 
 
 def group_axis(pattern: Pattern, ndim: int) -> int:
@@ -99,7 +109,7 @@ def group_axis(pattern: Pattern, ndim: int) -> int:
 def why_not(pattern: Pattern, shape: tuple[int, ...], dtype) -> str | None:
     """Says why an array of `shape` and `dtype` cannot follow `pattern`; None if it can."""
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        return f"{jnp.dtype(dtype).name} has no order to rank by"
+        return f"{getattr(dtype, 'name', dtype)} has no order to rank by"
     try:
         size = shape[group_axis(pattern, len(shape))]
     except ValueError as error:

@@ -86,7 +86,7 @@ class Plan:
         ]
         total = sum(math.prod(leaf.shape) for leaf in self.leaves)
         planned = sum(math.prod(leaf.shape) for leaf in self.sparse.values())
-        table = tabulate.tabulate(rows, header, floatfmt=".3g", missingval="", disable_numparse=[0, 1, 2, 6])
+        table = tabulate.tabulate(rows, header, floatfmt=".3g", missingval="", disable_numparse=[0, 1, 2, 6] if rows else True)
         return (
             f"{table}\n{len(self.sparse)} of {len(self.leaves)} leaves are sparse, with {planned:,} of {total:,} weights; "
             f"{self.density * total:,.0f} weights participate (density {self.density:.3f})."
@@ -153,6 +153,9 @@ def apply_rules(call: str, params, rules: Mapping[str, Pattern | str | None], de
     """The plan in which `decide(path, leaf, rule, pattern)` settles every leaf that a rule makes sparse."""
     if not isinstance(rules, Mapping):
         raise TypeError(f'{call}: `rules` must map paths to patterns, as in {{"*/kernel": "2:4"}}, not {rules!r}.')
+    for rule in rules:
+        if not isinstance(rule, str):
+            raise TypeError(f'{call}: rule {rule!r} is not a path. Write it as text, as in "encoder/kernel" or "*/kernel".')
     patterns = {rule: None if spec is None else as_pattern(spec, f"{call}: rule {rule!r}") for rule, spec in rules.items()}
     matched = dict.fromkeys(patterns, False)
 
@@ -166,6 +169,9 @@ def apply_rules(call: str, params, rules: Mapping[str, Pattern | str | None], de
         return decide(path, leaf, rules[0], patterns[rules[0]])
 
     paths = leaf_paths(params)
+    for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            raise TypeError(f"{call}: {path} is a {type(leaf).__name__}, not an array. Pass arrays or jax.ShapeDtypeStruct.")
     leaves = tuple(map(settle, paths, jax.tree.leaves(params)))
     idle = [rule for rule, used in matched.items() if not used]
     if idle:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.patterns import integer
+
 __all__ = ["exponential_decay", "geometric_stages", "gradual_density", "linear_decay", "stepwise_stages"]
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
@@ -35,7 +37,7 @@ def linear_decay(beta: float, begin: int = 0) -> Schedule:
     lifetime = 1.0 / beta  # so that D ends at 0, not at the rounding error of 1 - beta * j
 
     def factor(step):
-        return jnp.clip((lifetime - jnp.asarray(step - begin, jnp.float32)) / lifetime, 0.0, 1.0)
+        return jnp.clip((lifetime - jnp.asarray(_since(begin, step), jnp.float32)) / lifetime, 0.0, 1.0)
 
     return factor
 
@@ -69,10 +71,15 @@ def exponential_decay(beta: float, begin: int = 0, end: int | None = None) -> Sc
         raise ValueError(f"exponential_decay: end={end} is not above begin={begin}. Fine-tuning follows the decay.")
 
     def factor(step):
-        decayed = jnp.exp(-beta * jnp.maximum(jnp.asarray(step - begin, jnp.float32), 0.0))
+        decayed = jnp.exp(-beta * jnp.asarray(_since(begin, step), jnp.float32))
         return decayed if end is None else jnp.where(step < end, decayed, 0.0)
 
     return factor
+
+
+def _since(begin, step):
+    """The steps since `begin`, 0 before it; an unsigned step does not wrap."""
+    return jnp.maximum(step, begin) - begin
 
 
 def _check_decay(call, beta, begin):
@@ -93,6 +100,7 @@ def stepwise_stages(n: int, m: int) -> tuple[tuple[int, int], ...]:
       The stages in order, each `(n, m)`; the last is `(n, m)` itself.
 
     Raises:
+      TypeError: an argument is no integer.
       ValueError: `n` is not in `1..m`.
 
     Example:
@@ -123,6 +131,7 @@ def geometric_stages(n: int, m: int, k: int = 16) -> tuple[tuple[int, int], ...]
       The stages in order, each `(n, m)`; the last is `(n, m)` itself.
 
     Raises:
+      TypeError: an argument is no integer.
       ValueError: `n` is not in `1..m`, or `k` is no power of two.
 
     Example:
@@ -134,12 +143,13 @@ def geometric_stages(n: int, m: int, k: int = 16) -> tuple[tuple[int, int], ...]
       Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 3.
     """
     _check_stages("geometric_stages", n, m)
-    if k < 1 or k & (k - 1):
+    if integer(k, "geometric_stages: `k`") < 1 or k & (k - 1):
         raise ValueError(f"geometric_stages: k={k} is no power of two. The group halves from k*m={k * m} down to m={m}.")
     return tuple((n << i, m << i) for i in reversed(range(k.bit_length())))
 
 
 def _check_stages(call, n, m):
+    n, m = integer(n, f"{call}: `n`"), integer(m, f"{call}: `m`")
     if not 1 <= n <= m:
         raise ValueError(f"{call}: n={n} is not in 1..m={m}. The last stage keeps n of every m weights.")
 
@@ -177,8 +187,8 @@ def gradual_density(final: float, *, begin: int, end: int, every: int = 1, initi
         raise ValueError(f"gradual_density: every={every} does not divide the {end - begin} steps from begin to end.")
 
     def density(step):
-        changes = jnp.clip(jnp.floor_divide(step - begin, every), 0, (end - begin) // every)
+        changes = jnp.minimum(jnp.floor_divide(_since(begin, step), every), (end - begin) // every)
         left = 1.0 - jnp.asarray(changes, jnp.float32) * (every / (end - begin))
-        return final + (initial - final) * left**3
+        return initial * left**3 + final * (1.0 - left**3)  # exact at both ends
 
     return density

@@ -14,7 +14,7 @@ import optax
 from jaxsparse.forward import masks_by_path
 from jaxsparse.masks import magnitude_masks
 from jaxsparse.patterns import integer
-from jaxsparse.plan import Plan, match
+from jaxsparse.plan import Plan, leaf_paths, match
 from jaxsparse.state import RewireState
 
 __all__ = [
@@ -45,9 +45,9 @@ def rewire(
       A transformation with state `RewireState`. Its `update` needs `params`.
 
     Raises:
-      TypeError: `plan` is no plan.
+      TypeError: `plan` is no plan; in `update`, the state is none of `rewire`.
       ValueError: no leaf of the plan is sparse, or `every` or `until` is out of range; in `init` and `update`, the
-        parameters are not those of the plan; in `update`, they are missing.
+        parameters or their gradients are not those of the plan; in `update`, the parameters are missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,12 +73,16 @@ def rewire(
     every_step = until is None and isinstance(every, int) and every == 1
 
     def init(params):
+        match(plan, params, "rewire")
         return RewireState(jnp.zeros((), jnp.int32), magnitude_masks(params, plan), plan, inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("rewire: `params` is missing. Masks rank weights: call update(grads, opt_state, params).")
+        if not isinstance(state, RewireState):
+            raise TypeError(f"rewire: this {type(state).__name__} is not a RewireState. Pass the optimizer state that init returned.")
         match(plan, params, "rewire")
+        match(plan, updates, "rewire")
         updates, inner_state = inner.update(updates, state.inner_state, params, masks=state.masks, **extra_args)
         count = optax.safe_increment(state.count)
         updated = optax.apply_updates(params, updates)
@@ -248,10 +252,22 @@ def _on_nonparticipating(call, f, updates, params, masks, needs_params):
         raise ValueError(f"{call}: `params` is missing. Call update(grads, opt_state, params).")
 
     leaves, treedef = jax.tree.flatten(updates)
+    if needs_params:
+        _check_alike(call, updates, params)
     weights = jax.tree.leaves(params) if needs_params else leaves
     masks = masks_by_path(masks, updates, call, partial=True)
     new = (u if mask is None else jnp.where(mask, u, f(u, w)) for u, w, mask in zip(leaves, weights, masks, strict=True))
     return jax.tree.unflatten(treedef, new)
+
+
+def _check_alike(call, updates, params):
+    shapes, wanted = (dict(zip(leaf_paths(tree), map(jnp.shape, jax.tree.leaves(tree)), strict=True)) for tree in (updates, params))
+    for path in (*wanted, *shapes):
+        if shapes.get(path) != wanted.get(path):
+            raise ValueError(
+                f"{call}: {path} has shape {shapes.get(path)} in the updates, but {wanted.get(path)} in `params`. "
+                "Pass the parameters that the gradients were taken of."
+            )
 
 
 def _stateless(call, f, needs_params=False):

@@ -1,0 +1,218 @@
+"""Bad input: each is a ValueError or TypeError that names the call, the leaf, both numbers and what to do."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+
+import jaxsparse as js
+
+NM = js.NM
+V = jnp.ones(4)
+S = jnp.ones((6, 3))
+YES = jnp.ones(4, bool)
+PARAMS = {"a": {"w": jnp.arange(32.0).reshape(8, 4)}, "b": jnp.zeros(4)}
+OTHER = {"c": jnp.zeros((8, 4))}
+RESHAPED = {"a": {"w": jnp.zeros((4, 4))}, "b": jnp.zeros(4)}
+PLAN = js.plan(PARAMS, {"a/w": NM(2, 4, axis=0)})
+TX = js.rewire(optax.sgd(0.1), PLAN)
+STATE = TX.init(PARAMS)
+MASKS = js.masks(STATE)
+UNMASKED = optax.adam(0.1).init(PARAMS)
+ONE_OF_FOUR = js.rewire(optax.sgd(0.1), js.plan(PARAMS, {"a/w": NM(1, 4, axis=0)})).init(PARAMS)
+FULL = {"a": {"w": jnp.ones((8, 4), bool)}, "b": jnp.asarray(True)}
+CHECKERS = {"w": jnp.indices((4, 4)).sum(0) % 2 == 0}
+W = js.compress(PARAMS, STATE)["a"]["w"]
+STACK = jax.tree.map(lambda a: jnp.stack([a] * 3), W)
+X = jnp.ones((1, 8))
+
+
+def nm(scores=V, n=2, m=4, axis=0):
+    return lambda: js.nm_mask(scores, n, m, axis=axis)
+
+
+def traced_n(n):
+    return lambda: jax.jit(lambda n: js.nm_mask(V, n, 4, axis=0))(n)
+
+
+def plan(rules, params=PARAMS):
+    return lambda: js.plan(params, rules)
+
+
+def update(tx, updates=PARAMS, params=PARAMS, state=None, **masks):
+    return lambda: tx.update(updates, tx.init(PARAMS) if state is None else state, params, **masks)
+
+
+def flax(rules, model=None):
+    return lambda: js.flax.plan(nn.Dense(4) if model is None else model, rules, X)
+
+
+def intercepted(params):
+    def run():
+        with js.flax.intercept(js.magnitude_masks({"kernel": jnp.ones((8, 4))}, js.flax.plan(nn.Dense(4), {"kernel": "2:4"}, X))):
+            nn.Dense(4).apply({"params": params}, jnp.ones((1, params["kernel"].shape[0])))
+
+    return run
+
+
+def density(final=0.5, begin=0, end=10, **kwargs):
+    return lambda: js.gradual_density(final, begin=begin, end=end, **kwargs)
+
+
+# the call, the error, and what its message says besides the call
+VALUES = [
+    (nm(S), "nm_mask", "axis 0 .* size 6, not a multiple of m=4 .*2:4, shape (6, 3).* Choose another axis, pad it, or leave"),
+    (nm(S, 1, 2, -1), "nm_mask", "axis -1 .* size 3, not a multiple of m=2"),
+    (nm(n=5), "nm_mask", "n=5 is not in 1..m=4"),
+    (nm(n=0), "nm_mask", "n=0 is not in 1..m=4"),
+    (nm(n=-1), "nm_mask", "n=-1 is not in 1..m=4"),
+    (nm(n=1, m=0), "nm_mask", "n=1 is not in 1..m=0"),
+    (nm(axis=1), "nm_mask", "axis 1 is out of range .* shape (4,)"),
+    (nm(axis=-2), "nm_mask", "axis -2 is out of range .* shape (4,)"),
+    (nm(jnp.ones(())), "nm_mask", "axis 0 is out of range .* shape ()"),
+    (lambda: NM(5, 4), "NM", "n=5 is not in 1..m=4.* as in NM(2, 4)"),
+    (lambda: NM(0, 4), "NM", "n=0 is not in 1..m=4"),
+    (plan({"z": NM(2, 4, axis=0)}), "plan", "rule 'z' matches no leaf.* a/w, b"),
+    (plan({"*": None, "a/z*": NM(2, 4, axis=0)}), "plan", "rule 'a/z*' matches no leaf"),
+    (plan({"a/w": "2:4"}), "plan", "rule 'a/w' .* a/w of shape (8, 4).* NM(2, 4, axis=0)"),
+    (plan({"*": "2:4"}), "plan", "rule '*' .* a/w of shape (8, 4).* NM(2, 4, axis=0)"),
+    (plan({"a/w": NM(2, 3, axis=0)}), "plan", "a/w of shape (8, 4) cannot be 2:3: axis 0 has size 8, not a multiple of m=3. Choose"),
+    (plan({"params/a/w": NM(2, 3, axis=0)}), "plan", "a/w of shape (8, 4) cannot be 2:3: .* Choose"),
+    (plan({"a/w": NM(2, 4, axis=2)}), "plan", "a/w of shape (8, 4) .*axis 2 is out of range for 2 axes"),
+    (plan({"m": NM(2, 4, axis=0)}, {"m": YES}), "plan", "m of shape (4,) cannot be 2:4: bool"),
+    (plan({"k": NM(2, 4, axis=0)}, {"k": V * 1j}), "plan", "k of shape (4,) cannot be 2:4: complex64"),
+    (plan({"a/w": "2-4"}), "plan", "rule 'a/w': '2-4' .* Write"),
+    (plan({"a/w": "2:4:8"}), "plan", "rule 'a/w': '2:4:8' .* Write"),
+    (plan({"a/w": "-2:4"}), "plan", "rule 'a/w': '-2:4' .* Write"),
+    (plan({"a/w": "5:4"}), "plan", "rule 'a/w': NM: n=5 is not in 1..m=4"),
+    (lambda: js.magnitude_masks(OTHER, PLAN), "magnitude_masks", "a/w .*no such leaf.* c. Pass"),
+    (lambda: js.magnitude_masks(RESHAPED, PLAN), "magnitude_masks", "a/w has shape (4, 4), .*(8, 4)"),
+    (lambda: js.masks(UNMASKED), "masks", "tuple holds no masks.* jaxsparse.rewire"),
+    (lambda: js.masks(None), "masks", "NoneType holds no masks"),
+    (lambda: js.sparse_params(PARAMS, UNMASKED), "sparse_params", "tuple .*jaxsparse.rewire"),
+    (lambda: js.sparse_params(PARAMS, PLAN), "sparse_params", "Plan .*jaxsparse.rewire"),
+    (lambda: js.sparse_params(PARAMS, PARAMS), "sparse_params", "dict .*boolean masks"),
+    (lambda: js.sparse_params(OTHER, STATE), "sparse_params", "a leaf a/w .* c. Pass"),
+    (lambda: js.sparse_params(RESHAPED, STATE), "sparse_params", "a/w has shape (4, 4), .*(8, 4). Pass"),
+    (lambda: js.participate(V, jnp.ones(3, bool)), "participate", "(3,), .*(4,). Make"),
+    (lambda: js.participate(V, jnp.ones((1, 4), bool)), "participate", "(1, 4), .*(4,)"),
+    (lambda: js.participate(V, YES, jnp.ones((2, 1))), "participate", "`decay` has shape (2, 1), .* Pass a scalar"),
+    (lambda: js.participate(V, YES, gradient="x"), "participate", "gradient='x'"),
+    (lambda: js.rewire(optax.sgd(0.1), js.plan(PARAMS, {"*": None})), "rewire", "the plan keeps every leaf dense"),
+    (lambda: js.rewire(optax.sgd(0.1), js.plan({}, {})), "rewire", "the plan keeps every leaf dense"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, every=0), "rewire", "every=0 is below 1"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, until=-1), "rewire", "until=-1 is below 0"),
+    (lambda: TX.init(OTHER), "rewire", "a/w .*no such leaf"),
+    (lambda: TX.init(RESHAPED), "rewire", "a/w has shape (4, 4), .*(8, 4)"),
+    (update(TX, params=None), "rewire", "`params` is missing.* update(grads, opt_state, params)"),
+    (update(TX, RESHAPED, RESHAPED), "rewire", "a/w has shape (4, 4), .*(8, 4)"),
+    (update(TX, RESHAPED), "rewire", "a/w has shape (4, 4), .*(8, 4)"),
+    (update(TX, OTHER), "rewire", "a/w .*no such leaf"),
+    (update(js.scale_nonparticipating(0.5)), "scale_nonparticipating", "no masks.* jaxsparse.rewire"),
+    (update(js.scale_nonparticipating(0.5), RESHAPED, masks=MASKS), "scale_nonparticipating", "a/w .*(4, 4), .*(8, 4). Pass"),
+    (update(js.sr_ste(0.1), params=None, masks=MASKS), "sr_ste", "`params` is missing"),
+    (update(js.sr_ste(0.1), params=RESHAPED, masks=MASKS), "sr_ste", "a/w has shape (8, 4) .*(4, 4).* Pass"),
+    (update(js.sr_ste(0.1), params=OTHER, masks=MASKS), "sr_ste", "(8, 4).* Pass"),
+    (update(js.decay_nonparticipating(0.1), params=None, masks=MASKS), "decay_nonparticipating", "`params` is missing"),
+    (update(js.reset_nonparticipating(1)), "reset_nonparticipating", "no masks.* jaxsparse.rewire"),
+    (update(js.fix_nonparticipating(1), params=None, masks=MASKS), "fix_nonparticipating", "`params` is missing"),
+    (lambda: js.reset_nonparticipating(0), "reset_nonparticipating", "every=0 is below 1. Pass"),
+    (lambda: js.fix_nonparticipating(-1), "fix_nonparticipating", "after=-1 is below 0. Pass"),
+    (lambda: js.recipes.rewired(optax.sgd(0.1), PLAN, reset_every=0), "reset_nonparticipating", "every=0 is below 1"),
+    (lambda: js.recipes.rewired(optax.sgd(0.1), PLAN, fix_after=-1), "fix_nonparticipating", "after=-1 is below 0"),
+    (lambda: js.compress(PARAMS, UNMASKED), "compress", "tuple .*jaxsparse.rewire"),
+    (lambda: js.compress(OTHER, STATE), "compress", "a leaf a/w .* c. Pass"),
+    (lambda: js.compress(RESHAPED, STATE), "compress", "a/w has shape (4, 4), .*(8, 4). Pass"),
+    (lambda: js.compress(PARAMS, ONE_OF_FOUR), "compress", "a/w is planned 1:4, .*2:4. Train"),
+    (lambda: js.compress(PARAMS, FULL), "compress", "a/w, of shape (8, 4), does not keep exactly 2 of every 4 .* Pass"),
+    (lambda: js.compress(PARAMS, FULL, PLAN), "compress", "a/w does not keep exactly 2 of every 4 along axis -2 of shape (8, 4). Pass"),
+    (lambda: js.compress(RESHAPED, MASKS, PLAN), "compress", "a/w has shape (4, 4), .*(8, 4)"),
+    (lambda: js.compress({"a": {"w": jnp.ones((6, 4))}}, {"a": {"w": jnp.ones((6, 4), bool)}}, PLAN), "compress", "a/w .*(6, 4), .*(8, 4)"),
+    (
+        lambda: js.compress({"w": jnp.ones((4, 4))}, CHECKERS),
+        "compress",
+        "w, of shape (4, 4), is 2:4 along each of the axes [-2, -1]. Pass",
+    ),
+    (lambda: jax.jit(js.compress)(PARAMS, MASKS), "compress", "a/w .*traced mask. Pass"),
+    (lambda: js.compress(js.compress(PARAMS, STATE), STATE), "compress", "a/w .*a/w/values"),
+    (lambda: js.sparse_matmul(jnp.ones((2, 4)), W), "sparse_matmul", "(2, 4) .*(8,) .*(8, 4). Move"),
+    (lambda: js.sparse_matmul(jnp.ones((2, 5, 8)), STACK), "sparse_matmul", "(2, 5, 8) .*(3,) .*(3, 8, 4). Move"),
+    (lambda: js.sparse_matmul(X, W, implementation="x"), "sparse_matmul", "implementation 'x'. Pass"),
+    (lambda: js.linear_decay(0), "linear_decay", "beta=0 is not above 0"),
+    (lambda: js.linear_decay(float("nan")), "linear_decay", "beta=nan"),
+    (lambda: js.linear_decay(0.1, -1), "linear_decay", "begin=-1 is below 0. Pass"),
+    (lambda: js.exponential_decay(-1), "exponential_decay", "beta=-1 is not above 0"),
+    (lambda: js.exponential_decay(0.1, 10, 10), "exponential_decay", "end=10 is not above begin=10"),
+    (lambda: js.stepwise_stages(0, 4), "stepwise_stages", "n=0 is not in 1..m=4"),
+    (lambda: js.stepwise_stages(5, 4), "stepwise_stages", "n=5 is not in 1..m=4"),
+    (lambda: js.geometric_stages(9, 8), "geometric_stages", "n=9 is not in 1..m=8"),
+    (lambda: js.geometric_stages(1, 8, 3), "geometric_stages", "k=3 is no power of two"),
+    (lambda: js.geometric_stages(1, 8, 0), "geometric_stages", "k=0 is no power of two"),
+    (density(0), "gradual_density", "final=0 is not in (0, 1]"),
+    (density(initial=1.1), "gradual_density", "initial=1.1 is not in (0, 1]"),
+    (density(begin=1, end=1), "gradual_density", "begin=1 and end=1 .* Pass"),
+    (density(begin=-1), "gradual_density", "begin=-1 and end=10 .* Pass"),
+    (density(every=3), "gradual_density", "every=3 does not divide the 10 steps"),
+    (density(every=0), "gradual_density", "every=0 does not divide the 10 steps"),
+    (flax({"z": "2:4"}), "flax.plan", "rule 'z' matches no leaf.* bias, kernel"),
+    (flax({"kernel": NM(2, 4, axis=1)}), "flax.plan", "rule 'kernel' names axis 1 for kernel of shape (8, 4), .* axis -2. Leave .*2:4"),
+    (flax({"kernel": "5:4"}), "flax.plan", "rule 'kernel': NM: n=5 is not in 1..m=4"),
+    (lambda: js.flax.intercept(UNMASKED).__enter__(), "flax.intercept", "tuple .*jaxsparse.rewire"),
+    (intercepted({"kernel": jnp.ones((4, 4)), "bias": V}), "flax.intercept", "kernel has shape (4, 4), .*(8, 4). Pass"),
+]
+TYPES = [
+    (nm(V * 1j), "nm_mask", "`scores` are complex64.* jnp.abs"),
+    (nm(YES), "nm_mask", "`scores` are bool.* Pass"),
+    (nm(PARAMS), "nm_mask", "`scores` must be an array, not a dict"),
+    (nm(None), "nm_mask", "`scores` must be an array, not a NoneType"),
+    (nm(n=2.0), "nm_mask", "`n` must be an integer, not 2.0"),
+    (nm(m="4"), "nm_mask", "`m` must be an integer, not '4'"),
+    (nm(axis=None), "nm_mask", "`axis` must be an integer, not None"),
+    (traced_n(2.0), "nm_mask", "`n` must be an integer scalar, not float32[]"),
+    (traced_n(jnp.ones(2, int)), "nm_mask", "`n` must be an integer scalar, not int32[2]"),
+    (lambda: NM(2.0, 4), "NM", "`n` must be an integer, not 2.0"),
+    (lambda: NM(2, None), "NM", "`m` must be an integer, not None"),
+    (lambda: NM(2, 4, axis="x"), "NM", "`axis` must be an integer, not 'x'"),
+    (plan({"a/w": 4}), "plan", "rule 'a/w': 4 is not a pattern. Pass"),
+    (plan({"a/w": (2, 4)}), "plan", "rule 'a/w': (2, 4) is not a pattern"),
+    (plan(["a/w"]), "plan", "`rules` must map paths to patterns"),
+    (plan(NM(2, 4)), "plan", "`rules` must map paths to patterns"),
+    (plan({3: NM(2, 4, axis=0)}), "plan", "rule 3 is not a path"),
+    (plan({"*": NM(2, 4, axis=0)}, {"w": "text"}), "plan", "w is a str, not an array. Pass"),
+    (lambda: js.magnitude_masks(PARAMS, {"a/w": "2:4"}), "magnitude_masks", "`plan` is a dict. Make"),
+    (lambda: js.sparse_params({"a": {"w": jnp.ones((8, 4), int)}, "b": V}, STATE), "sparse_params", "a/w is int32. Pass"),
+    (lambda: js.participate(V, V), "participate", "`mask` is float32, not boolean"),
+    (lambda: js.participate(jnp.ones(4, int), YES), "participate", "`w` is int32. Pass"),
+    (lambda: js.participate(PARAMS, MASKS), "participate", "`w` must be an array, not a dict"),
+    (lambda: js.participate(V, YES, "x"), "participate", "`decay` must be an array, not a str"),
+    (lambda: js.rewire(optax.sgd(0.1), "2:4"), "rewire", "`plan` is a str. Make"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, every=1.5), "rewire", "`every` must be an integer, not 1.5"),
+    (update(TX, state=UNMASKED), "rewire", "tuple is not a RewireState. Pass"),
+    (lambda: js.reset_nonparticipating(2.5), "reset_nonparticipating", "`every` must be an integer, not 2.5"),
+    (lambda: js.recipes.rewired(optax.sgd(0.1), None), "rewire", "`plan` is a NoneType. Make"),
+    (lambda: js.compress(PARAMS, MASKS, "2:4"), "compress", "`plan` is a str. Make"),
+    (lambda: js.sparse_matmul(X, PARAMS["a"]["w"]), "sparse_matmul", "not a Sparse24. Make"),
+    (lambda: js.sparse_matmul(W, W), "sparse_matmul", "`x` must be an array, not a Sparse24"),
+    (lambda: js.stepwise_stages(1.5, 4), "stepwise_stages", "`n` must be an integer, not 1.5"),
+    (lambda: js.geometric_stages(1, "8"), "geometric_stages", "`m` must be an integer, not '8'"),
+    (lambda: js.geometric_stages(1, 8, 2.0), "geometric_stages", "`k` must be an integer, not 2.0"),
+    (flax({"*": "2:4"}, model=PARAMS), "flax.plan", "`model` is a dict.* jaxsparse.plan"),
+    (flax({"*": "2:4"}, model=nn.Dense), "flax.plan", "`model` is a type"),
+    (flax({"kernel": 4}), "flax.plan", "rule 'kernel': 4 is not a pattern. Pass"),
+    (flax("2:4"), "flax.plan", "`rules` must map paths to patterns"),
+]
+TABLE = [(ValueError, *row) for row in VALUES] + [(TypeError, *row) for row in TYPES]
+
+
+@pytest.mark.parametrize(("kind", "call", "name", "says"), TABLE, ids=[f"{row[2]}-{i}" for i, row in enumerate(TABLE)])
+def test_bad_input(kind, call, name, says):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    assert caught.type is kind
+    message = str(caught.value).split("\n--------------------\n")[0]  # what jax adds under jit
+    assert message.startswith(f"{name}: ")
+    assert re.search(".*".join(map(re.escape, says.split(".*"))), message, re.DOTALL), message
+    assert message.rstrip().endswith("."), message

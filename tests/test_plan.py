@@ -1,0 +1,181 @@
+"""Rules to plans on bare pytrees. Plans learned from models are in test_flax_plan.py."""
+
+import collections
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse as js
+
+NM = js.NM(2, 4, axis=0)
+
+
+class Block(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Cell:
+    kernel: jax.Array
+
+
+def tree():
+    block = Block(jnp.zeros((8, 4)), jnp.zeros(4))
+    return {"blocks": [block, block], "cell": Cell(jnp.zeros((4, 2))), "head": (jnp.zeros((6, 4)), jnp.zeros(()))}
+
+
+def patterns(plan):
+    return {leaf.path: str(leaf.pattern) if leaf.pattern else leaf.reason for leaf in plan.leaves}
+
+
+def test_paths_run_through_dicts_lists_tuples_and_named_tuples_in_tree_order():
+    plan = js.plan(tree(), {"*": None})
+    paths = ["blocks/0/kernel", "blocks/0/bias", "blocks/1/kernel", "blocks/1/bias", "cell/kernel", "head/0", "head/1"]
+    assert [leaf.path for leaf in plan.leaves] == paths
+    assert [leaf.shape for leaf in plan.leaves] == [jnp.shape(leaf) for leaf in jax.tree.leaves(tree())]
+
+
+def test_every_leaf_says_its_pattern_or_why_it_is_dense():
+    plan = js.plan(tree(), {"blocks/0/*": NM, "head/*": NM, "cell/*": None, "blocks/1/kernel": js.NM(1, 4, axis=-1)})
+    assert patterns(plan) == {
+        "blocks/0/kernel": "2:4",
+        "blocks/0/bias": "2:4",
+        "blocks/1/kernel": "1:4",
+        "blocks/1/bias": "no rule matches",
+        "cell/kernel": "rule 'cell/*' says dense",
+        "head/0": "axis 0 has size 6, not a multiple of m=4",
+        "head/1": "axis 0 is out of range for 0 axes",
+    }
+    assert set(plan.sparse) == {"blocks/0/kernel", "blocks/0/bias", "blocks/1/kernel"}
+
+
+@pytest.mark.parametrize(("axis", "from_end"), [(0, -3), (1, -2), (2, -1), (-3, -3), (-1, -1)])
+def test_axes_count_from_the_end(axis, from_end):
+    (leaf,) = js.plan({"w": jnp.zeros((4, 8, 12))}, {"w": js.NM(2, 4, axis=axis)}).leaves
+    assert leaf.pattern == js.NM(2, 4, axis=from_end)
+
+
+def test_the_first_rule_that_matches_decides():
+    w = {"a": jnp.zeros((8, 8)), "b": jnp.zeros((8, 8))}
+    one, two = js.NM(1, 4, axis=0), js.NM(2, 8, axis=1)
+    assert patterns(js.plan(w, {"a": one, "*": two})) == {"a": "1:4", "b": "2:8"}
+    assert patterns(js.plan(w, {"*": two, "a": one})) == {"a": "2:8", "b": "2:8"}
+    assert patterns(js.plan(w, {"a": None, "*": two}))["a"] == "rule 'a' says dense"
+
+
+@pytest.mark.parametrize(
+    ("rule", "paths"),
+    [
+        ("*", {"a/b/w", "a/w", "w1", "w2"}),
+        ("*/w", {"a/b/w", "a/w"}),
+        ("a/*", {"a/b/w", "a/w"}),
+        ("w?", {"w1", "w2"}),
+        ("w[1]", {"w1"}),
+        ("w[!1]", {"w2"}),
+        ("a/w", {"a/w"}),
+        ("params/a/w", {"a/w"}),
+        ("params/*", {"a/b/w", "a/w", "w1", "w2"}),
+    ],
+)
+@pytest.mark.parametrize("prefix", [False, True])
+def test_wildcards_and_the_params_prefix(rule, paths, prefix):
+    w = jnp.zeros(4)
+    params = {"a": {"b": {"w": w}, "w": w}, "w1": w, "w2": w}
+    plan = js.plan({"params": params} if prefix else params, {rule: NM})
+    assert set(plan.sparse) == paths
+
+
+def test_a_key_with_brackets_is_matched_by_its_own_name():
+    assert set(js.plan({"w[0]": jnp.zeros(4), "w0": jnp.zeros(4)}, {"w[0]": NM}).sparse) == {"w[0]", "w0"}
+
+
+def test_a_single_array_is_a_tree():
+    plan = js.plan(jnp.zeros((4, 4)), {"*": NM})
+    assert js.magnitude_masks(jnp.ones((4, 4)), plan).sum() == 8
+
+
+def test_order_of_keys_and_kind_of_mapping_do_not_matter_to_paths():
+    params = collections.OrderedDict(z=jnp.zeros(4), a=jnp.zeros(8))
+    assert [leaf.path for leaf in js.plan(params, {"z": NM}).leaves] == ["z", "a"]
+    assert set(js.plan({"z": jnp.zeros(4)}, collections.OrderedDict(z=NM)).sparse) == {"z"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8", "uint8"])
+def test_real_dtypes_can_be_sparse(dtype):
+    assert js.plan({"w": jnp.zeros(4, dtype)}, {"w": NM}).sparse
+
+
+def test_other_dtypes_stay_dense_with_a_reason():
+    params = {"c": jnp.zeros(4, "complex64"), "k": jax.random.split(jax.random.key(0), 4), "m": jnp.zeros(4, bool)}
+    found = patterns(js.plan(params, {"*": NM}))
+    assert found["c"] == "complex64 has no order to rank by"
+    assert found["m"] == "bool has no order to rank by"
+    assert found["k"].endswith("has no order to rank by")
+
+
+def test_shapes_are_enough():
+    huge = jax.ShapeDtypeStruct((2**20, 2**20), jnp.bfloat16)
+    plan = js.plan({"w": huge}, {"w": NM})
+    assert plan == js.plan({"w": huge}, {"w": js.NM(2, 4, axis=-2)})
+    assert plan.leaves[0].shape == huge.shape and "1,099,511,627,776" in str(plan)
+    arrays = {"w": np.zeros((8, 4), "float32")}
+    assert js.plan(arrays, {"w": NM}) == js.plan(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, arrays)), {"w": NM})
+
+
+def test_a_plan_is_a_static_value():
+    plan, same, other = js.plan(tree(), {"blocks/*": NM}), js.plan(tree(), {"blocks/*": NM}), js.plan(tree(), {"cell/*": NM})
+    assert plan == same and hash(plan) == hash(same) and plan != other
+    assert jax.tree.leaves(plan) == []
+    assert jax.tree.structure(plan) == jax.tree.structure(same) != jax.tree.structure(other)
+    assert jax.jit(lambda plan: plan)(plan) == plan
+
+
+def test_equal_plans_do_not_retrace():
+    traces, w = [], jnp.arange(32.0).reshape(8, 4)
+
+    @jax.jit
+    def masks(plan, w):
+        traces.append(None)
+        return js.magnitude_masks({"w": w}, plan)
+
+    for _ in range(3):
+        masks(js.plan({"w": w}, {"w": NM}), w)
+    assert len(traces) == 1
+    masks(js.plan({"w": w}, {"w": js.NM(1, 4, axis=0)}), w)
+    assert len(traces) == 2
+
+
+def test_a_plan_travels_in_an_optimizer_state_through_jit():
+    params, traces = {"w": jnp.arange(8.0), "b": jnp.ones(3)}, []
+    tx = js.rewire(optax.sgd(0.1), js.plan(params, {"w": NM}))
+
+    @jax.jit
+    def step(params, state):
+        traces.append(None)
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    assert len(traces) == 1 and state.plan == js.plan(params, {"w": NM})
+
+
+def test_the_report_names_every_leaf_and_the_totals():
+    report = str(js.plan(tree(), {"blocks/0/*": NM, "head/*": NM}))
+    for leaf in ("blocks/0/kernel", "cell/kernel", "head/1"):
+        assert leaf in report
+    assert "8x4" in report and "scalar" in report and "axis 0 has size 6, not a multiple of m=4" in report
+    total, planned = 36 + 36 + 8 + 24 + 1, 36
+    kept = total - planned // 2
+    assert report.splitlines()[-1] == (
+        f"2 of 7 leaves are sparse, with {planned} of {total} weights; {kept} weights participate (density {kept / total:.3f})."
+    )
+    assert "0 of 0 leaves" in str(js.plan({}, {}))

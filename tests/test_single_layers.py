@@ -1,0 +1,39 @@
+"""A layer that is the whole model runs sparse and compressed, whatever axes it sums over and in whatever order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jaxsparse as js
+
+X = jax.random.normal(jax.random.key(1), (2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Dense(4),
+        nn.DenseGeneral((2, 3)),
+        nn.DenseGeneral(4, axis=(1, 2)),
+        nn.DenseGeneral(4, axis=(-1, 1)),  # Flax sorts the axes, which have the same size
+        nn.Conv(4, (3,)),
+        nn.Einsum((4, 8), "bti,ji->btj"),
+        nn.MultiHeadDotProductAttention(num_heads=2),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_masked_and_compressed_forward_agree_with_sparse_params(model):
+    plan = js.flax.plan(model, {"*": "2:4"}, X)
+    params = model.init(jax.random.key(0), X)
+    masks = js.magnitude_masks(params, plan)
+    expected = model.apply(js.sparse_params(params, masks), X)
+    assert not np.allclose(expected, model.apply(params, X), atol=1e-3)
+    with js.flax.intercept(masks):
+        np.testing.assert_allclose(model.apply(params, X), expected, rtol=1e-5, atol=1e-5)
+    packed = js.compress(params, masks, plan)
+    with js.flax.intercept():
+        np.testing.assert_allclose(model.apply(packed, X), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(jax.jit(model.apply)(packed, X), expected, rtol=1e-5, atol=1e-5)
+    assert jnp.isfinite(expected).all()
