@@ -182,7 +182,7 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
             return _run_layer(next_fun, args, kwargs, context)
         inside = True
         try:
-            return _with_params(context, _outermost(masks, gradient, context.module.path), args, kwargs)
+            return _with_params(context, _outermost(masks, gradient, context.module), args, kwargs)
         finally:
             inside = False
 
@@ -202,14 +202,18 @@ def _with_params(context, change, args, kwargs):
     return nn.map_variables(_call_intercepted, "params", trans_in_fn=changed)(context.module, *args, **kwargs)
 
 
-def _outermost(masks, gradient, module_path):
-    prefix = "".join(f"{name}/" for name in module_path)
+def _outermost(masks, gradient, module):
+    prefix = "".join(f"{name}/" for name in module.path)
+
+    def settle(path, leaf):
+        # a layer of flax.linen keeps its weight as "kernel" and is met again in _run_layer; others could read theirs in `setup`
+        layer = len(path) > 1 or isinstance(module, (nn.Dense, nn.DenseGeneral))
+        return leaf if layer and getattr(path[-1], "key", None) == "kernel" else decompress(leaf)
 
     def change(params):
         if masks is not None:
             params = apply_masks(params, masks, "flax.intercept", prefix=prefix, gradient=gradient)
-        # a layer of flax.linen keeps its weight as "kernel" and is met again in _run_layer; others could read theirs in `setup`
-        return jax.tree.map_with_path(lambda path, leaf: leaf if path[-1].key == "kernel" else decompress(leaf), params, is_leaf=_is_packed)
+        return jax.tree.map_with_path(settle, params, is_leaf=_is_packed)
 
     return change
 

@@ -94,9 +94,14 @@ class Plan:
 
 
 def leaf_paths(tree) -> list[str]:
-    """The path of every leaf, in tree order, without a leading `params/`."""
-    paths = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree))
-    return [path.removeprefix("params/") for path in paths]
+    """The path of every leaf, in tree order, without a leading `params/`; a box around it, as Flax makes, adds nothing."""
+    return [_keys(path).removeprefix("params/") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def _keys(path):
+    while path and path[-1] == jax.tree_util.GetAttrKey("value"):  # nnx.Variable, nn.Partitioned
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def plan(params, rules: Mapping[str, Pattern | str | None]) -> Plan:

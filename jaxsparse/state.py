@@ -70,7 +70,7 @@ def masks(opt_state):
         )
     merged = found[0].masks
     for state in found[1:]:
-        merged = jax.tree.map(_first, merged, state.masks, is_leaf=_is_hole)
+        merged = _fill_holes(merged, state.masks)
     return merged
 
 
@@ -87,9 +87,14 @@ def merged_masks(source, call: str):
     return source
 
 
-def _is_hole(node):
-    return isinstance(node, optax.MaskedNode)
-
-
-def _first(a, b):
-    return b if _is_hole(a) else a
+def _fill_holes(a, b):
+    """`a` with what `b` has where `a` has an `optax.MaskedNode`, which can stand for a leaf or for a whole subtree."""
+    if isinstance(b, optax.MaskedNode):
+        return a
+    if isinstance(a, optax.MaskedNode):
+        return b
+    children, treedef = jax.tree.flatten(a, is_leaf=lambda node: node is not a)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return a
+    others = jax.tree.leaves(b, is_leaf=lambda node: node is not b)
+    return jax.tree.unflatten(treedef, map(_fill_holes, children, others))

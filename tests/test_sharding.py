@@ -1,0 +1,65 @@
+"""Masks on two devices: the same as on one, and without communication where groups are whole on each device."""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import jaxsparse as js
+
+assert jax.device_count() == 2
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+def check(shape, pattern, spec, quiet, axis_type=AxisType.Auto):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
+    params = {"b": jnp.zeros(shape[1]), "w": jax.random.normal(jax.random.key(0), shape)}
+    plan = js.plan(params, {"w": pattern})
+    spec = NamedSharding(mesh, spec)
+    split = {"b": params["b"], "w": jax.device_put(params["w"], spec)}
+    masks = jax.jit(lambda params: js.magnitude_masks(params, plan))
+    text = masks.lower(split).compile().as_text()
+    assert any(word in text for word in COLLECTIVES) != quiet, (shape, pattern, spec)
+    found = masks(split)["w"]
+    np.testing.assert_array_equal(found, masks(params)["w"])
+    if quiet:
+        assert found.sharding.is_equivalent_to(spec, 2), found.sharding
+
+    tx = js.recipes.rewired(optax.adamw(0.1), plan, reset_every=2)
+    step = jax.jit(lambda params, state: tx.update(jax.tree.map(jnp.sin, params), state, params))
+    state, state_split = tx.init(params), jax.jit(tx.init)(split)
+    for _ in range(3):
+        updates, state = step(params, state)
+        params = optax.apply_updates(params, updates)
+        updates, state_split = step(split, state_split)
+        split = optax.apply_updates(split, updates)
+    np.testing.assert_array_equal(js.masks(state)["w"], js.masks(state_split)["w"])
+    np.testing.assert_allclose(params["w"], split["w"], rtol=1e-6)
+
+    if pattern.m == 4:
+        packed, packed_split = js.compress(params, state), js.compress(split, state_split)
+        np.testing.assert_array_equal(packed["w"].metadata, packed_split["w"].metadata)
+        x = jax.random.normal(jax.random.key(1), (3, shape[pattern.axis]))
+        y, y_split = jax.jit(js.sparse_matmul)(x, packed["w"]), jax.jit(js.sparse_matmul)(x, packed_split["w"])
+        np.testing.assert_allclose(y, y_split, rtol=1e-5, atol=1e-5)
+
+rows, columns = PartitionSpec("x", None), PartitionSpec(None, "x")
+check((16, 8), js.NM(2, 4, axis=0), columns, True)
+check((16, 8), js.NM(2, 4, axis=0), rows, True)
+check((8, 16), js.NM(2, 4, axis=1), columns, True)
+check((16, 8), js.NM(2, 4, axis=0), columns, True, AxisType.Explicit)
+check((16, 8), js.NM(2, 4, axis=0), rows, True, AxisType.Explicit)
+check((64, 4), js.NM(1, 16, axis=0), columns, True)
+check((64, 4), js.NM(1, 16, axis=0), rows, True)
+check((12, 8), js.NM(2, 4, axis=0), rows, False)  # the boundary of the devices cuts a group
+print("done")
+"""
+
+
+def test_masks_of_sharded_weights():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.endswith("done\n")
