@@ -103,6 +103,14 @@ def test_denormals_rank_above_zero(m):
         assert np.flatnonzero(js.nm_mask(scores, 1, m, axis=0)).tolist() == [m - 1], dtype
 
 
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "float8_e4m3fnuz", "float4_e2m1fn", "int4"])
+def test_the_other_narrow_dtypes_rank_as_their_values(dtype):
+    scores = np.array([1, -1, 2, 3, -2, 1, 0, 1], "float32")
+    np.testing.assert_array_equal(
+        js.nm_mask(jnp.asarray(scores.astype(jnp.dtype(dtype))), 2, 4, axis=0), reference.nm_mask(scores, 2, 4, 0)
+    )
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)])
 def test_no_scores_have_no_mask(shape):
     for axis in range(len(shape)):
