@@ -1,15 +1,15 @@
 """Scores to masks. A mask is boolean; True marks a weight that participates."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse.groups import mask_groups
 from jaxsparse.patterns import Pattern, array, group_axis, integer
 from jaxsparse.plan import Plan, match
+from jaxsparse.ranking import magnitude_keys, order_keys
 
-__all__ = ["magnitude_masks", "nm_mask", "pattern_mask"]
+__all__ = ["magnitude_mask", "magnitude_masks", "nm_mask"]
 
 
 def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
@@ -44,12 +44,16 @@ def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3; Zhou et al., Learning N:M
       Fine-grained Structured Sparse Neural Networks From Scratch.
     """
-    scores = lax.stop_gradient(array(scores, "nm_mask: `scores`"))
-    n, m, axis = _check_nm(scores, n, m, axis)
+    scores = array(scores, "nm_mask: `scores`")
+    return _nm_mask(scores, order_keys, *_check_nm(scores, n, m, axis))
+
+
+def _nm_mask(values, keys_of, n, m, axis):
+    values = lax.stop_gradient(values)
     if isinstance(n, int) and n == m:
-        return jnp.ones(scores.shape, bool)
-    groups = scores.reshape(*scores.shape[:axis], scores.shape[axis] // m, m, *scores.shape[axis + 1 :])
-    return _mask_groups(_order_keys(groups), n, m, axis + 1).reshape(scores.shape)
+        return jnp.ones(values.shape, bool)
+    groups = values.reshape(*values.shape[:axis], values.shape[axis] // m, m, *values.shape[axis + 1 :])
+    return mask_groups(groups, keys_of, n, m, axis + 1).reshape(values.shape)
 
 
 def _check_nm(scores, n, m, axis):
@@ -75,76 +79,9 @@ def _check_nm(scores, n, m, axis):
     return n, m, axis % len(shape)
 
 
-def _order_keys(scores):
-    """Integers that order as the scores do: -0 equals 0, NaN is above infinity."""
-    if jnp.issubdtype(scores.dtype, jnp.integer):
-        if jnp.issubdtype(scores.dtype, jnp.signedinteger):
-            return scores
-        signed = jnp.dtype(f"int{8 * scores.dtype.itemsize}")
-        return lax.bitcast_convert_type(scores, signed) ^ jnp.iinfo(signed).min
-    if scores.dtype.itemsize == 1:  # the 8-bit floats differ in their bits for NaN and zero: let float16 settle it
-        scores = scores.astype(jnp.float16)
-    bits = lax.bitcast_convert_type(scores, jnp.dtype(f"int{8 * scores.dtype.itemsize}"))
-    highest, lowest = jnp.iinfo(bits.dtype).max, jnp.iinfo(bits.dtype).min
-    keys = jnp.where(bits < 0, lowest - bits, bits)  # sign and magnitude to two's complement
-    return jnp.where(jnp.isnan(scores), highest, keys)
-
-
-_WORD = 8  # up to here all pairs of a group are compared; above, the best is taken n times
-
-
-def _mask_groups(keys, n, m, axis):
-    position = lax.broadcasted_iota(jnp.int32, keys.shape, axis)
-    if m <= _WORD:
-        word = _once(functools.partial(_words, m=m, axis=axis), keys, n)
-        return (jnp.expand_dims(word, axis) >> position.astype(jnp.uint8)) & 1 == 1
-    return lax.fori_loop(0, n, functools.partial(_take_best, keys, position, m, axis), jnp.zeros(keys.shape, bool))
-
-
-def _words(keys, n, *, m, axis):
-    """One byte a group, bit i set where member i is among the n highest."""
-    members = [lax.index_in_dim(keys, i, axis, keepdims=False) for i in range(m)]
-    beaten_by = [jnp.zeros(members[0].shape, jnp.uint8) for _ in members]
-    for j in range(m):
-        for i in range(j):
-            lower_wins = (members[i] >= members[j]).astype(jnp.uint8)
-            beaten_by[j] += lower_wins
-            beaten_by[i] += 1 - lower_wins
-    return sum((rank < n).astype(jnp.uint8) << i for i, rank in enumerate(beaten_by))
-
-
-def _take_best(keys, position, m, axis, _, taken):
-    """Adds the best of those not taken yet to each group; taken ones compete as the lowest key at a place behind all others."""
-    lowest = jnp.iinfo(keys.dtype).min
-
-    def better(a, b):
-        (key_a, place_a), (key_b, place_b) = a, b
-        first = (key_a > key_b) | ((key_a == key_b) & (place_a < place_b))
-        return jnp.where(first, key_a, key_b), jnp.where(first, place_a, place_b)
-
-    operands = jnp.where(taken, lowest, keys), jnp.where(taken, m, position)
-    _, best = lax.reduce(operands, (jnp.array(lowest, keys.dtype), jnp.int32(m)), better, (axis,))
-    return taken | (position == jnp.expand_dims(best, axis))
-
-
-def _once(f, keys, n):
-    """Calls f so that its result is computed once per group.
-
-    XLA:CPU fuses a per-group result into the expansion that reads it and computes it again for each member; a
-    conditional on an opaque constant stops that. Elsewhere the fusion is what one wants.
-    """
-
-    def materialised(keys, n):
-        result = jax.eval_shape(f, keys, n)
-        opaque = lax.optimization_barrier(jnp.bool_(True))
-        return lax.cond(opaque, f, lambda *_: jnp.zeros(result.shape, result.dtype), keys, n)
-
-    return lax.platform_dependent(keys, n, cpu=materialised, default=f)
-
-
-def pattern_mask(scores, pattern: Pattern) -> jax.Array:
-    """The mask of one array under a pattern that names its axis."""
-    return nm_mask(scores, pattern.n, pattern.m, axis=group_axis(pattern, scores.ndim))
+def magnitude_mask(weights, pattern: Pattern) -> jax.Array:
+    """The mask of one array by magnitude, under a pattern that names its axis."""
+    return _nm_mask(weights, magnitude_keys, pattern.n, pattern.m, group_axis(pattern, weights.ndim))
 
 
 def magnitude_masks(params, plan: Plan):
@@ -174,7 +111,7 @@ def magnitude_masks(params, plan: Plan):
     """
 
     def mask(leaf, weight):
-        return jnp.asarray(True) if leaf is None else pattern_mask(jnp.abs(weight), leaf.pattern)
+        return jnp.asarray(True) if leaf is None else magnitude_mask(weight, leaf.pattern)
 
     leaves, treedef = jax.tree.flatten(params)
     return jax.tree.unflatten(treedef, map(mask, match(plan, params, "magnitude_masks"), leaves))

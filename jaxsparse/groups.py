@@ -1,0 +1,120 @@
+"""The N:M mask of groups that stand along an axis of their own: which algorithm, and each of them.
+
+All give the same mask: the n highest keys of each group, equal ones by the lower place. They differ in speed.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse.ranking import once
+
+__all__ = ["algorithm", "mask_groups"]
+
+
+def algorithm(n, m: int):
+    """The fastest for n of m, as measured by benchmarks/masks.py on XLA:CPU; each is natural XLA on a GPU or TPU."""
+    if m <= 8:
+        return _compare_all
+    if isinstance(n, int) and n <= 2:
+        return _best if n == 1 else _insert
+    return _compare_all if m <= 16 else _bisect
+
+
+def mask_groups(groups, keys_of, n, m: int, axis: int):
+    """The mask of `groups`, whose `axis` has size m, ranked by the integers `keys_of(groups)`."""
+    return algorithm(n, m)(groups, keys_of, n, m, axis)
+
+
+def _compare_all(groups, keys_of, n, m, axis):
+    """Compares every pair of a group; a word for each group, whose bits are then spread out."""
+    word = jnp.uint8 if m <= 8 else jnp.uint16
+
+    def words(groups, n):
+        members = _members(keys_of, groups, m, axis)
+        rank = [jnp.full(members[0].shape, m - 1 - i, members[0].dtype) for i in range(m)]
+        for j in range(m):
+            for i in range(j):
+                lower_wins = (members[i] >= members[j]).astype(rank[0].dtype)
+                rank[j] += lower_wins
+                rank[i] -= lower_wins
+        return sum((r < n).astype(word) << i for i, r in enumerate(rank))
+
+    place = lax.broadcasted_iota(word, groups.shape, axis)
+    return jnp.expand_dims(once(words, groups, n), axis) >> place & 1 == 1
+
+
+def _best(groups, keys_of, n, m, axis):
+    """The place of the highest key, found in runs of 16 and then among their bests."""
+    run = 16 if m % 16 == 0 else m
+
+    def places(groups):
+        split = groups.reshape(*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
+        place = run * lax.broadcasted_iota(jnp.int32, split.shape, axis) + lax.broadcasted_iota(jnp.int32, split.shape, axis + 1)
+        best = _first_highest(keys_of(split).astype(jnp.int32), place, axis + 1)
+        return (best if m == run else _first_highest(*lax.optimization_barrier(best), axis))[1]
+
+    place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
+    return place == once(lambda groups: places(groups).reshape(*groups.shape[:axis], 1, *groups.shape[axis + 1 :]), groups)
+
+
+def _first_highest(keys, places, axis):
+    def better(a, b):
+        (key_a, place_a), (key_b, place_b) = a, b
+        first = (key_a > key_b) | ((key_a == key_b) & (place_a < place_b))
+        return jnp.where(first, key_a, key_b), jnp.where(first, place_a, place_b)
+
+    return lax.reduce((keys, places), (jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max), better, (axis,))
+
+
+def _insert(groups, keys_of, n, m, axis):
+    """Goes through the members once and keeps the n best so far in order."""
+
+    def places(groups):
+        members = _members(keys_of, groups, m, axis)
+        keys, found = members[:1], [jnp.zeros(members[0].shape, members[0].dtype)]
+        for i, key in enumerate(members[1:], 1):
+            place, wins = jnp.full(key.shape, i, key.dtype), False
+            for j in range(min(n, len(keys))):
+                wins |= key > keys[j]  # and from there on each moves one down
+                keys[j], key = jnp.where(wins, key, keys[j]), jnp.where(wins, keys[j], key)
+                found[j], place = jnp.where(wins, place, found[j]), jnp.where(wins, found[j], place)
+            if len(keys) < n:
+                keys.append(key)
+                found.append(place)
+        return jnp.stack(found).astype(jnp.uint8)
+
+    best = jnp.expand_dims(once(places, groups), axis + 1)
+    place = lax.broadcasted_iota(jnp.uint8, groups.shape, axis)
+    return functools.reduce(jnp.logical_or, (place == best[i] for i in range(n)))
+
+
+def _bisect(groups, keys_of, n, m, axis):
+    """Finds the n-th highest key of each group bit by bit, then the place up to which its equals stay."""
+    keys = keys_of(groups)
+    lowest, bits = jnp.iinfo(keys.dtype).min, jnp.iinfo(keys.dtype).bits
+    keys = keys.astype(jnp.promote_types(keys.dtype, jnp.int32))
+
+    def count(members):
+        return members.sum(axis, dtype=jnp.int32, keepdims=True)
+
+    def raise_key(i, key):
+        higher = key + (jnp.ones((), keys.dtype) << (bits - 1 - i))
+        return jnp.where(count(keys >= higher) >= n, higher, key)
+
+    some = (*keys.shape[:axis], 1, *keys.shape[axis + 1 :])
+    key = lax.fori_loop(0, bits, raise_key, jnp.full(some, lowest, keys.dtype))
+    equal, place = keys == key, lax.broadcasted_iota(jnp.int32, keys.shape, axis)
+    room = n - count(keys > key)
+
+    def raise_place(i, last):
+        later = last + (1 << (m.bit_length() - 1 - i))
+        return jnp.where(count(equal & (place < later)) < room, later, last)
+
+    last = lax.fori_loop(0, m.bit_length(), raise_place, jnp.zeros(some, jnp.int32))
+    return (keys > key) | (equal & (place <= last) & (room > 0))
+
+
+def _members(keys_of, groups, m, axis):
+    return [keys_of(lax.index_in_dim(groups, i, axis, keepdims=False)) for i in range(m)]

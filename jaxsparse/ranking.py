@@ -1,0 +1,59 @@
+"""Scores to integers that order as they do, and how a result is computed once where XLA would compute it again."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+__all__ = ["magnitude_keys", "once", "order_keys"]
+
+
+def order_keys(scores):
+    """Signed integers that order as the scores do: -0 equals 0, every NaN is the same and above infinity."""
+    if jnp.issubdtype(scores.dtype, jnp.signedinteger):
+        return scores
+    if jnp.issubdtype(scores.dtype, jnp.integer):
+        signed = jnp.dtype(f"int{8 * scores.dtype.itemsize}")
+        return lax.bitcast_convert_type(scores, signed) ^ jnp.iinfo(signed).min
+    bits = _bits(scores)
+    highest, lowest = jnp.iinfo(bits.dtype).max, jnp.iinfo(bits.dtype).min
+    keys = jnp.where(bits < 0, lowest - bits, bits)  # sign and magnitude to two's complement
+    return jnp.where(bits & highest > _infinity(bits.dtype, scores.dtype), highest, keys)
+
+
+def magnitude_keys(weights):
+    """Signed integers, 0 or more for floats, that order as the magnitudes of the weights do."""
+    if jnp.issubdtype(weights.dtype, jnp.unsignedinteger):
+        return order_keys(weights)
+    if jnp.issubdtype(weights.dtype, jnp.integer):
+        return ~jnp.where(weights < 0, weights, -weights)  # |w| - 1, which the lowest integer has too
+    bits = _bits(weights)
+    return jnp.minimum(bits & jnp.iinfo(bits.dtype).max, _infinity(bits.dtype, weights.dtype) + 1)
+
+
+def _bits(x):
+    if x.dtype.itemsize == 1:  # the 8-bit floats differ in their bits for NaN and zero: float16 holds them all
+        x = x.astype(jnp.float16)
+    return lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+
+
+def _infinity(integer, dtype):
+    exponent = {jnp.dtype(jnp.bfloat16): 0x7F80}.get(
+        jnp.dtype(dtype), {16: 0x7C00, 32: 0x7F800000, 64: 0x7FF << 52}[jnp.iinfo(integer).bits]
+    )
+    return jnp.array(exponent, integer)
+
+
+def once(f, *operands):
+    """`f(*operands)`, computed once per element of the result.
+
+    XLA:CPU fuses a per-group result into the expansion that reads it and computes it again for each member, m times the
+    work; a conditional on an opaque constant stops that. Elsewhere the fusion is what one wants.
+    """
+
+    def materialised(*operands):
+        def zeros(*_):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *operands))
+
+        return lax.cond(lax.optimization_barrier(jnp.bool_(True)), f, zeros, *operands)
+
+    return lax.platform_dependent(*operands, cpu=materialised, default=f)
