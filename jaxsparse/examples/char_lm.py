@@ -83,7 +83,7 @@ def trainer(model, tx, sparse):
 
 def train(steps, runs, batches):
     """Trains the runs in turns, step by step; returns their bits per character and their seconds, `[steps]` each."""
-    curves = {name: ([], []) for name in runs}
+    curves: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     with tqdm.tqdm(batches, total=steps, unit="step", mininterval=1) as bar:
         for tokens in bar:
             for name, (step, state) in runs.items():
@@ -122,7 +122,7 @@ def evaluate(model, models, validation):
     found = {
         name: np.average([score(params, part) for part in parts], weights=[len(part) for part in parts]) for name, params in models.items()
     }
-    seconds = {name: [] for name in models}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(15):
         for name, params in models.items():
             start = time.perf_counter()

@@ -1,0 +1,36 @@
+"""Every algorithm for N:M groups gives the mask of the plain reference, for any n and m."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from jaxsparse import groups, ranking
+
+ALGORITHMS = {"compare_all": 16, "best": 128, "insert": 128, "bisect": 128}  # the longest group that each is for
+SIZES = [(1, 3), (1, 16), (2, 3), (2, 16), (3, 7), (15, 16), (1, 48), (2, 32), (20, 32), (1, 128), (127, 128)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithms_agree(name, dtype):
+    rng = np.random.default_rng(0)
+    for n, m in SIZES:
+        if m > ALGORITHMS[name] or (name == "best" and n > 1) or (name == "insert" and n > 2):
+            continue
+        scores = jnp.asarray(rng.integers(-3, 4, (2, m, 3)), dtype)
+        f = functools.partial(getattr(groups, f"_{name}"), keys_of=ranking.order_keys, n=n, m=m, axis=1)
+        mask = np.asarray(jax.jit(f)(scores))
+        np.testing.assert_array_equal(mask, reference.nm_mask(scores, n, m, axis=1), f"{n}:{m}")
+
+
+def test_magnitude_keys_order_as_magnitudes_do():
+    for dtype in ("float32", "float16", "int8", "int32", "uint8"):
+        info = jnp.iinfo(dtype) if "int" in dtype else jnp.finfo(dtype)
+        values = np.array([info.min, info.max, 0, 1, 1, 5] + ([] if "int" in dtype else [-0.0, -1, np.inf, -np.inf]), dtype)
+        keys = np.asarray(ranking.magnitude_keys(jnp.asarray(values))).astype(np.int64)
+        sizes = np.abs(values.astype(np.float64))
+        np.testing.assert_array_equal(keys[:, None] < keys, sizes[:, None] < sizes)
