@@ -157,13 +157,19 @@ def test_boxed_parameters():
     assert planned(dense, X) == {"kernel": (-2, 1, ())}
 
 
-def test_planning_allocates_nothing():
-    features = 2**18
+def test_planning_runs_nothing_on_the_device():
+    features, compiled = 2**18, []
+    js.flax.plan(nn.Dense(4), {"kernel": "2:4"}, X)  # makes the key
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
     begin = time.perf_counter()
     plan = js.flax.plan(nn.Dense(400_000), {"kernel": "2:4"}, spec(1, features))
     took = time.perf_counter() - begin
     assert plan.sparse["kernel"].shape == (features, 400_000) and "104,857," in str(plan)
-    assert took < 2, took  # the arithmetic alone would take minutes, and the weights 419 GB
+    assert compiled == [] and took < 2, took  # 419 GB of weights
+    jax.jit(jnp.tan)(0.5)
+    assert compiled
 
 
 def test_planning_twice_gives_an_equal_plan_and_leaves_no_trace_in_the_model():
