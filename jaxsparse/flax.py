@@ -10,7 +10,7 @@ from flax.linen import dtypes
 
 from jaxsparse.compress import Sparse24, decompress
 from jaxsparse.contractions import Use, uses
-from jaxsparse.forward import apply_masks
+from jaxsparse.forward import apply_masks, check_gradient
 from jaxsparse.matmul import sparse_matmul
 from jaxsparse.patterns import Pattern, why_not
 from jaxsparse.plan import Leaf, Plan, apply_rules, leaf_paths
@@ -172,6 +172,7 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
       Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
     """
     masks = None if opt_state is None else merged_masks(opt_state, "flax.intercept")
+    check_gradient(gradient, "flax.intercept")
     inside = False
 
     def interceptor(next_fun, args, kwargs, context):

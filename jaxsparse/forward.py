@@ -7,7 +7,7 @@ from jaxsparse.patterns import array
 from jaxsparse.plan import leaf_paths
 from jaxsparse.state import merged_masks
 
-__all__ = ["apply_masks", "masks_by_path", "participate", "sparse_params"]
+__all__ = ["apply_masks", "check_gradient", "masks_by_path", "participate", "sparse_params"]
 
 
 def participate(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Array:
@@ -44,8 +44,7 @@ def participate(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Array:
       Progressive Gradient Flow, section 3, for the decay factor and the masked one.
     """
     w, mask = array(w, "participate: `w`"), array(mask, "participate: `mask`")
-    if gradient not in ("dense", "masked"):
-        raise ValueError(f'participate: gradient={gradient!r} is neither "dense" (straight-through) nor "masked" (chain rule).')
+    check_gradient(gradient, "participate")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"participate: `w` is {w.dtype}. Pass floating-point weights.")
     if mask.dtype != bool:
@@ -55,6 +54,13 @@ def participate(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Array:
     if not isinstance(decay, (int, float)) and array(decay, "participate: `decay`").shape:
         raise ValueError(f"participate: `decay` has shape {jnp.shape(decay)}, but it is one factor for all weights. Pass a scalar.")
     return (_straight_through if gradient == "dense" else _effective)(w, mask, decay)
+
+
+def check_gradient(gradient: str, call: str):
+    if gradient not in ("dense", "masked"):
+        raise ValueError(
+            f'{call}: gradient={gradient!r} is neither "dense" (straight-through) nor "masked" (chain rule). Pass one of them.'
+        )
 
 
 def _effective(w, mask, decay):
@@ -131,6 +137,7 @@ def sparse_params(params, opt_state, *, gradient: str = "dense"):
 
 def apply_masks(params, masks, call: str, *, prefix: str = "", gradient: str = "dense"):
     """`params`, or their subtree under the path `prefix`, with every sparse leaf masked."""
+    check_gradient(gradient, call)
     leaves, treedef = jax.tree.flatten(params)
     found = masks_by_path(masks, params, call, prefix=prefix)
     for path, w, mask in zip(leaf_paths(params), leaves, found, strict=True):

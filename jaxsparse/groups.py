@@ -52,20 +52,20 @@ def _best(groups, keys_of, n, m, axis):
     def places(groups):
         split = groups.reshape(*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
         place = run * lax.broadcasted_iota(jnp.int32, split.shape, axis) + lax.broadcasted_iota(jnp.int32, split.shape, axis + 1)
-        best = _first_highest(keys_of(split).astype(jnp.int32), place, axis + 1)
-        return (best if m == run else _first_highest(*lax.optimization_barrier(best), axis))[1]
+        best = _first_highest((keys_of(split).astype(jnp.int32), place), axis + 1)
+        return (best if m == run else _first_highest(lax.optimization_barrier(best), axis))[1]
 
     place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
     return place == once(lambda groups: places(groups).reshape(*groups.shape[:axis], 1, *groups.shape[axis + 1 :]), groups)
 
 
-def _first_highest(keys, places, axis):
+def _first_highest(keys_and_places, axis):
     def better(a, b):
         (key_a, place_a), (key_b, place_b) = a, b
         first = (key_a > key_b) | ((key_a == key_b) & (place_a < place_b))
         return jnp.where(first, key_a, key_b), jnp.where(first, place_a, place_b)
 
-    return lax.reduce((keys, places), (jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max), better, (axis,))
+    return lax.reduce(keys_and_places, (jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max), better, (axis,))
 
 
 def _insert(groups, keys_of, n, m, axis):
