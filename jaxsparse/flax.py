@@ -178,6 +178,10 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
         nonlocal inside
         if context.module.is_initializing():
             return next_fun(*args, **kwargs)
+        if context.method_name == "setup":  # runs again where the parameters are changed; compressed ones cannot be read before
+            return None if any(map(_is_packed, _own_params(context.module).values())) else next_fun()
+        if not hasattr(type(context.module), context.method_name):  # what a lifted transformation wraps around a method
+            return next_fun(*args, **kwargs)
         if inside:
             return _run_layer(next_fun, args, kwargs, context)
         inside = True
@@ -218,6 +222,10 @@ def _outermost(masks, gradient, module):
     return change
 
 
+def _own_params(module):
+    return module.variables.get("params", {})
+
+
 def _is_packed(leaf):
     return isinstance(leaf, Sparse24)
 
@@ -225,7 +233,7 @@ def _is_packed(leaf):
 def _run_layer(next_fun, args, kwargs, context):
     """Calls a module inside the outermost one: its own compressed kernel runs compressed if it can, else is decompressed."""
     module = context.module
-    own = module.variables.get("params", {})
+    own = _own_params(module)
     if not any(map(_is_packed, own.values())):
         return next_fun(*args, **kwargs)
     if isinstance(module, (nn.Dense, nn.DenseGeneral)) and context.method_name == "__call__" and len(args) == 1:
