@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 from flax import linen as nn
@@ -252,7 +252,7 @@ def _contracted_axes(module, x, kernel: Sparse24):
     if module.dot_general is not None or module.dot_general_cls is not None or getattr(module, "batch_dims", None):
         return None
     axis = getattr(module, "axis", -1)
-    axes = tuple(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+    axes = tuple(sorted(a % x.ndim for a in (axis if isinstance(axis, Iterable) else (axis,))))  # as DenseGeneral does
     sizes = tuple(x.shape[a] for a in axes)
     fits = kernel.contracting == sizes and not kernel.output_first and kernel.values.ndim == 2
     return axes if fits else None
