@@ -99,7 +99,10 @@ def test_dtypes_promote_as_in_a_dense_product(x_dtype, w_dtype):
 def test_sixteen_bit_sums_are_taken_in_float32():
     values = jnp.full((1, 512), 1.0, jnp.bfloat16).at[0, 0].set(256)  # in bfloat16, 256 + 1 is 256
     w = js.Sparse24(values, jnp.full((1, 64), 0x4444, jnp.uint16), (1024,), (1,))
-    assert js.sparse_matmul(jnp.ones((1, 1024), jnp.bfloat16), w)[0, 0] == 768  # 767 to the nearest of 8 bits
+    x = jnp.ones((1, 1024), jnp.bfloat16)
+    assert js.sparse_matmul(x, w)[0, 0] == 768  # 767 to the nearest of 8 bits
+    (product,) = [line for line in jax.jit(js.sparse_matmul).lower(x, w).as_text().splitlines() if "dot_general" in line]
+    assert product.endswith("-> tensor<1x1xf32>")  # not left to the backend
 
 
 @pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGHEST, (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)])
