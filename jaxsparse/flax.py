@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 from flax import linen as nn
+from flax import serialization
 from flax.linen import dtypes
 
 from jaxsparse.compress import Sparse24, decompress
@@ -17,6 +18,14 @@ from jaxsparse.plan import Leaf, Plan, apply_rules, leaf_paths
 from jaxsparse.state import merged_masks
 
 __all__ = ["intercept", "plan"]
+
+# flax.serialization knows pytrees only where they are registered with it
+serialization.register_serialization_state(Plan, lambda plan: {}, lambda plan, state: plan)
+serialization.register_serialization_state(
+    Sparse24,
+    lambda packed: {"values": packed.values, "metadata": packed.metadata},
+    lambda packed, state: dataclasses.replace(packed, **state),
+)
 
 
 def plan(model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args, **init_kwargs) -> Plan:
@@ -179,6 +188,10 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
         nonlocal inside
         if context.module.is_initializing() or context.method_name == "_call_intercepted":  # the wrapper of _with_params
             return next_fun(*args, **kwargs)
+        if context.method_name == "setup":  # runs again where the parameters are changed; compressed ones cannot be read before
+            return None if any(map(_is_packed, _own_params(context.module).values())) else next_fun()
+        if not hasattr(type(context.module), context.method_name):  # what a lifted transformation wraps around a method
+            return next_fun(*args, **kwargs)
         if inside:
             return _run_layer(next_fun, args, kwargs, context)
         inside = True
@@ -219,6 +232,10 @@ def _outermost(masks, gradient, module):
     return change
 
 
+def _own_params(module):
+    return module.variables.get("params", {})
+
+
 def _is_packed(leaf):
     return isinstance(leaf, Sparse24)
 
@@ -226,10 +243,11 @@ def _is_packed(leaf):
 def _run_layer(next_fun, args, kwargs, context):
     """Calls a module inside the outermost one: its own compressed kernel runs compressed if it can, else is decompressed."""
     module = context.module
-    own = module.variables.get("params", {})
+    own = _own_params(module)
     if not any(map(_is_packed, own.values())):
         return next_fun(*args, **kwargs)
-    if isinstance(module, (nn.Dense, nn.DenseGeneral)) and context.method_name == "__call__" and len(args) == 1:
+    plain = type(module) in (nn.Dense, nn.DenseGeneral)  # a subclass may do more than they
+    if plain and _is_packed(own.get("kernel")) and context.method_name == "__call__" and len(args) == 1:
         axes = _contracted_axes(module, args[0], own["kernel"])
         if axes is not None:
             return _dense(module, args[0], own, axes)
@@ -245,7 +263,7 @@ def _contracted_axes(module, x, kernel: Sparse24):
     if module.dot_general is not None or module.dot_general_cls is not None or getattr(module, "batch_dims", None):
         return None
     axis = getattr(module, "axis", -1)
-    axes = tuple(sorted(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))))  # sorted as Flax does
+    axes = tuple(sorted(a % x.ndim for a in (axis if isinstance(axis, Iterable) else (axis,))))  # as DenseGeneral does
     sizes = tuple(x.shape[a] for a in axes)
     fits = kernel.contracting == sizes and not kernel.output_first and kernel.values.ndim == 2
     return axes if fits else None

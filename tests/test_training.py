@@ -137,3 +137,12 @@ def test_abstract_init_matches_the_real_one():
     real = TX.init(params)
     assert jax.tree.structure(abstract) == jax.tree.structure(real)
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail("layout"), abstract, real)
+
+
+def test_flax_serialization_restores_the_state_and_compressed_weights():
+    params = {"w": jnp.arange(1.0, 9.0)}
+    tx = js.recipes.rewired(optax.sgd(0.1), js.plan(params, {"w": js.NM(2, 4, axis=0)}))
+    kept = (tx.init(params), js.compress(params, tx.init(params)))
+    fresh = jax.tree.map(jnp.zeros_like, kept)
+    assert js.flax  # registers what flax.serialization has to know
+    chex.assert_trees_all_equal(flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(kept)), kept)

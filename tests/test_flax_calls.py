@@ -1,0 +1,150 @@
+"""`flax.intercept` and the ways of calling a model: collections, random keys, methods, bound modules, jit, a training step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import jaxsparse as js
+
+X = jax.random.normal(jax.random.key(1), (4, 16))
+
+
+class Net(nn.Module):
+    """Batch norm, dropout, an intermediate value, and more than one method."""
+
+    def setup(self):
+        self.body = nn.Dense(16)
+        self.norm = nn.BatchNorm(use_running_average=False)
+        self.drop = nn.Dropout(0.5, deterministic=False)
+        self.head = nn.Dense(8)
+
+    def __call__(self, x):
+        x = self.drop(nn.relu(self.norm(self.body(x))))
+        self.sow("intermediates", "hidden", x)
+        return self.head(x)
+
+    def encode(self, x):
+        return self.body(x)
+
+
+KEYS = {"params": jax.random.key(0), "dropout": jax.random.key(2)}
+RNGS = {"dropout": jax.random.key(3)}
+MODEL = Net()
+VARIABLES = jax.jit(MODEL.init)(KEYS, X)
+PARAMS, REST = {"params": VARIABLES["params"]}, {"batch_stats": VARIABLES["batch_stats"]}
+
+
+def make_plan():
+    params = jax.eval_shape(lambda: PARAMS)
+    return js.plan(params, {"*/kernel": js.NM(2, 4, axis=-2)})
+
+
+PLAN = make_plan()
+MASKS = js.magnitude_masks(PARAMS, PLAN)
+SPARSE = js.sparse_params(PARAMS, MASKS)
+PACKED = js.compress(PARAMS, MASKS, PLAN)
+CALLS = {
+    "mutable statistics": {"mutable": ["batch_stats"], "rngs": RNGS},
+    "statistics and sown values": {"mutable": ["batch_stats", "intermediates"], "rngs": RNGS},
+    "a method by name": {"method": "encode"},
+    "a method as a function": {"method": Net.encode},
+    "a function of the module": {"method": lambda net, x: net.encode(x) + 1},
+}
+
+
+@pytest.mark.parametrize("kwargs", CALLS.values(), ids=CALLS)
+def test_every_way_to_call_equals_sparse_params(kwargs):
+    expected = MODEL.apply({**SPARSE, **REST}, X, **kwargs)
+    for params, source, tolerance in ((PARAMS, MASKS, 0), (PACKED, None, 1e-5)):
+        with js.flax.intercept(source):
+            found = MODEL.apply({**params, **REST}, X, **kwargs)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        jax.tree.map(lambda a, b, t=tolerance: np.testing.assert_allclose(a, b, rtol=t, atol=t), found, expected)
+    assert not np.array_equal(jax.tree.leaves(expected)[0], jax.tree.leaves(MODEL.apply({**PARAMS, **REST}, X, **kwargs))[0])
+
+
+def test_parameters_returned_as_mutable_are_the_dense_ones():
+    with js.flax.intercept(MASKS):
+        _, collections = MODEL.apply({**PARAMS, **REST}, X, rngs=RNGS, mutable=True)
+    jax.tree.map(np.testing.assert_array_equal, collections["params"], PARAMS["params"])
+
+
+@pytest.mark.parametrize("call", [lambda net: net.encode(X), lambda net: net.body(X), lambda net: net.head(net.body(X))])
+def test_bound_modules_and_their_submodules(call):
+    expected = call(MODEL.bind({**SPARSE, **REST}))
+    for params, source in ((PARAMS, MASKS), (PACKED, None)):
+        with js.flax.intercept(source):
+            found = call(MODEL.bind({**params, **REST}))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_function_compiled_before_does_not_notice_the_context():
+    encode = jax.jit(lambda params: MODEL.apply({**params, **REST}, X, method="encode"))
+    dense = encode(PARAMS)
+    with js.flax.intercept(MASKS):
+        np.testing.assert_array_equal(encode(PARAMS), dense)  # the trap that the docstring of intercept describes
+
+
+def test_the_context_inside_of_the_compiled_function_follows_the_masks():
+    @jax.jit
+    def encode(params, masks):
+        with js.flax.intercept(masks):
+            return MODEL.apply({**params, **REST}, X, method="encode")
+
+    for masks in (MASKS, jax.tree.map(lambda m: ~m if m.ndim else m, MASKS)):
+        expected = MODEL.apply({**js.sparse_params(PARAMS, masks), **REST}, X, method="encode")
+        np.testing.assert_allclose(encode(PARAMS, masks), expected, rtol=1e-6, atol=1e-6)
+    assert encode._cache_size() == 1
+
+
+def test_compressed_leaves_make_a_compiled_function_trace_anew():
+    encode = jax.jit(lambda params: MODEL.apply({**params, **REST}, X, method="encode"))
+    encode(PARAMS)
+    with js.flax.intercept():
+        np.testing.assert_allclose(encode(PACKED), encode(SPARSE), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["sparse_params", "intercept"])
+def test_masks_move_inside_a_compiled_train_step_and_the_result_compresses(path):
+    tx = js.recipes.rewired(optax.adamw(0.1), PLAN, reset_every=3)
+
+    @jax.jit
+    def step(params, state, rest):
+        def loss(params):
+            if path == "sparse_params":
+                y, rest_new = MODEL.apply({**js.sparse_params(params, state), **rest}, X, mutable=["batch_stats"], rngs=RNGS)
+            else:
+                with js.flax.intercept(state):
+                    y, rest_new = MODEL.apply({**params, **rest}, X, mutable=["batch_stats"], rngs=RNGS)
+            return ((y - X[:, :8]) ** 2).mean(), rest_new
+
+        grads, rest = jax.grad(loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, rest
+
+    params, state, rest = PARAMS, tx.init(PARAMS), REST
+    for _ in range(5):
+        params, state, rest = step(params, state, rest)
+    masks = js.masks(state)
+    assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(MASKS), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, masks, js.magnitude_masks(params, PLAN))
+    back = js.decompress(js.compress(params, state))
+    jax.tree.map(np.testing.assert_array_equal, back, js.sparse_params(params, state))
+
+
+def test_boxed_parameters_are_masked_as_bare_ones():
+    model = nn.Dense(8, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "out")))
+    boxed = model.init(jax.random.key(0), X)
+    bare = nn.meta.unbox(boxed)
+    plan = js.flax.plan(model, {"kernel": "2:4"}, X)
+    expected = model.apply(js.sparse_params(bare, js.magnitude_masks(bare, plan)), X)
+    with js.flax.intercept(js.magnitude_masks(boxed, plan)):
+        np.testing.assert_array_equal(model.apply(boxed, X), expected)
+
+
+def test_masks_of_other_parameters_are_refused_with_the_path():
+    with js.flax.intercept({"params": {"other": {"kernel": jnp.ones((4, 4), bool)}}}), pytest.raises(ValueError, match="other/kernel"):
+        MODEL.apply({**PARAMS, **REST}, X, method="encode")

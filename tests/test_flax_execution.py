@@ -1,0 +1,250 @@
+"""Every kind of Flax layer runs masked and compressed under `flax.intercept` as it would on sparse parameters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jaxsparse as js
+
+X = jax.random.normal(jax.random.key(1), (2, 8, 16))
+
+
+class Block(nn.Module):
+    features: int = 16
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + nn.Dense(self.features)(nn.relu(nn.Dense(24)(x))), None
+
+
+class Stacked(nn.Module):
+    axis: int = 0
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Block) if self.remat else Block
+        scan = nn.scan(block, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3)
+        return scan(name="blocks")(x, None)[0]
+
+
+class Shared(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(16)
+        return layer(nn.relu(layer(x)))
+
+
+class Own(nn.Module):
+    """Reads its weights, one of them called as those of flax.linen are, in `setup`."""
+
+    def setup(self):
+        self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (16, 8))
+        self.matrix = self.param("matrix", nn.initializers.lecun_normal(), (16, 8))
+        self.sub = nn.Dense(8)
+
+    def __call__(self, x):
+        return x @ self.kernel * nn.sigmoid(x @ self.matrix) + self.sub(x)
+
+    def gate(self, x):
+        return nn.sigmoid(x @ self.matrix) + self.sub(x)
+
+
+class Parent(nn.Module):
+    def setup(self):
+        self.own = Own()
+        self.head = nn.Dense(4)
+
+    def __call__(self, x):
+        return self.head(self.own(x))
+
+    def half(self, x):
+        return self.own.gate(x)
+
+
+class ListOfWeights(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        first, second = self.param("pair", lambda key: list(jax.random.normal(key, (2, 16, 16))))
+        return nn.Dense(4)(x @ first @ second)
+
+
+class Sequence(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(16, (3,))(x)
+        x = nn.relu(nn.Dense(16, use_bias=False)(x))
+        return nn.Dense(8)(nn.LayerNorm()(x))
+
+
+class Mapped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(8)(x)
+
+
+ZOO = {
+    "Dense": (nn.Dense(8), X),
+    "Dense without bias": (nn.Dense(8, use_bias=False), X),
+    "Dense of one row": (nn.Dense(8), X[0, 0]),
+    "Dense in bfloat16": (nn.Dense(8, dtype=jnp.bfloat16), X),
+    "Dense with weights in bfloat16": (nn.Dense(8, param_dtype=jnp.bfloat16), X),
+    "Dense with another product": (nn.Dense(8, dot_general=lambda *args, **kwargs: 2 * jax.lax.dot_general(*args, **kwargs)), X),
+    "DenseGeneral": (nn.DenseGeneral((4, 5)), X),
+    "DenseGeneral of two axes": (nn.DenseGeneral((4, 5), axis=(-2, -1)), X),
+    "DenseGeneral of axes out of order": (nn.DenseGeneral(4, axis=(-1, 1)), X),
+    "DenseGeneral of axes of one size out of order": (nn.DenseGeneral(4, axis=(-1, 1)), X[..., :8]),
+    "DenseGeneral of the first axis": (nn.DenseGeneral(4, axis=1, use_bias=False), X),
+    "attention": (nn.MultiHeadDotProductAttention(num_heads=4), X),
+    "Conv": (nn.Conv(8, (3,)), X),
+    "Conv of two dimensions": (nn.Conv(8, (3, 2), strides=2), X[:, :, None].repeat(4, 2)),
+    "ConvTranspose": (nn.ConvTranspose(8, (3,), strides=(2,)), X),
+    "Einsum": (nn.Einsum((16, 4, 8), "btd,dhk->bthk"), X),
+    "Einsum with the output first": (nn.Einsum((8, 16), "...d,fd->...f", use_bias=False), X),
+    "scan along the first axis": (Stacked(0), X),
+    "scan along the second axis": (Stacked(1), X),
+    "scan of remat": (Stacked(0, remat=True), X),
+    "remat": (nn.remat(Sequence)(), X),
+    "vmap": (Mapped(), X),
+    "RNN": (nn.RNN(nn.LSTMCell(12)), X),
+    "shared": (Shared(), X),
+    "own weights": (Own(), X),
+    "own weights below": (Parent(), X),
+    "list of weights": (ListOfWeights(), X),
+    "sequence": (Sequence(), X),
+}
+RULES = {"*[kK]ernel": "2:4", "*matrix*": "2:4"}
+UNPACKABLE = {"scan along the second axis"}
+
+
+@functools.cache
+def prepared(name):
+    """The model, its input, parameters, plan and masks."""
+    model, x = ZOO[name]
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: jnp.asarray(random.normal(size=a.shape) / 4).astype(a.dtype), jax.eval_shape(model.init, jax.random.key(0), x)
+    )
+    rules = {rule: pattern for rule, pattern in RULES.items() if rule == "*[kK]ernel" or name.startswith("own")}
+    plan = js.flax.plan(model, rules, x)
+    assert plan.sparse, str(plan)
+    return model, x, params, plan, js.magnitude_masks(params, plan)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def as_numbers(y):
+    return (y.astype(jnp.float32) ** 2).sum()
+
+
+@pytest.mark.parametrize("name, gradient", [*((name, "dense") for name in ZOO), ("attention", "masked"), ("own weights", "masked")])
+def test_intercepted_outputs_and_gradients_equal_those_of_sparse_params(name, gradient):
+    model, x, params, _, masks = prepared(name)
+
+    def intercepted(params):
+        with js.flax.intercept(masks, gradient=gradient):
+            y = model.apply(params, x)
+        return as_numbers(y), y
+
+    def plain(params):
+        y = model.apply(js.sparse_params(params, masks, gradient=gradient), x)
+        return as_numbers(y), y
+
+    (_, found), found_grads = jax.jit(jax.value_and_grad(intercepted, has_aux=True))(params)
+    (_, expected), expected_grads = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+    assert_equal(found_grads, expected_grads)
+    assert not np.array_equal(found, jax.jit(model.apply)(params, x))
+
+
+@pytest.mark.parametrize("name", ["Dense", "attention", "scan along the first axis", "remat", "vmap", "RNN", "own weights below"])
+def test_init_under_it_gives_the_usual_parameters(name):
+    model, x, _, _, masks = prepared(name)
+
+    def init(key, x):
+        with js.flax.intercept(masks):
+            return model.init(key, x)
+
+    assert_equal(jax.jit(init)(jax.random.key(0), x), jax.jit(model.init)(jax.random.key(0), x))
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in UNPACKABLE])
+def test_compressed_execution_equals_the_masked_forward(name):
+    model, x, params, plan, masks = prepared(name)
+    packed = js.compress(params, masks, plan)
+    assert sum(isinstance(leaf, js.Sparse24) for leaf in jax.tree.leaves(packed, is_leaf=lambda a: isinstance(a, js.Sparse24)))
+    expected = jax.jit(model.apply)(js.sparse_params(params, masks), x)
+    with js.flax.intercept():
+        found = jax.jit(model.apply)(packed, x)
+    assert found.dtype == expected.dtype
+    tolerance = 2e-2 if found.dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance)
+
+
+SPARSE_PRODUCTS = {
+    "Dense": 1,
+    "Dense of one row": 1,
+    "Dense in bfloat16": 1,
+    "DenseGeneral of two axes": 1,
+    "DenseGeneral of axes out of order": 1,
+    "DenseGeneral of the first axis": 1,
+    "attention": 4,
+    "scan along the first axis": 2,
+    "scan of remat": 2,
+    "vmap": 1,
+    "RNN": 8,
+    "shared": 2,
+    "own weights": 1,
+    "own weights below": 2,
+    "Dense with another product": 0,
+    "Conv": 0,
+    "Einsum": 0,
+}
+
+
+@pytest.mark.parametrize("name", SPARSE_PRODUCTS)
+def test_dense_layers_run_the_sparse_product(name):
+    model, x, params, plan, masks = prepared(name)
+    with js.flax.intercept():
+        program = jax.make_jaxpr(model.apply)(js.compress(params, masks, plan), x)
+    assert str(program).count("sparse_matmul[") == SPARSE_PRODUCTS[name]
+
+
+@pytest.mark.parametrize("name", ["Dense", "DenseGeneral of two axes", "attention", "Conv", "scan of remat", "own weights below"])
+def test_gradients_of_compressed_values_are_the_dense_ones_at_their_places(name):
+    model, x, params, plan, masks = prepared(name)
+
+    def loss(packed):
+        with js.flax.intercept():
+            return as_numbers(model.apply(packed, x))
+
+    found = jax.jit(jax.grad(loss, allow_int=True))(js.compress(params, masks, plan))
+    dense = jax.jit(jax.grad(lambda params: as_numbers(model.apply(params, x))))(js.sparse_params(params, masks))
+    expected = js.compress(dense, masks, plan)
+    values = [jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, js.Sparse24)) for tree in (found, expected)]
+    for a, b in zip(*values, strict=True):
+        assert isinstance(a, js.Sparse24) == isinstance(b, js.Sparse24)
+        a, b = (leaf.values if isinstance(leaf, js.Sparse24) else leaf for leaf in (a, b))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_precision_of_the_module_reaches_the_sparse_product():
+    model = nn.Dense(8, precision="highest")
+    params = model.init(jax.random.key(0), X)
+    packed = js.compress(params, js.magnitude_masks(params, js.flax.plan(model, {"*kernel": "2:4"}, X)))
+    with js.flax.intercept():
+        assert "HIGHEST, HIGHEST" in jax.jit(model.apply).lower(packed, X).as_text()
+
+
+def test_a_stack_behind_the_contracted_axis_is_refused():
+    _, _, params, plan, masks = prepared("scan along the second axis")
+    with pytest.raises(ValueError, match=r"blocks/Dense_0/kernel of shape \(24, 3, 16\) is a stack of weights along axis -2.*leading axis"):
+        js.compress(params, masks, plan)
