@@ -248,7 +248,8 @@ def _check_steps(call, *, least=1, **steps):
 def _on_nonparticipating(call, f, updates, params, masks, needs_params):
     if masks is None:
         raise ValueError(
-            f"{call}: there are no masks. Wrap the chain in jaxsparse.rewire, which passes them to it; optax.MultiSteps between the two would drop them and belongs outside."
+            f"{call}: there are no masks. Wrap the chain in jaxsparse.rewire, which passes them to it; "
+            "optax.MultiSteps between the two would drop them and belongs outside."
         )
     if needs_params and params is None:
         raise ValueError(f"{call}: `params` is missing. Call update(grads, opt_state, params).")

@@ -1,11 +1,13 @@
 """A training loop around the masks: donated, scanned, over seeds, never traced twice, resumed from a checkpoint."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 
 import jaxsparse as js
 
@@ -145,4 +147,4 @@ def test_flax_serialization_restores_the_state_and_compressed_weights():
     kept = (tx.init(params), js.compress(params, tx.init(params)))
     fresh = jax.tree.map(jnp.zeros_like, kept)
     assert js.flax  # registers what flax.serialization has to know
-    chex.assert_trees_all_equal(flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(kept)), kept)
+    chex.assert_trees_all_equal(serialization.from_bytes(fresh, serialization.to_bytes(kept)), kept)
