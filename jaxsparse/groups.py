@@ -8,7 +8,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.ranking import once
+from jaxsparse.ranking import once, order_keys
 
 __all__ = ["algorithm", "mask_groups"]
 
@@ -29,34 +29,40 @@ def mask_groups(groups, keys_of, n, m: int, axis: int):
 
 def _compare_all(groups, keys_of, n, m, axis):
     """Compares every pair of a group; a word for each group, whose bits are then spread out."""
+    members = _members(keys_of, groups, m, axis)
+    rank = [jnp.full(members[0].shape, m - 1 - i, members[0].dtype) for i in range(m)]
+    for j in range(m):
+        for i in range(j):
+            lower_wins = (members[i] >= members[j]).astype(rank[0].dtype)
+            rank[j] += lower_wins
+            rank[i] -= lower_wins
     word = jnp.uint8 if m <= 8 else jnp.uint16
+    words = functools.reduce(jnp.bitwise_or, ((r < n).astype(word) << i for i, r in enumerate(rank)))
 
-    def words(groups, n):
-        members = _members(keys_of, groups, m, axis)
-        rank = [jnp.full(members[0].shape, m - 1 - i, members[0].dtype) for i in range(m)]
-        for j in range(m):
-            for i in range(j):
-                lower_wins = (members[i] >= members[j]).astype(rank[0].dtype)
-                rank[j] += lower_wins
-                rank[i] -= lower_wins
-        return sum((r < n).astype(word) << i for i, r in enumerate(rank))
+    def spread(words):
+        place = lax.broadcasted_iota(word, groups.shape, axis)
+        return jnp.expand_dims(words, axis) >> place & 1 == 1
 
-    place = lax.broadcasted_iota(word, groups.shape, axis)
-    return jnp.expand_dims(once(words, groups, n), axis) >> place & 1 == 1
+    return once(spread, words)
 
 
 def _best(groups, keys_of, n, m, axis):
     """The place of the highest key, found in runs of 16 and then among their bests."""
     run = 16 if m % 16 == 0 else m
 
-    def places(groups):
+    def mark(best):
+        return lax.broadcasted_iota(best.dtype, groups.shape, axis) == best
+
+    def search(groups):
         split = groups.reshape(*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
         place = run * lax.broadcasted_iota(jnp.int32, split.shape, axis) + lax.broadcasted_iota(jnp.int32, split.shape, axis + 1)
         best = _first_highest((keys_of(split).astype(jnp.int32), place), axis + 1)
-        return (best if m == run else _first_highest(lax.optimization_barrier(best), axis))[1]
+        if run < m:
+            best = _first_highest(lax.optimization_barrier(best), axis)
+        return once(mark, best[1].reshape(*groups.shape[:axis], 1, *groups.shape[axis + 1 :]).astype(jnp.uint8))
 
-    place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
-    return place == once(lambda groups: places(groups).reshape(*groups.shape[:axis], 1, *groups.shape[axis + 1 :]), groups)
+    # the reduction is not vectorised where 16-bit arithmetic, which XLA:CPU rounds in software, is fused into it
+    return once(search, groups) if keys_of is order_keys and groups.dtype.itemsize < 4 else search(groups)
 
 
 def _first_highest(keys_and_places, axis):
@@ -71,23 +77,23 @@ def _first_highest(keys_and_places, axis):
 def _insert(groups, keys_of, n, m, axis):
     """Goes through the members once and keeps the n best so far in order."""
 
-    def places(groups):
-        members = _members(keys_of, groups, m, axis)
-        keys, found = members[:1], [jnp.zeros(members[0].shape, members[0].dtype)]
-        for i, key in enumerate(members[1:], 1):
-            place, wins = jnp.full(key.shape, i, key.dtype), False
-            for j in range(min(n, len(keys))):
-                wins |= key > keys[j]  # and from there on each moves one down
-                keys[j], key = jnp.where(wins, key, keys[j]), jnp.where(wins, keys[j], key)
-                found[j], place = jnp.where(wins, place, found[j]), jnp.where(wins, found[j], place)
-            if len(keys) < n:
-                keys.append(key)
-                found.append(place)
-        return jnp.stack(found).astype(jnp.uint8)
+    members = _members(keys_of, groups, m, axis)
+    keys, found = members[:1], [jnp.zeros(members[0].shape, members[0].dtype)]
+    for i, key in enumerate(members[1:], 1):
+        place, wins = jnp.full(key.shape, i, key.dtype), False
+        for j in range(min(n, len(keys))):
+            wins |= key > keys[j]  # and from there on each moves one down
+            keys[j], key = jnp.where(wins, key, keys[j]), jnp.where(wins, keys[j], key)
+            found[j], place = jnp.where(wins, place, found[j]), jnp.where(wins, found[j], place)
+        if len(keys) < n:
+            keys.append(key)
+            found.append(place)
 
-    best = jnp.expand_dims(once(places, groups), axis + 1)
-    place = lax.broadcasted_iota(jnp.uint8, groups.shape, axis)
-    return functools.reduce(jnp.logical_or, (place == best[i] for i in range(n)))
+    def mark(best):
+        place = lax.broadcasted_iota(jnp.uint8, groups.shape, axis)
+        return functools.reduce(jnp.logical_or, (place == jnp.expand_dims(best[i], axis) for i in range(n)))
+
+    return once(mark, jnp.stack(found).astype(jnp.uint8))
 
 
 def _bisect(groups, keys_of, n, m, axis):

@@ -1,4 +1,4 @@
-"""Scores to integers that order as they do, and how a result is computed once where XLA would compute it again."""
+"""Scores to integers that order as they do, and how XLA:CPU is kept from computing a thing again for each of its readers."""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ def order_keys(scores):
     if jnp.issubdtype(scores.dtype, jnp.integer):
         signed = jnp.dtype(f"int{8 * scores.dtype.itemsize}")
         return lax.bitcast_convert_type(scores, signed) ^ jnp.iinfo(signed).min
+    if scores.dtype.itemsize < 4:  # XLA:CPU rounds in software whatever it computes in 16 bits, unless it is widened at once
+        scores = scores.astype(jnp.float32)
     bits = _bits(scores)
     highest, lowest = jnp.iinfo(bits.dtype).max, jnp.iinfo(bits.dtype).min
     keys = jnp.where(bits < 0, lowest - bits, bits)  # sign and magnitude to two's complement
@@ -43,17 +45,16 @@ def _infinity(integer, dtype):
     return jnp.array(exponent, integer)
 
 
-def once(f, *operands):
-    """`f(*operands)`, computed once per element of the result.
+def once(f, x):
+    """`f(x)`, for which each element of x is computed once.
 
-    XLA:CPU fuses a per-group result into the expansion that reads it and computes it again for each member, m times the
-    work; a conditional on an opaque constant stops that. Elsewhere the fusion is what one wants.
+    XLA:CPU fuses a per-group result x into the expansion f that reads it and computes it again for each member, m times
+    the work; what passes into a conditional, if only on an opaque constant, is written first. Elsewhere the fusion is
+    what one wants.
     """
 
-    def materialised(*operands):
-        def zeros(*_):
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *operands))
+    def written_first(x):
+        result = jax.eval_shape(f, x)
+        return lax.cond(lax.optimization_barrier(jnp.bool_(True)), f, lambda _: jnp.zeros(result.shape, result.dtype), x)
 
-        return lax.cond(lax.optimization_barrier(jnp.bool_(True)), f, zeros, *operands)
-
-    return lax.platform_dependent(*operands, cpu=materialised, default=f)
+    return lax.platform_dependent(x, cpu=written_first, default=f)
