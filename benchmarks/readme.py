@@ -31,15 +31,20 @@ def char_lm(result):
     )
 
 
-TABLES = {"train_step": train_step, "char_lm": char_lm}
+def plan(result):
+    return f"```\n{result['plan']}\n```"
+
+
+TABLES = {"plan": ("char_lm", plan), "char_lm": ("char_lm", char_lm), "train_step": ("train_step", train_step)}
 
 
 def filled(text):
     """The text with every block between `<!-- name -->` and `<!-- end -->` made anew."""
 
     def block(match):
-        result = json.loads((ROOT / "benchmarks" / "results" / f"{match[1]}.json").read_text())
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]](result)}\n<!-- end -->"
+        name, written = TABLES[match[1]]
+        result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        return f"<!-- {match[1]} -->\n{written(result)}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
 

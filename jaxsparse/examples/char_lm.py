@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import jaxsparse as js
 
-CONTEXT, BATCH, STEPS = 128, 8, 900
+CONTEXT, BATCH, STEPS = 128, 8, 500
 
 
 class Block(nn.Module):
@@ -51,9 +51,10 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        embed = nn.Embed(self.vocabulary, self.width, embedding_init=nn.initializers.normal(0.02), name="embed")
-        places = self.param("places", nn.initializers.normal(0.02), (CONTEXT, self.width))
-        x = embed(tokens) + places[: tokens.shape[1]]
+        embed = nn.Embed(self.vocabulary, self.width, name="embed")  # tied: it also makes the logits
+        places = self.param("places", nn.initializers.normal(0.3), (CONTEXT, self.width))
+        x = jnp.sqrt(self.width) * embed(tokens) + places[: tokens.shape[1]]
+        x += nn.Conv(self.width, kernel_size=(4,), padding="CAUSAL", name="recent")(x)  # the last characters, from the first step on
         blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
         x, _ = blocks(self.heads, name="blocks")(x, None)
         return embed.attend(nn.LayerNorm()(x))
@@ -155,11 +156,11 @@ def plot(curves, path):
 
 
 def main(argv: Sequence[str] | None = None):
-    """Runs the example; returns the header and the rows of its table."""
+    """Runs the example; returns its plan, and the header and the rows of its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", default="2:4", help="n:m, n kept of every m (default 2:4)")
     parser.add_argument("--data", type=pathlib.Path, help="a text file; default: the manual pages of Python")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of each model (default {STEPS})")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None):
     prompt = np.array([np.searchsorted(alphabet, character) for character in "The "])
     continued = sample(model, final, prompt, jax.random.key(args.seed), 300)
     print(f"\nThe {list(models)[-1]} model writes:\n\nThe {''.join(alphabet[continued])}\n\nLoss curves: {args.plot}")
-    return header, rows
+    return plan, header, rows
 
 
 if __name__ == "__main__":
