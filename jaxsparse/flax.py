@@ -88,7 +88,7 @@ def _trace(model, args, kwargs):
     kinds: dict[tuple[str, ...], str] = {}
 
     def note(next_fun, args, kwargs, context):
-        kinds[context.module.path] = type(context.module).__name__
+        kinds.setdefault(context.module.path, type(context.module).__name__)
         return next_fun(*args, **kwargs)
 
     def init(*args):
