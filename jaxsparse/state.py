@@ -1,14 +1,17 @@
 """Where the masks live: the state of `rewire`, found wherever an optimizer nests it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse.plan import Plan
+from jaxsparse.bits import Bits, pack, unpack
+from jaxsparse.patterns import group_axis
+from jaxsparse.plan import Plan, match
 
-__all__ = ["RewireState", "masks", "merged_masks", "rewire_states"]
+__all__ = ["RewireState", "masks", "merged_masks", "packed", "rewire_states"]
 
 
 class RewireState(NamedTuple):
@@ -16,13 +19,13 @@ class RewireState(NamedTuple):
 
     Attributes:
       count: updates so far, int32 scalar.
-      masks: pytree of the structure of the parameters: boolean arrays, and the scalar True for dense leaves.
+      packed: the masks at one bit a weight, and the scalar True for dense leaves; `masks` makes booleans of them.
       plan: the plan, static.
       inner_state: the state of the wrapped transformation.
     """
 
     count: jax.Array  # type: ignore[assignment]
-    masks: Any
+    packed: Any
     plan: Plan
     inner_state: Any
 
@@ -68,10 +71,23 @@ def masks(opt_state):
             f"masks: this {type(opt_state).__name__} holds no masks. Wrap the optimizer in jaxsparse.rewire or a recipe of "
             "jaxsparse.recipes, and pass the state that its init returned."
         )
-    merged = found[0].masks
-    for state in found[1:]:
-        merged = _fill_holes(merged, state.masks)
-    return merged
+    trees = [jax.tree.map(lambda leaf: unpack(leaf) if _is_bits(leaf) else leaf, state.packed, is_leaf=_is_bits) for state in found]
+    return functools.reduce(_fill_holes, trees)
+
+
+def packed(masks, plan: Plan):
+    """The masks as a `RewireState` keeps them."""
+    leaves, treedef = jax.tree.flatten(masks)
+    planned = match(plan, masks, "rewire")
+    bits = [
+        pack(mask, group_axis(leaf.pattern, mask.ndim)) if leaf and leaf.pattern else mask
+        for mask, leaf in zip(leaves, planned, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, bits)
+
+
+def _is_bits(node):
+    return isinstance(node, Bits)
 
 
 def merged_masks(source, call: str):

@@ -15,7 +15,7 @@ from jaxsparse.forward import masks_by_path
 from jaxsparse.masks import magnitude_masks
 from jaxsparse.patterns import integer
 from jaxsparse.plan import Plan, leaf_paths, match
-from jaxsparse.state import RewireState
+from jaxsparse.state import RewireState, masks, packed
 
 __all__ = [
     "decay_nonparticipating",
@@ -74,7 +74,7 @@ def rewire(
 
     def init(params):
         match(plan, params, "rewire")
-        return RewireState(jnp.zeros((), jnp.int32), magnitude_masks(params, plan), plan, inner.init(params))
+        return RewireState(jnp.zeros((), jnp.int32), packed(magnitude_masks(params, plan), plan), plan, inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
@@ -83,15 +83,19 @@ def rewire(
             raise TypeError(f"rewire: this {type(state).__name__} is not a RewireState. Pass the optimizer state that init returned.")
         match(plan, params, "rewire")
         match(plan, updates, "rewire")
-        updates, inner_state = inner.update(updates, state.inner_state, params, masks=state.masks, **extra_args)
+        updates, inner_state = inner.update(updates, state.inner_state, params, masks=masks(state), **extra_args)
         count = optax.safe_increment(state.count)
         updated = optax.apply_updates(params, updates)
+
+        def rewired():
+            return packed(magnitude_masks(updated, plan), plan)
+
         if every_step:
-            masks = magnitude_masks(updated, plan)
+            kept = rewired()
         else:
             due = (count % every == 0) & (True if until is None else count < until)
-            masks = jax.lax.cond(due, lambda: magnitude_masks(updated, plan), lambda: state.masks)
-        return updates, RewireState(count, masks, plan, inner_state)
+            kept = jax.lax.cond(due, rewired, lambda: state.packed)
+        return updates, RewireState(count, kept, plan, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
