@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse.bits import Bits, pack, unpack
-from jaxsparse.patterns import group_axis
-from jaxsparse.plan import Plan, match
+from jaxsparse.bits import pack, unpack
+from jaxsparse.plan import Plan, leaf_paths
 
 __all__ = ["RewireState", "masks", "merged_masks", "packed", "rewire_states"]
 
@@ -71,23 +70,24 @@ def masks(opt_state):
             f"masks: this {type(opt_state).__name__} holds no masks. Wrap the optimizer in jaxsparse.rewire or a recipe of "
             "jaxsparse.recipes, and pass the state that its init returned."
         )
-    trees = [jax.tree.map(lambda leaf: unpack(leaf) if _is_bits(leaf) else leaf, state.packed, is_leaf=_is_bits) for state in found]
-    return functools.reduce(_fill_holes, trees)
+    return functools.reduce(_fill_holes, map(_unpacked, found))
 
 
 def packed(masks, plan: Plan):
     """The masks as a `RewireState` keeps them."""
-    leaves, treedef = jax.tree.flatten(masks)
-    planned = match(plan, masks, "rewire")
-    bits = [
-        pack(mask, group_axis(leaf.pattern, mask.ndim)) if leaf and leaf.pattern else mask
-        for mask, leaf in zip(leaves, planned, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, bits)
+    return _at_sparse(plan, masks, lambda mask, leaf, axis: pack(mask, axis))
 
 
-def _is_bits(node):
-    return isinstance(node, Bits)
+def _unpacked(state: RewireState):
+    return _at_sparse(state.plan, state.packed, lambda words, leaf, axis: unpack(words, leaf.shape[axis], axis))
+
+
+def _at_sparse(plan: Plan, tree, f):
+    """The tree with `f(leaf, its plan, the axis along which its bits are packed)` in place of the sparse leaves."""
+    leaves, treedef = jax.tree.flatten(tree)
+    planned = map(plan.sparse.get, leaf_paths(tree))
+    new = [f(x, leaf, leaf.pattern.axis) if leaf and leaf.pattern else x for x, leaf in zip(leaves, planned, strict=True)]
+    return jax.tree.unflatten(treedef, new)
 
 
 def merged_masks(source, call: str):
