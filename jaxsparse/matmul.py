@@ -67,7 +67,7 @@ def sparse_matmul(x, w: Sparse24, *, implementation: str | None = None, precisio
     y = sparse_matmul_p.bind(
         x.reshape(*stack, math.prod(rows), math.prod(w.contracting)).astype(dtype),
         w.values.astype(dtype),
-        w.metadata,
+        w.with_layout("canonical").metadata,
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
     )
     return y.reshape(*stack, *rows, *w.output)

@@ -11,7 +11,7 @@ import jaxsparse as js
 
 PACKAGE = pathlib.Path(js.__file__).parent
 ORDER = ["patterns", "plan", "ranking", "groups", "masks", "bits", "state", "schedules", "forward", "transforms", "recipes"]
-ORDER += ["compress", "matmul", "contractions", "flax"]
+ORDER += ["layouts", "compress", "matmul", "contractions", "flax"]
 PUBLIC = [getattr(js, name) for name in dir(js) if not name.startswith("_")]
 PUBLIC = [x for x in PUBLIC if callable(x)] + [js.flax.plan, js.flax.intercept, js.recipes.rewired]
 
