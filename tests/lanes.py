@@ -68,3 +68,27 @@ def prune(rng, rows, columns):
     np.put_along_axis(mask, chosen, True, -1)
     weights = rng.integers(1, 9, (rows, columns)) * rng.choice([-1, 1], (rows, columns))
     return mask.reshape(rows, columns), weights.astype(np.float32)
+
+
+def tma_tile(tile, swizzle):
+    """What TMA writes for a tile `[R, C]` of 16-bit words: blocks of 8 rows by `swizzle` bytes, one after the other."""
+    rows, columns = tile.shape
+    memory = np.zeros(rows * columns, tile.dtype)
+    for row, column in np.ndindex(rows, columns):
+        block = (row // 8) * (2 * columns // swizzle) + 2 * column // swizzle
+        memory[_swizzled(block * 8 * swizzle + row % 8 * swizzle + 2 * column % swizzle, swizzle) // 2] = tile[row, column]
+    return memory
+
+
+def descriptor_tile(memory, descriptor, rows, columns):
+    """The tile `[rows, columns]` that a K-major matrix descriptor names in a shared memory of 16-bit words."""
+    start, stride = (descriptor & 0x3FFF) * 16, (descriptor >> 32 & 0x3FFF) * 16
+    swizzle = {1: 128, 2: 64, 3: 32}[descriptor >> 62]
+    tile = np.zeros((rows, columns), memory.dtype)
+    for row, column in np.ndindex(rows, columns):
+        tile[row, column] = memory[_swizzled(start + row // 8 * stride + row % 8 * swizzle + 2 * column, swizzle) // 2]
+    return tile
+
+
+def _swizzled(address, swizzle):
+    return address ^ (address >> 7 & swizzle // 16 - 1) << 4
