@@ -6,15 +6,35 @@ Importing this module imports Pallas, so only a lowering for CUDA does it.
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 
-__all__ = ["arith", "asm", "constant", "fragments", "gpu", "ir", "kernel", "llvm", "load", "memref", "mma_utils", "nvvm", "utils"]
+__all__ = [
+    "add",
+    "arith",
+    "asm",
+    "constant",
+    "fragments",
+    "ir",
+    "kernel",
+    "lane",
+    "llvm",
+    "load",
+    "memref",
+    "mma_sp",
+    "mma_utils",
+    "nvvm",
+    "utils",
+    "vector",
+    "wait_copies",
+]
 
 VERSION = jax.__version_info__[:2]
+wait_copies = getattr(plgpu, "wait_gmem_to_smem", None)  # asynchronous copies as they were before Hopper, from jax 0.11 on
 
 
 def kernel(body, out, **params):
@@ -43,3 +63,50 @@ def asm(results, text: str, constraints: str, operands, *, side_effects: bool):
     kind = llvm.StructType.get_literal(results) if len(results) > 1 else results[0]
     out: Any = llvm.inline_asm(kind, operands, text, constraints, asm_dialect=0, has_side_effects=side_effects)
     return [llvm.extractvalue(result, out, [i]) for i, result in enumerate(results)] if len(results) > 1 else [out]
+
+
+def add(*terms):
+    """The sum of MLIR integers of 32 bits."""
+    total, *rest = terms
+    for term in rest:
+        total = arith.addi(total, constant(term) if isinstance(term, int) else term)
+    return total
+
+
+def lane():
+    """Of this thread: warp in its warpgroup, group of four lanes in the warp, place in the group."""
+    thread = arith.remui(utils.thread_idx(), constant(128))
+    place = arith.andi(thread, constant(31))
+    return arith.shrui(thread, constant(5)), arith.shrui(place, constant(2)), arith.andi(place, constant(3))
+
+
+def mma_sp(total, a, b, word, selector: int, dtype: str):
+    """One `mma.sp` m16n8k32 by each warp of a warpgroup.
+
+    Args:
+      total: float32 `[64, 8]` in the layout of wgmma: 16 rows for each of four warps.
+      a: 4 registers, the lane's part of 16 by 16 compressed values.
+      b: 4 registers, its part of 32 by 8.
+      word: its metadata.
+      selector: which lanes of each four supply theirs, 0 for the first two and 1 for the last two.
+      dtype: `"bf16"` or `"f16"`.
+
+    Returns:
+      The new total.
+    """
+    sums = [
+        vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+        for register in total.registers.flat
+        for i in range(2)
+    ]
+    names = [f"${i}" for i in range(17)]
+    d, a_names, b_names, c = (f"{{{','.join(names[i : i + 4])}}}" for i in range(0, 16, 4))
+    text = (
+        f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{dtype}.{dtype}.f32 {d}, {a_names}, {b_names}, {c}, $16, {selector};"
+    )
+    constraints = ",".join(["=f"] * 4 + ["r"] * 8 + ["f"] * 4 + ["r"])
+    sums = asm([ir.F32Type.get()] * 4, text, constraints, [*a, *b, *sums, word], side_effects=False)
+    registers = np.empty(total.registers.shape, object)
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    registers.flat[:] = [vector.from_elements(pair, sums[i : i + 2]) for i in (0, 2)]
+    return fragments.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=total.is_signed)
