@@ -182,7 +182,7 @@ def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, op
             store(out, y_ref.at[pl.ds(n0, TILE_N), pl.ds(m0 + 64 * s, 64)])
 
 
-def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | None = None, ops=registers, **params):
+def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | None = None, cores: int = 108, ops=registers, **params):
     """`activation(x @ W.T + bias)` with W from its compressed values and metadata.
 
     Args:
@@ -192,6 +192,7 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
       bias: float32 `[M]` or None.
       activation: a name in `ACTIVATIONS`.
       config: None chooses by N and M.
+      cores: multiprocessors of the device.
       ops: makes the blocks that only a GPU has from a `Config`.
       **params: for `plgpu.kernel`, as `interpret`.
 
@@ -201,9 +202,10 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
     rows, m = x.shape[0], values.shape[0]
     n = rows + -rows % TILE_N
     x = jnp.pad(x, ((0, n - rows), (0, 0)))
-    config = config or default_config(n, m)
+    config = config or default_config(n, m, cores)
     call = kernel(
         functools.partial(_body, config=config, activation=activation, ops=ops),
+        "sparse_matmul_ampere",
         jax.ShapeDtypeStruct((n, m), x.dtype),
         grid=(n // TILE_N, m // config.tile_m),
         grid_names=("n", "m"),
@@ -212,6 +214,6 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
     return call(x, values, metadata, *(() if bias is None else (bias,)))[:rows]
 
 
-def default_config(n: int, m: int) -> Config:
-    """The large tile where there are enough of them for every multiprocessor."""
-    return Config(256 if m % 256 == 0 and (n // TILE_N) * (m // 256) >= 256 else 128)
+def default_config(n: int, m: int, cores: int) -> Config:
+    """The large tile where there are enough of them to give every multiprocessor two."""
+    return Config(256 if m % 256 == 0 and (n // TILE_N) * (m // 256) >= 2 * cores else 128)

@@ -243,6 +243,7 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
     config = config or default_config(x.shape[0], m, cores)
     call = kernel(
         functools.partial(_body, config=config, activation=activation, ops=ops),
+        "sparse_matmul_decode",
         jax.ShapeDtypeStruct((x.shape[0], m), x.dtype),
         grid=(m // config.tile_m,),
         grid_names=("m",),

@@ -285,6 +285,7 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
     body = functools.partial(_body, config=config, activation=activation, blocks=blocks, ops=ops)
     call = kernel(
         body,
+        "sparse_matmul_hopper",
         jax.ShapeDtypeStruct((n, m), x.dtype),
         grid=(blocks,),
         grid_names=("block",),

@@ -3,18 +3,20 @@
 Importing this module imports Pallas, so only a lowering for CUDA does it.
 """
 
+import contextlib
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mosaic.gpu import core, mma_utils, utils
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
-from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 
 __all__ = [
     "add",
+    "architecture",
     "arith",
     "asm",
     "constant",
@@ -37,14 +39,30 @@ VERSION = jax.__version_info__[:2]
 wait_copies = getattr(plgpu, "wait_gmem_to_smem", None)  # asynchronous copies as they were before Hopper, from jax 0.11 on
 
 
-def kernel(body, out, **params):
+def kernel(body, name: str, out, **params):
     """`plgpu.kernel` with one output, in the semantics in which inline assembly sees the registers of each lane.
+
+    The lowered program shows the name.
 
     `tanh` is the instruction, exact to 11 bits, which is what a 16-bit result keeps.
     """
-    name = "out_type" if VERSION >= (0, 11) else "out_shape"
+    output = "out_type" if VERSION >= (0, 11) else "out_shape"
     compiler = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True)
-    return plgpu.kernel(body, **{name: out}, compiler_params=compiler, **params)
+    return plgpu.kernel(body, **{output: out}, kernel_name=name, compiler_params=compiler, **params)
+
+
+@contextlib.contextmanager
+def architecture(capability: tuple[int, int]):
+    """Lowers for a compute capability; by itself Mosaic takes that of the default device, which may be another."""
+    modules: list[Any] = [module for module in (core, utils) if hasattr(module, "_infer_arch")]
+    before = [module._infer_arch for module in modules]
+    for module in modules:
+        module._infer_arch = lambda: capability
+    try:
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            module._infer_arch = old
 
 
 def load(ref, layout):
