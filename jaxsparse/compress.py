@@ -86,8 +86,18 @@ class Sparse24:
           layout: `"canonical"`, for files that any reader understands and for the dense fallback; or `"mma16"`, for
             the kernels, with weights of 16 bits.
 
+        Returns:
+          A `Sparse24` of the same values.
+
         Raises:
           ValueError: there is no such layout, or the weight does not have 16 bits.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> w = Sparse24(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[0x4449]], jnp.uint16), contracting=(4,), output=(1,))
+          >>> tiled = w.with_layout("mma16")
+          >>> tiled.metadata.shape, tiled.with_layout("canonical").metadata
+          ((2, 2, 128), Array([[17481]], dtype=uint16))
         """
         metadata = convert(self.metadata, self.layout, layout, self.values)
         return self if layout == self.layout else dataclasses.replace(self, metadata=metadata, layout=layout)
