@@ -1,10 +1,12 @@
 """Packed weights against lane-level emulations of the sparse tensor core instructions, and the round trip of their metadata."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import lanes
 import numpy as np
 import pytest
+from flax import serialization
 
 import jaxsparse as js
 from jaxsparse import layouts
@@ -105,6 +107,16 @@ def test_compress_chooses_the_layout_of_the_backend(monkeypatch, jit):
     assert layout(jnp.bfloat16) == "canonical"  # the fallback on a CPU reads its metadata as they are
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert (layout(jnp.bfloat16), layout(jnp.float16), layout(jnp.float32)) == ("mma16", "mma16", "canonical")
+
+
+def test_flax_writes_canonical_metadata_and_restores_the_layout_of_the_target():
+    assert js.flax  # registers what flax.serialization has to know
+    both = {layout: packed(layout=layout)[1] for layout in ("canonical", "mma16")}
+    fresh = {layout: jax.tree.map(jnp.zeros_like, w) for layout, w in both.items()}
+    assert serialization.to_bytes(both["canonical"]) == serialization.to_bytes(both["mma16"])
+    for layout, w in both.items():
+        restored = serialization.from_bytes(fresh[layout], serialization.to_bytes(both["canonical"]))
+        chex.assert_trees_all_equal(restored, w)
 
 
 def test_layouts_that_do_not_fit_are_refused():
