@@ -48,6 +48,16 @@ CHECKED = ("Llama-3-8B gate", "ViT-L qkv", "GPT-2 mlp out", "multiples of 64 onl
 ROWS = (8192, 16, 4096, 1, 1024, 64, 256, 8)  # the most telling first, should the time run out
 SMOKE_SHAPES, SMOKE_ROWS = {"small": (128, 128), "no multiple of 64": (136, 136)}, (8, 3)
 
+# kernel: N, M, K, and the configurations that only hardware can decide between
+VARIANTS = {
+    "hopper": (
+        *(8192, 8192, 8192),
+        [{"cluster": c, "in_flight": f, "stripe": s} for c, f, s in [(1, 0, 8), (2, 0, 8), (2, 1, 8), (2, 0, 4), (2, 0, 16)]],
+    ),
+    "ampere": (4096, 4096, 4096, [{"tile_m": t, "stages": s} for t, s in [(128, 3), (128, 4), (256, 3), (256, 4)]]),
+    "decode": (16, 14336, 4096, [{"tile_m": t, "unroll": u} for t, u in [(16, 2), (16, 4), (32, 2), (32, 4), (64, 1), (64, 2)]]),
+}
+
 # device: sparse 16-bit FLOP/s of the tensor cores without a power limit, bytes/s of memory
 PEAKS = {
     "H200": (1979e12, 4.8e12),
@@ -158,23 +168,19 @@ def row(shape, n, m, k, seconds, peaks):
     }
 
 
-def variants(n, m, k, rounds):
-    """Seconds of the Hopper kernel under other configurations, those that only hardware can decide between."""
-    hopper = importlib.import_module("jaxsparse.kernels.hopper")
+def variants(name, n, m, k, configs, rounds):
+    """Seconds of a kernel under each configuration, given by keyword, and how far its result is from the dense product."""
+    kernel = importlib.import_module(f"jaxsparse.kernels.{name}")
     x, w = gpu_checks.random_rows(jax.random.key(0), n, k), gpu_checks.random_weight(jax.random.key(1), m, k)
-    configs = [
-        hopper.Config(cluster=cluster, in_flight=in_flight, stripe=stripe)
-        for cluster, in_flight, stripe in [(1, 0, 8), (2, 0, 8), (2, 1, 8), (2, 0, 4), (2, 0, 16)]
-    ]
-    cores = jax.devices()[0].core_count
-    calls = {
-        str(config): functools.partial(jax.jit(functools.partial(hopper.matmul, config=config, cores=cores)), x, w.values, w.metadata)
-        for config in configs
-    }
+    cores = getattr(jax.devices()[0], "core_count", 1)
+    calls = {}
+    for config in configs:
+        one = functools.partial(kernel.matmul, config=kernel.Config(**config), cores=cores)
+        calls[str(config)] = functools.partial(jax.jit(one), x, w.values, w.metadata)
     expected = product("dense")(x, w).astype(jnp.float32)
-    differs = {name: float(jnp.abs(call().astype(jnp.float32) - expected).max()) for name, call in calls.items()}
-    seconds = timing.in_turns(calls, rounds, "configurations")
-    return [{"config": name, "seconds": float(np.median(t)), "largest difference": differs[name]} for name, t in seconds.items()]
+    differs = {config: float(jnp.abs(call().astype(jnp.float32) - expected).max()) for config, call in calls.items()}
+    seconds = timing.in_turns(calls, rounds, f"{name} variants")
+    return [{"config": config, "microseconds": 1e6 * float(np.median(t)), "differs": differs[config]} for config, t in seconds.items()]
 
 
 def main(argv=None):
@@ -203,7 +209,7 @@ def main(argv=None):
         save(**found)  # a fault in the next kernel would end the process
     names = [name for name in names if found["checks"][name]["right"]]
 
-    found["configurations"] = variants(8192, 8192, 8192, rounds) if "hopper" in names and not args.smoke else []
+    found["variants"] = {name: variants(name, *VARIANTS[name], rounds) for name in names if name in VARIANTS and not args.smoke}
     torch_call, why_no_torch = torch_products()
     found |= {"torch": why_no_torch or "timed", "timings": [], "left_out": []}
     peaks = next((peak for kind, peak in PEAKS.items() if kind in device.device_kind), None)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import pathlib
+from types import SimpleNamespace
 
 import interpreted
 import jax
@@ -95,6 +97,25 @@ def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatc
     assert all(one["microseconds"].keys() == {"jax dense"} for one in found["timings"] if one["M"] == 136)
     gpu.main(["--smoke", "--out", str(tmp_path), "--seconds", "0"])
     assert not written(tmp_path)["timings"] and len(written(tmp_path)["left_out"]) == 4
+
+
+def test_variants_tell_configurations_apart(gpu, monkeypatch):
+    def matmul(x, values, metadata, config, cores):
+        w = js.Sparse24(values, metadata, (128,), (128,), layout="mma16")
+        return exact(x, w) + (8 if config["unroll"] == 2 else 0)
+
+    monkeypatch.setattr(gpu.importlib, "import_module", lambda name: SimpleNamespace(Config=dict, matmul=matmul))
+    first, second = gpu.variants("decode", 8, 128, 128, [{"unroll": 1}, {"unroll": 2}], 2)
+    assert first["differs"] < 0.1 and second["differs"] > 7
+    assert first["config"] == "{'unroll': 1}" and first["microseconds"] > 0
+
+
+def test_every_variant_and_shape_is_one_that_the_kernels_take(gpu):
+    for name, (n, m, k, configs) in gpu.VARIANTS.items():
+        module = importlib.import_module(f"jaxsparse.kernels.{name}")
+        assert gpu.fits(name, n, m, k) and all(module.Config(**config) for config in configs)
+    fitting = {name: sum(gpu.fits(name, 1, *shape) for shape in gpu.SHAPES.values()) for name in KERNELS}
+    assert fitting == {"hopper": 15, "ampere": 14, "decode": 15}
 
 
 def test_without_a_gpu_it_says_so(gpu, capsys):

@@ -253,6 +253,6 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
 
 
 def default_config(n: int, m: int, cores: int) -> Config:
-    """The largest tile that gives every multiprocessor one; about the same number of bytes on their way for each."""
-    tile_m = next((size for size in (64, 32) if m // size >= cores), 16)
+    """The largest tile of which every multiprocessor gets two; about the same number of bytes on their way for each."""
+    tile_m = next((size for size in (64, 32) if m // size >= 2 * cores), 16)
     return Config(tile_m, unroll=64 // tile_m if n <= 16 else 1)
