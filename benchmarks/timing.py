@@ -61,7 +61,7 @@ def _processor():
     return names[0] if names else platform.processor()
 
 
-def save(name, **content):
-    path = RESULTS / f"{name}.json"
+def save(name, folder=RESULTS, /, **content):
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({**environment(), **content}, indent=1, default=lambda value: np.asarray(value).tolist()) + "\n")
     print(f"\nWritten to {path}")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.forward import masks_by_path
+from jaxsparse.layouts import convert, preferred_layout
 from jaxsparse.patterns import group_axis
 from jaxsparse.plan import Leaf, Plan, leaf_paths, match
 from jaxsparse.state import merged_masks, rewire_states
@@ -32,12 +33,14 @@ class Sparse24:
 
     Attributes:
       values: `[..., M, K/2]`, the kept weights in the order of the contraction.
-      metadata: uint16 `[..., M, ceil(K/16)]`; one nibble for each group of four, the lowest first,
-        `first | second << 2` with the places of the two kept weights in ascending order.
+      metadata: the places of the kept weights, in the arrangement that `layout` names.
       contracting: sizes of the axes that the matmul sums over, static.
       output: sizes of the other axes of one weight, static.
       output_first: whether the output axes come before the contracted ones in the dense weight, static.
-      layout: the layout of `metadata`, static; `"canonical"` is the one above.
+      layout: the arrangement of `metadata`, static. `"canonical"` is uint16 `[..., M, ceil(K/16)]`, one nibble for each
+        group of four, the lowest first, `first | second << 2` with the two places in ascending order. `"mma16"` is
+        uint32 `[..., 2*ceil(M/128), 2*ceil(K/128), 128]`, the same words as the lanes of a sparse tensor core read them
+        with 16-bit operands.
 
     References:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
@@ -76,17 +79,43 @@ class Sparse24:
         """The bytes of values and metadata together."""
         return self.values.nbytes + self.metadata.nbytes
 
+    def with_layout(self, layout: str) -> "Sparse24":
+        """The same weight with its metadata arranged in another way; exact in both directions.
 
-def compress(params, opt_state, plan: Plan | None = None):
+        Args:
+          layout: `"canonical"`, for files that any reader understands and for the dense fallback; or `"mma16"`, for
+            the kernels, with weights of 16 bits.
+
+        Returns:
+          A `Sparse24` of the same values.
+
+        Raises:
+          ValueError: there is no such layout, or the weight does not have 16 bits.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> w = Sparse24(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[0x4449]], jnp.uint16), contracting=(4,), output=(1,))
+          >>> tiled = w.with_layout("mma16")
+          >>> tiled.metadata.shape, tiled.with_layout("canonical").metadata
+          ((2, 2, 128), Array([[17481]], dtype=uint16))
+        """
+        metadata = convert(self.metadata, self.layout, layout, self.values)
+        return self if layout == self.layout else dataclasses.replace(self, metadata=metadata, layout=layout)
+
+
+def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None = None):
     """Turns every sparse leaf into a `Sparse24`; the dense leaves stay as they are.
 
     A 16-bit weight takes 36 of 64 bits a group (44 % saved), an 8-bit one 20 of 32 (38 %). Works under `jit`, where
-    the masks' values cannot be checked.
+    the masks' values cannot be checked. A weight runs on every device whatever its layout; the layout says where no
+    time is lost.
 
     Args:
       params: pytree of weights.
       opt_state: an optimizer state that holds masks and their plan, or a pytree of masks.
       plan: the plan of bare masks. Without it a mask must be 2:4 along one axis only, which is then the axis.
+      layout: how the metadata are arranged, as for `Sparse24`. None means `"mma16"` for weights of 16 bits where the
+        default backend is a GPU, and `"canonical"` elsewhere.
 
     Returns:
       The pytree with `Sparse24` in the place of the sparse leaves. `decompress` gives back the masked weights.
@@ -94,7 +123,7 @@ def compress(params, opt_state, plan: Plan | None = None):
     Raises:
       TypeError: `plan` is no plan.
       ValueError: there are no masks, they or the plan are of other parameters, a leaf is planned under another pattern than
-        2:4, or its mask does not keep exactly 2 of every 4 along its axis.
+        2:4, its mask does not keep exactly 2 of every 4 along its axis, or `layout` does not fit its dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,7 +146,10 @@ def compress(params, opt_state, plan: Plan | None = None):
     leaves, treedef = jax.tree.flatten(params)
     paths = leaf_paths(params)
     places = [(0, 0) if mask is None else _place(path, mask, planned.get(path)) for path, mask in zip(paths, masks, strict=True)]
-    packed = (w if mask is None else _pack(w, mask, *place) for w, mask, place in zip(leaves, masks, places, strict=True))
+    packed = (
+        w if mask is None else _pack(w, mask, *place, layout or preferred_layout(w.dtype))
+        for w, mask, place in zip(leaves, masks, places, strict=True)
+    )
     return jax.tree.unflatten(treedef, packed)
 
 
@@ -157,8 +189,8 @@ def _is_24(mask, axis):
     return (groups.sum(axis + 1) == 2).all()
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _pack(w, mask, axis, contracting):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _pack(w, mask, axis, contracting, layout):
     output_first = axis == -1 and w.ndim > 1
     end = w.ndim + axis + 1
     begin = end - contracting
@@ -177,7 +209,7 @@ def _pack(w, mask, axis, contracting):
     second = jnp.where(m3, w3, jnp.where(m2, w2, w1))
     places = jnp.where(m0, 0, jnp.where(m1, 1, 2)) | jnp.where(m3, 3, jnp.where(m2, 2, 1)) << 2
     values = jnp.stack([first, second], -1).reshape(*batch, core[0], core[1] // 2)
-    return Sparse24(values, _to_words(places.astype(jnp.uint16)), contracted, output, output_first)
+    return Sparse24(values, _to_words(places.astype(jnp.uint16)), contracted, output, output_first).with_layout(layout)
 
 
 def _to_words(nibbles):
@@ -235,7 +267,7 @@ def decompress(packed):
     def dense(leaf):
         if not isinstance(leaf, Sparse24):
             return leaf
-        w = expand(leaf.values, leaf.metadata)
+        w = expand(leaf.values, leaf.with_layout("canonical").metadata)
         return (w if leaf.output_first else w.swapaxes(-1, -2)).reshape(leaf.shape)
 
     return jax.tree.map(dense, packed, is_leaf=lambda leaf: isinstance(leaf, Sparse24))

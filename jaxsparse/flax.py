@@ -23,8 +23,8 @@ __all__ = ["intercept", "plan"]
 serialization.register_serialization_state(Plan, lambda plan: {}, lambda plan, state: plan)
 serialization.register_serialization_state(
     Sparse24,
-    lambda packed: {"values": packed.values, "metadata": packed.metadata},
-    lambda packed, state: dataclasses.replace(packed, **state),
+    lambda packed: {"values": packed.values, "metadata": packed.with_layout("canonical").metadata},
+    lambda packed, state: dataclasses.replace(packed, **state, layout="canonical").with_layout(packed.layout),
 )
 
 

@@ -1,6 +1,7 @@
 """Matrix products with compressed 2:4 weights."""
 
 import functools
+import importlib
 import math
 
 import jax
@@ -10,31 +11,53 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxsparse.compress import Sparse24, expand, gather
+from jaxsparse.kernels import ACTIVATIONS, KERNELS, misfit, preferred, unavailable
+from jaxsparse.layouts import tile, untile
 from jaxsparse.patterns import array
 
 __all__ = ["sparse_matmul", "sparse_matmul_p"]
 
 
-def sparse_matmul(x, w: Sparse24, *, implementation: str | None = None, precision: lax.PrecisionLike = None) -> jax.Array:
-    """`x @ w` with a compressed weight: sums over the last axes of `x` and the contracted axes of `w`.
+def sparse_matmul(
+    x,
+    w: Sparse24,
+    *,
+    bias=None,
+    activation: str | None = None,
+    implementation: str | None = None,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """`activation(x @ w + bias)` with a compressed weight: sums over the last axes of `x` and the contracted axes of `w`.
 
-    Differentiable with respect to `x` and to `w.values`, forwards and backwards; the gradient of the values is that
-    at the kept places. Sums are taken in float32 for 16-bit floats.
+    Differentiable with respect to `x`, `w.values` and `bias`, forwards and backwards; the gradient of the values is
+    that at the kept places. Sums are taken in float32 for 16-bit floats, and bias and activation applied before they are rounded
+    (under differentiation, after).
+
+    On a CUDA device a kernel for Sparse Tensor Cores may run, which the lowered program names (`sparse_matmul_hopper`);
+    everywhere else the weight is decompressed for the dense product. The kernels have not run on hardware yet: they are exact
+    in emulation, and their speed is not measured. None chooses one only where arithmetic says that it should win, with
+    metadata in the layout `"mma16"`, on one device or inside `shard_map`: `"decode"` for up to 16 rows and at least
+    14336 * 4096 weights (compute capability 8.0 and 9.0), `"hopper"` where rows, output and contraction are 4096 and more.
 
     Args:
       x: `[..., K]`, or `[..., *w.contracting]` where several axes are contracted; with a stacked weight (`w` of shape
         `[*stack, ...]`) it begins with the axes of the stack.
       w: the compressed weight.
-      implementation: None chooses the best for the device; `"dense"` decompresses and calls the dense product,
-        which runs everywhere.
-      precision: as in `jax.numpy.matmul`.
+      bias: `[*stack, *w.output]`, or None.
+      activation: `"relu"`, `"gelu"` (by tanh), `"silu"` or None.
+      implementation: None chooses for the device; `"dense"` runs everywhere. `"hopper"` (9.0), `"ampere"` (8.0 to 8.9) and
+        `"decode"` (8.0 and later, 64 rows at most) need 16-bit floats, one weight, K in multiples of 64, and M in multiples
+        of 64 (`"ampere"`: of 128); rows are padded inside.
+      precision: as in `jax.numpy.matmul`, for the dense product.
 
     Returns:
       `[..., *w.output]`, in the promoted dtype of `x` and `w`.
 
     Raises:
       TypeError: `w` is no `Sparse24`.
-      ValueError: the axes of `x` do not fit those of `w`, or there is no such implementation.
+      ValueError: the axes of `x` or `bias` do not fit those of `w`, there is no such implementation or activation, or the
+        implementation cannot compute this product on any device.
+      NotImplementedError: the implementation cannot run on the device that is lowered for.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,8 +71,10 @@ def sparse_matmul(x, w: Sparse24, *, implementation: str | None = None, precisio
     """
     if not isinstance(w, Sparse24):
         raise TypeError(f"sparse_matmul: `w` is a {type(w).__name__}, not a Sparse24. Make one with jaxsparse.compress.")
-    if implementation not in (None, "dense"):
-        raise ValueError(f'sparse_matmul: there is no implementation {implementation!r}. Pass None or "dense".')
+    if implementation not in (None, "dense", *KERNELS):
+        raise ValueError(f"sparse_matmul: there is no implementation {implementation!r}. Pass None or one of {('dense', *KERNELS)}.")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"sparse_matmul: there is no activation {activation!r}. Pass one of {tuple(ACTIVATIONS)}.")
     x = array(x, "sparse_matmul: `x`")
     stack, ends = w.values.shape[:-2], x.ndim - len(w.contracting)
     if x.shape[max(ends, 0) :] != w.contracting:
@@ -62,23 +87,38 @@ def sparse_matmul(x, w: Sparse24, *, implementation: str | None = None, precisio
             f"sparse_matmul: `x` of shape {x.shape} does not begin with the stack {stack} of `w`, of shape {w.shape}. "
             "Move the axes of the stack to the front of `x`, or use one weight of the stack."
         )
+    if bias is not None and jnp.shape(bias) != (*stack, *w.output):
+        raise ValueError(
+            f"sparse_matmul: `bias` of shape {jnp.shape(bias)} does not fit `w`, which needs {(*stack, *w.output)}. Reshape the bias."
+        )
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    rows = x.shape[len(stack) : ends]
+    rows, m, k = x.shape[len(stack) : ends], w.values.shape[-2], math.prod(w.contracting)
+    if implementation in KERNELS:
+        _refuse(implementation, misfit(implementation, math.prod(rows), m, k, dtype, stack), ValueError)
     y = sparse_matmul_p.bind(
-        x.reshape(*stack, math.prod(rows), math.prod(w.contracting)).astype(dtype),
+        x.reshape(*stack, math.prod(rows), k).astype(dtype),
         w.values.astype(dtype),
         w.metadata,
+        *(() if bias is None else (jnp.reshape(bias, (*stack, m)).astype(_sum_dtype(dtype)),)),
+        activation=activation,
+        implementation=implementation,
+        layout=w.layout,
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
     )
     return y.reshape(*stack, *rows, *w.output)
 
 
-# x [*stack, N, K], values [*stack, M, K/2], metadata uint16 [*stack, M, ceil(K/16)] -> [*stack, N, M]
+def _refuse(implementation, reason, error):
+    if reason:
+        raise error(f'sparse_matmul: "{implementation}" cannot compute this: {reason}. Pass implementation=None to have one chosen.')
+
+
+# x [*stack, N, K], values [*stack, M, K/2], metadata as layout says, perhaps bias [*stack, M] -> [*stack, N, M]
 sparse_matmul_p = Primitive("sparse_matmul")
 
 
 @sparse_matmul_p.def_abstract_eval
-def _abstract(x, values, metadata, **_):
+def _abstract(x, values, *_, **__):
     return jax.core.ShapedArray((*x.shape[:-1], values.shape[-2]), x.dtype)
 
 
@@ -92,53 +132,128 @@ def _impl(*operands, **params):
     return _jitted(**params)(*operands)
 
 
-def _dense(x, values, metadata, *, precision):
-    return _contract(x, expand(values, metadata), -1, -1, precision)
+def _dense(x, values, metadata, *bias, activation, layout, precision, **_):
+    y = _contract(x, _expand(values, metadata, layout), -1, -1, precision)
+    if bias:
+        y += bias[0][..., None, :]
+    return ACTIVATIONS[activation](y).astype(x.dtype)
+
+
+def _expand(values, metadata, layout):
+    return expand(values, _canonical(values, metadata, layout))
+
+
+def _canonical(values, metadata, layout):
+    return metadata if layout == "canonical" else untile(metadata, values.shape[-2], -(-values.shape[-1] // 8))
+
+
+def _sum_dtype(dtype):
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _contract(a, b, a_axis, b_axis, precision):
-    """Sums over one of the last two axes each; leading axes are batches. Accumulates in float32 where the dtype is narrower."""
+    """Sums over one of the last two axes each; leading axes are batches. The result has the dtype of the sums."""
     stack = tuple(range(a.ndim - 2))
     sums = (((a.ndim + a_axis,), (b.ndim + b_axis,)), (stack, stack))
-    wide = jnp.promote_types(a.dtype, jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype
-    return lax.dot_general(a, b, sums, precision=precision, preferred_element_type=wide).astype(a.dtype)
+    return lax.dot_general(a, b, sums, precision=precision, preferred_element_type=_sum_dtype(a.dtype))
 
 
-mlir.register_lowering(sparse_matmul_p, mlir.lower_fun(_dense, multiple_results=False))
+_lower_dense = mlir.lower_fun(_dense, multiple_results=False)
+
+
+def _lower_anywhere(ctx, *operands, implementation, **params):
+    if implementation in KERNELS:
+        _refuse(implementation, "it needs a CUDA device", NotImplementedError)
+    return _lower_dense(ctx, *operands, **params)
+
+
+def _lower_cuda(ctx, *operands, implementation, layout, activation, **params):
+    x, values = ctx.avals_in[:2]
+    device, reason = _device(ctx.module_context)
+    capability = _capability(device)
+    name = implementation
+    if name is None:
+        ready = layout == "mma16" and reason is None
+        name = preferred(x.shape[-2], values.shape[-2], x.shape[-1], x.dtype, x.shape[:-2], capability) if ready else "dense"
+    if name == "dense":
+        return _lower_dense(ctx, *operands, layout=layout, activation=activation, **params)
+    _refuse(name, reason or unavailable(name, capability), NotImplementedError)
+    _refuse(name, misfit(name, x.shape[-2], values.shape[-2], x.shape[-1], x.dtype, x.shape[:-2]), ValueError)
+    mosaic, kernel = (importlib.import_module(f"jaxsparse.kernels.{module}") for module in ("mosaic", name))
+
+    def run(x, values, metadata, *bias):
+        metadata = tile(metadata) if layout == "canonical" else metadata
+        return kernel.matmul(x, values, metadata, *bias, activation=activation, cores=device.core_count)
+
+    with mosaic.architecture(capability):
+        return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+
+
+def _device(module):
+    """A device of the kind that a module is lowered for, or None if that is open; and why no kernel may run there, or None."""
+    if module.lowering_parameters.for_export or len(module.platforms) > 1 or module.backend is None:
+        return None, None
+    kinds = {_capability(device): device for device in module.backend.devices()}
+    context = module.axis_context
+    if hasattr(context, "manual_axes"):  # inside shard_map
+        whole = set(context.manual_axes) == set(context.mesh.axis_names)
+    else:
+        whole = getattr(context, "num_devices", 1) == 1
+    reason = None if whole else "the compiler would have to partition it over several devices; call it inside shard_map"
+    return next(iter(kinds.values())) if len(kinds) == 1 else None, reason
+
+
+def _capability(device):
+    """The compute capability of a CUDA device as a pair, or None."""
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+
+mlir.register_lowering(sparse_matmul_p, _lower_anywhere)
+mlir.register_lowering(sparse_matmul_p, _lower_cuda, platform="cuda")
 
 
 def _jvp(primals, tangents, **params):
-    x, values, metadata = primals
-    x_dot, values_dot, _ = tangents
+    x, values, metadata, *bias = primals
+    x_dot, values_dot, _, *bias_dot = tangents
+    activation = params["activation"]
+    params["activation"] = None
     y = sparse_matmul_p.bind(x, values, metadata, **params)
     parts = []
     if type(x_dot) is not ad.Zero:
         parts.append(sparse_matmul_p.bind(x_dot, values, metadata, **params))
     if type(values_dot) is not ad.Zero:
         parts.append(sparse_matmul_p.bind(x, values_dot, metadata, **params))
-    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+    y_dot = sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+    if not bias and activation is None:
+        return y, y_dot
+
+    def finish(y, *bias):
+        wide = y.astype(_sum_dtype(y.dtype))
+        return ACTIVATIONS[activation](wide + bias[0][..., None, :] if bias else wide).astype(y.dtype)
+
+    bias_dot = map(ad.instantiate_zeros, bias_dot)
+    return jax.jvp(finish, (y, *bias), (y_dot, *bias_dot))
 
 
-def _transpose(ct, x, values, metadata, *, precision):
+def _transpose(ct, x, values, metadata, *, precision, layout, **_):
     if type(ct) is ad.Zero:
         return None, None, None
     if ad.is_undefined_primal(x):
-        return _contract(ct, expand(values, metadata), -1, -2, precision), None, None
-    return None, gather(_contract(ct, x, -2, -2, precision), metadata), None
+        return _contract(ct, _expand(values, metadata, layout), -1, -2, precision).astype(ct.dtype), None, None
+    product = _contract(ct, x, -2, -2, precision).astype(ct.dtype)
+    return None, gather(product, _canonical(values.aval, metadata, layout)), None
 
 
 def _batch(operands, dims, **params):
-    x, values, metadata = operands
-    x_dim, values_dim, metadata_dim = dims
+    x, *rest = operands
     size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
-    if values_dim is metadata_dim is None:  # one weight: more rows
-        x = jnp.moveaxis(x, x_dim, -3)
-        y = sparse_matmul_p.bind(x.reshape(*x.shape[:-3], -1, x.shape[-1]), values, metadata, **params)
+    if all(d is None for d in dims[1:]):  # one weight: more rows
+        x = jnp.moveaxis(x, dims[0], -3)
+        y = sparse_matmul_p.bind(x.reshape(*x.shape[:-3], -1, x.shape[-1]), *rest, **params)
         return y.reshape(*y.shape[:-2], size, -1, y.shape[-1]), y.ndim - 2
-    x, values, metadata = (
-        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(operands, dims, strict=True)
-    )
-    return sparse_matmul_p.bind(x, values, metadata, **params), 0
+    operands = (jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(operands, dims, strict=True))
+    return sparse_matmul_p.bind(*operands, **params), 0
 
 
 ad.primitive_jvps[sparse_matmul_p] = _jvp

@@ -1,0 +1,102 @@
+"""Whether a product with compressed weights is right: one operand at a time, then integers, then random numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsparse as js
+
+NIBBLES = np.array([4, 8, 9, 12, 13, 14], np.uint16)
+
+
+def weight(values, nibbles, layout="mma16"):
+    """A weight from values `[M, K/2]` and the nibble of every group `[M, K/4]`, K a multiple of 16."""
+    words = (np.asarray(nibbles, np.uint16).reshape(len(nibbles), -1, 4) << np.arange(0, 16, 4, dtype=np.uint16)).sum(-1, dtype=np.uint16)
+    m, half = values.shape
+    return js.Sparse24(values, jnp.asarray(words), (2 * half,), (m,)).with_layout(layout)
+
+
+def dense(w):
+    """The weight `[K, M]` in float32."""
+    return np.asarray(js.decompress(w), np.float32)
+
+
+def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
+    """How many elements of the product are wrong where it reads out one operand after the other.
+
+    Args:
+      multiply: x `[N, K]` and a weight to `[N, M]`.
+      m: output features.
+      k: the contraction.
+      dtype: of x and of the values.
+      rows: of x in one call.
+
+    Returns:
+      A dict from the operand to the number of wrong elements.
+    """
+    place = np.arange(m * k // 2).reshape(m, k // 2)
+    group = np.arange(m)[:, None] + np.arange(k // 4)
+    column = np.arange(k // 2) // 8 % 4  # 16 compressed values are one selector, 8 are one lane of it
+    one = jnp.eye(k, dtype=dtype)
+    found = {}
+
+    def read(name, values, nibbles):
+        """Rows of the identity read the weight out, a row of x for every column."""
+        w = weight(jnp.asarray(values, dtype), nibbles)
+        y = np.concatenate([np.asarray(multiply(one[first : first + rows], w), np.float32) for first in range(0, k, rows)])
+        found[name] = found.get(name, 0) + int((y != dense(w)).sum())
+
+    for code in (place % 251 + 1, place // 251 % 251 + 1):  # together they name every place
+        read("values", code, NIBBLES[group % 6])
+    for turn in range(6):
+        read("metadata", np.ones((m, k // 2)), NIBBLES[(group + turn) % 6])
+    for lane in range(4):
+        read("selectors", np.where(column == lane, place % 7 + 1, 0), NIBBLES[(group * 5) % 6])
+    w = weight(jnp.ones((m, k // 2), dtype), np.full((m, k // 4), 4))  # the first two of every four
+    x = np.arange(rows * k).reshape(rows, k)
+    for code in (x % 251 + 1, x // 251 % 251 + 1):
+        hot = np.eye(k, dtype=bool)[np.arange(rows) * 4 % k]
+        x_hot = np.where(hot, code, 0)
+        y = np.asarray(multiply(jnp.asarray(x_hot, dtype), w), np.float32)
+        found["x"] = found.get("x", 0) + int((y != x_hot.astype(np.float32) @ dense(w)).sum())
+    return found
+
+
+def random_weight(key, m, k, dtype=jnp.bfloat16, integers=False):
+    """A weight of which the largest are kept: normal values scaled for the contraction, or integers up to 4."""
+    return _random_weight(key, m, k, jnp.dtype(dtype), integers)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _random_weight(key, m, k, dtype, integers):
+    numbers = jax.random.randint(key, (k, m), -4, 5) if integers else jax.random.normal(key, (k, m)) * k**-0.5
+    w = {"w": numbers.astype(dtype)}
+    plan = js.plan(w, {"w": js.NM(2, 4, axis=0)})
+    return js.compress(w, js.magnitude_masks(w, plan), plan, layout="mma16")["w"]
+
+
+def random_rows(key, n, k, dtype=jnp.bfloat16, integers=False):
+    return (jax.random.randint(key, (n, k), -4, 5) if integers else jax.random.normal(key, (n, k))).astype(dtype)
+
+
+@jax.jit
+def _reference(x, w):
+    with jax.default_matmul_precision("highest"):
+        return x.astype(jnp.float32) @ js.decompress(w).astype(jnp.float32)
+
+
+def wrong_integers(multiply, n, m, k, dtype=jnp.bfloat16):
+    """How many elements of a product of small integers, whose sums are exact in float32, are wrong."""
+    x = random_rows(jax.random.key(n), n, k, dtype, integers=True)
+    w = random_weight(jax.random.key(m + k), m, k, dtype, integers=True)
+    return int((multiply(x, w) != _reference(x, w).astype(dtype)).sum())
+
+
+def error(multiply, n, m, k, dtype=jnp.bfloat16):
+    """The largest error of a random product, in units of the last place of the largest result; half a unit is rounding."""
+    x, w = random_rows(jax.random.key(n), n, k, dtype), random_weight(jax.random.key(m + k), m, k, dtype)
+    exact = _reference(x, w)
+    unit = jnp.finfo(dtype).eps * 2 ** jnp.floor(jnp.log2(jnp.abs(exact).max()))
+    return float(jnp.abs(multiply(x, w).astype(jnp.float32) - exact).max() / unit)

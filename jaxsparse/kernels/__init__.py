@@ -1,0 +1,73 @@
+"""Kernels for 2:4 products, one file each: where each can run, and which one runs. Nothing here imports Pallas."""
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["ACTIVATIONS", "KERNELS", "misfit", "preferred", "unavailable"]
+
+ACTIVATIONS = {  # all by one tanh, which every kernel has
+    None: lambda x: x,
+    "relu": lambda x: jnp.maximum(x, 0.0),
+    "gelu": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))),
+    "silu": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.5 * x)),
+}
+
+KERNELS = ("hopper", "ampere", "decode")
+
+_MULTIPLE_OF_M = {"hopper": 64, "ampere": 128, "decode": 64}
+
+# (compute capabilities, kernel, rows of x from, to, least output features times contraction, least of either). Nothing of this is
+# measured: the entries are where arithmetic on bytes and clocks leaves the kernel a margin over the dense product.
+_PREFERENCES = (
+    (((8, 0), (9, 0)), "decode", 1, 16, 14336 * 4096, 4096),
+    (((9, 0),), "hopper", 4096, 1 << 31, 4096 * 4096, 4096),
+)
+
+
+def misfit(name: str, n, m: int, k: int, dtype, stack: tuple[int, ...]) -> str | None:
+    """Why a kernel cannot compute a product on any device, or None.
+
+    Args:
+      name: one of `KERNELS`.
+      n: rows of x.
+      m: output features.
+      k: the contraction.
+      dtype: of x and of the values.
+      stack: sizes of the leading axes of the weight.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, and these are {dtype}"
+    if stack:
+        return f"it takes one weight, and this is a stack of shape {stack}"
+    if k % 64 or m % _MULTIPLE_OF_M[name]:
+        return f"it takes K in multiples of 64 and M in multiples of {_MULTIPLE_OF_M[name]}, and these are K={k} and M={m}"
+    if not 0 < n <= (64 if name == "decode" else 1 << 31):
+        return f"it takes 1 to 64 rows, and these are {n}" if name == "decode" else "there are no rows"
+    return None
+
+
+def unavailable(name: str, capability: tuple[int, int] | None) -> str | None:
+    """Why a kernel cannot run on a CUDA device of a compute capability, or None; `capability` is None where it is not known."""
+    if capability is None:
+        return "the compute capability is not known, as when lowering for export or for a GPU that is not there"
+    has = f"and this device has {capability[0]}.{capability[1]}"
+    if name == "hopper" and capability != (9, 0):
+        return f"it needs compute capability 9.0, {has}"
+    if name == "ampere" and not (8, 0) <= capability < (9, 0):
+        return f"it needs compute capability 8.0 to 8.9, {has}"
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, {has}"
+    if capability < (9, 0) and jax.__version_info__ < (0, 11):
+        return f"compiling it for compute capability {capability[0]}.{capability[1]} needs jax 0.11, and this is {jax.__version__}"
+    return None
+
+
+def preferred(n, m: int, k: int, dtype, stack: tuple[int, ...], capability: tuple[int, int] | None) -> str:
+    """The kernel that should beat the dense product on a device, or `"dense"`."""
+    if capability is None:
+        return "dense"
+    for capabilities, name, least_n, most_n, least_weights, least_side in _PREFERENCES:
+        wins = capability in capabilities and least_n <= n <= most_n and m * k >= least_weights and min(m, k) >= least_side
+        if wins and misfit(name, n, m, k, dtype, stack) is None and unavailable(name, capability) is None:
+            return name
+    return "dense"
