@@ -20,6 +20,8 @@ from jaxsparse.schedules import geometric_stages as geometric_stages
 from jaxsparse.schedules import gradual_density as gradual_density
 from jaxsparse.schedules import linear_decay as linear_decay
 from jaxsparse.schedules import stepwise_stages as stepwise_stages
+from jaxsparse.scores import diagonal_fisher as diagonal_fisher
+from jaxsparse.scores import random_score as random_score
 from jaxsparse.state import RewireState as RewireState
 from jaxsparse.state import masks as masks
 from jaxsparse.transforms import decay_nonparticipating as decay_nonparticipating

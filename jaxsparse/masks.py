@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse.groups import mask_groups
-from jaxsparse.patterns import Pattern, array, group_axis, integer
+from jaxsparse.patterns import array, group_axis, integer
 from jaxsparse.plan import Plan, match
 from jaxsparse.ranking import magnitude_keys, order_keys
 
-__all__ = ["magnitude_mask", "magnitude_masks", "nm_mask"]
+__all__ = ["magnitude_masks", "nm_mask", "score_masks"]
 
 
 def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
@@ -79,11 +79,6 @@ def _check_nm(scores, n, m, axis):
     return n, m, axis % len(shape)
 
 
-def magnitude_mask(weights, pattern: Pattern) -> jax.Array:
-    """The mask of one array by magnitude, under a pattern that names its axis."""
-    return _nm_mask(weights, magnitude_keys, pattern.n, pattern.m, group_axis(pattern, weights.ndim))
-
-
 def magnitude_masks(params, plan: Plan):
     """Masks for every leaf of `params` by magnitude, each under its pattern in `plan`.
 
@@ -110,8 +105,19 @@ def magnitude_masks(params, plan: Plan):
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.1.
     """
 
-    def mask(leaf, weight):
-        return jnp.asarray(True) if leaf is None else magnitude_mask(weight, leaf.pattern)
+    return _masks(params, magnitude_keys, plan, "magnitude_masks")
 
-    leaves, treedef = jax.tree.flatten(params)
-    return jax.tree.unflatten(treedef, map(mask, match(plan, params, "magnitude_masks"), leaves))
+
+def score_masks(scores, plan: Plan):
+    """Masks by scores: a pytree of the structure of the parameters, whose dense leaves do not matter."""
+    return _masks(scores, order_keys, plan, "score_masks")
+
+
+def _masks(tree, keys_of, plan, call):
+    def mask(leaf, values):
+        if leaf is None:
+            return jnp.asarray(True)
+        return _nm_mask(values, keys_of, leaf.pattern.n, leaf.pattern.m, group_axis(leaf.pattern, values.ndim))
+
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, map(mask, match(plan, tree, call), leaves))

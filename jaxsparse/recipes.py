@@ -3,6 +3,7 @@
 import optax
 
 from jaxsparse.plan import Plan
+from jaxsparse.scores import Score
 from jaxsparse.transforms import (
     decay_nonparticipating,
     fix_nonparticipating,
@@ -23,6 +24,7 @@ def rewired(
     reset_every: int | None = 1000,
     fix_after: int | None = None,
     decay: float = 0.0,
+    score: str | Score = "magnitude",
 ) -> optax.GradientTransformationExtraArgs:
     """Algorithm 1: rewire by magnitude, update all weights with dense gradients, exploit by RESET, FIX or REGULARIZE.
 
@@ -34,6 +36,7 @@ def rewired(
       reset_every: the steps between two resets of non-participating weights to 0 (`z`); None for no RESET.
       fix_after: the step from which on masks stay and non-participating weights are 0 (`v`); None for no FIX.
       decay: what non-participating weights lose each step (`beta`, 2e-4 in the paper); 0 for no REGULARIZE.
+      score: what masks rank, as for `rewire`.
 
     Returns:
       The transformation to use in place of `inner`; `masks` finds its masks.
@@ -61,7 +64,7 @@ def rewired(
         None if reset_every is None else reset_nonparticipating(reset_every),
         None if _is(decay, 0) else decay_nonparticipating(decay),
     ]
-    return rewire(optax.chain(*(part for part in chain if part)), plan, every=every, until=fix_after)
+    return rewire(optax.chain(*(part for part in chain if part)), plan, every=every, until=fix_after, score=score)
 
 
 def _is(value, number):

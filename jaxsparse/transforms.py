@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse.forward import masks_by_path
-from jaxsparse.masks import magnitude_masks
+from jaxsparse.masks import magnitude_masks, score_masks
 from jaxsparse.patterns import integer
 from jaxsparse.plan import Plan, leaf_paths, match
+from jaxsparse.scores import Score, as_score, score_tree
 from jaxsparse.state import RewireState, masks, packed
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 
 
 def rewire(
-    inner: optax.GradientTransformation, plan: Plan, *, every: int = 1, until: int | None = None
+    inner: optax.GradientTransformation, plan: Plan, *, every: int = 1, until: int | None = None, score: str | Score = "magnitude"
 ) -> optax.GradientTransformationExtraArgs:
     """Holds the masks and recomputes them from the updated weights; the outermost wrapper of the optimizer.
 
@@ -40,6 +41,9 @@ def rewire(
       plan: which leaf follows which pattern.
       every: the updates between two rewirings (`r` in the paper).
       until: the step from which on the masks stay; None for never.
+      score: what masks rank: `"magnitude"`; `"first_order"`, the magnitude of weight times gradient; `"fisher"`, the squared
+        weight times what `diagonal_fisher` gives, passed as `update(..., fisher=...)`; `"random"`; or a function of (path,
+        weights, gradient) to scores. Weights are the updated ones. Before there is a gradient it is 1 everywhere.
 
     Returns:
       A transformation with state `RewireState`. Its `update` needs `params`.
@@ -70,11 +74,18 @@ def rewire(
     if until is not None:
         _check_steps("rewire", until=until, least=0)
     inner = optax.with_extra_args_support(inner)
+    scored = as_score(score, "rewire")
     every_step = until is None and isinstance(every, int) and every == 1
+
+    def ranked(params, gradients):
+        if scored is None:
+            return packed(magnitude_masks(params, plan), plan)
+        return packed(score_masks(score_tree(scored, params, gradients, plan, "rewire"), plan), plan)
 
     def init(params):
         match(plan, params, "rewire")
-        return RewireState(jnp.zeros((), jnp.int32), packed(magnitude_masks(params, plan), plan), plan, inner.init(params))
+        masks = ranked(params, jax.tree.map(jnp.ones_like, params))
+        return RewireState(jnp.zeros((), jnp.int32), masks, plan, inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
@@ -83,18 +94,18 @@ def rewire(
             raise TypeError(f"rewire: this {type(state).__name__} is not a RewireState. Pass the optimizer state that init returned.")
         match(plan, params, "rewire")
         match(plan, updates, "rewire")
+        gradients = extra_args.pop("fisher", None) if score == "fisher" else updates
+        if gradients is None:
+            raise ValueError("rewire: `fisher` is missing. Pass update(grads, opt_state, params, fisher=jaxsparse.diagonal_fisher(...)).")
         updates, inner_state = inner.update(updates, state.inner_state, params, masks=masks(state), **extra_args)
         count = optax.safe_increment(state.count)
         updated = optax.apply_updates(params, updates)
 
-        def rewired():
-            return packed(magnitude_masks(updated, plan), plan)
-
         if every_step:
-            kept = rewired()
+            kept = ranked(updated, gradients)
         else:
             due = (count % every == 0) & (True if until is None else count < until)
-            kept = jax.lax.cond(due, rewired, lambda: state.packed)
+            kept = jax.lax.cond(due, lambda: ranked(updated, gradients), lambda: state.packed)
         return updates, RewireState(count, kept, plan, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

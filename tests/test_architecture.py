@@ -10,7 +10,7 @@ import pytest
 import jaxsparse as js
 
 PACKAGE = pathlib.Path(js.__file__).parent
-ORDER = ["patterns", "plan", "ranking", "groups", "masks", "bits", "state", "schedules", "forward", "transforms", "recipes"]
+ORDER = ["patterns", "plan", "ranking", "groups", "masks", "scores", "bits", "state", "schedules", "forward", "transforms", "recipes"]
 ORDER += ["layouts", "compress", "kernels", "matmul", "contractions", "flax"]
 KERNELS = ["kernels", "kernels.mosaic"]  # before each kernel; only a lowering for CUDA imports more than the first
 PUBLIC = [getattr(js, name) for name in dir(js) if not name.startswith("_")]

@@ -18,7 +18,7 @@ def test_the_loop_runs_as_printed():
 def test_the_signature_of_the_recipe_is_the_one_printed():
     (printed,) = re.findall(r"`js\.recipes\.rewired\((.*?)\)`", README)
     parameters = inspect.signature(js.recipes.rewired).parameters.values()
-    assert printed == ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
+    assert printed == ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
 
 
 def test_the_tables_are_those_of_the_committed_results(monkeypatch):

@@ -1,0 +1,76 @@
+"""Masks rank what the argument `score` says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import jaxsparse as js
+
+RNG = np.random.default_rng(0)
+W = RNG.normal(size=(8, 3)).astype("float32")
+G = RNG.normal(size=(8, 3)).astype("float32")
+F = RNG.random((8, 3)).astype("float32")
+PARAMS, GRADS, FISHER = ({"w": jnp.asarray(x), "b": jnp.zeros(3)} for x in (W, G, F))
+PLAN = js.plan(PARAMS, {"w": js.NM(2, 4, axis=0)})
+
+
+def rewired_masks(score, **extra):
+    """The masks of init, and those after one update that changes no weight."""
+    tx = js.rewire(optax.sgd(0.0), PLAN, score=score)
+    state = tx.init(PARAMS)
+    _, new = jax.jit(tx.update)(GRADS, state, PARAMS, **extra)
+    return np.asarray(js.masks(state)["w"]), np.asarray(js.masks(new)["w"])
+
+
+def expected(scores):
+    return reference.nm_mask(scores, 2, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("score", "scores", "extra"),
+    [
+        ("magnitude", abs(W), {}),
+        ("first_order", abs(W * G), {}),
+        ("fisher", W**2 * F, {"fisher": FISHER}),
+        (lambda path, w, g: (g if path == "w" else w) - w, G - W, {}),
+    ],
+)
+def test_masks_rank_the_score(score, scores, extra):
+    before, after = rewired_masks(score, **extra)
+    np.testing.assert_array_equal(after, expected(scores))
+    if isinstance(score, str):
+        np.testing.assert_array_equal(before, expected(abs(W)))
+
+
+def test_random_masks_stay_and_differ_by_seed():
+    first, again = rewired_masks("random")
+    np.testing.assert_array_equal(first, again)
+    assert (first != rewired_masks(js.random_score(1))[0]).any()
+    assert (first.reshape(2, 4, 3).sum(1) == 2).all()
+
+
+def test_recipes_take_a_score():
+    tx = js.recipes.rewired(optax.sgd(0.0), PLAN, reset_every=None, score="first_order")
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(js.masks(state)["w"], expected(abs(W * G)))
+
+
+def test_the_fisher_diagonal_is_the_mean_of_squares():
+    x = RNG.normal(size=(5, 3)).astype("float32")
+    found = js.diagonal_fisher(lambda p, row: jnp.tanh(row @ p["v"]), {"v": jnp.ones(3)}, x)["v"]
+    each = [(1 - np.tanh(row.sum()) ** 2) * row for row in x]
+    np.testing.assert_allclose(found, np.mean(np.square(each), 0), rtol=1e-5)
+
+
+def test_bad_scores_are_refused():
+    with pytest.raises(ValueError, match="rewire: there is no score 'size'"):
+        js.rewire(optax.sgd(0.1), PLAN, score="size")
+    with pytest.raises(TypeError, match="rewire: `score` is 3"):
+        js.rewire(optax.sgd(0.1), PLAN, score=3)
+    with pytest.raises(ValueError, match="rewire: the score of w has shape"):
+        js.rewire(optax.sgd(0.1), PLAN, score=lambda path, w, g: w.sum()).init(PARAMS)
+    with pytest.raises(ValueError, match="rewire: `fisher` is missing"):
+        rewired_masks("fisher")
