@@ -20,7 +20,8 @@ def train_step(result):
     return (
         f"A training step of a transformer of {result['parameters'] / 1e6:.1f} million parameters with new masks every step, against the "
         f"dense step: medians of {result['rounds']} rounds in which the runs take turns (`python benchmarks/train_step.py`; "
-        f"{where(result)}).\n\n" + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=("", ".1f", ".3f"))
+        f"{where(result)}).\n\n"
+        + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=("", ".1f", ".3f", ".2f", ".1f"))
     )
 
 

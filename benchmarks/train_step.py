@@ -1,4 +1,4 @@
-"""What a mask every step costs: the time of a sparse training step against the dense one, taken in turns.
+"""What a mask every step costs: the time of a sparse training step against the dense one, taken in turns, and its memory.
 
 python benchmarks/train_step.py
 """
@@ -6,6 +6,7 @@ python benchmarks/train_step.py
 import argparse
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tabulate
@@ -20,17 +21,17 @@ PATTERNS = ("2:4", "1:16")
 
 
 def runner(model, params, tokens, tx, sparse):
-    """A function that takes one more training step each time it is called."""
-    step = trainer(model, tx, sparse)
-    state = [jax.tree.map(np.asarray, params), None]
-    state[0] = jax.device_put(state[0])
-    state[1] = tx.init(state[0])
+    """A function that takes one more training step each time it is called; MB of optimizer state, and of what a step needs besides."""
+    params = jax.tree.map(jnp.copy, params)  # each run donates its own
+    state = [params, tx.init(params)]
+    step = trainer(model, tx, sparse).lower(*state, tokens).compile()
 
     def run():
         state[0], state[1], loss = step(*state, tokens)
         return loss
 
-    return run
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state[1]))
+    return run, kept / 1e6, step.memory_analysis().temp_size_in_bytes / 1e6
 
 
 def main():
@@ -47,11 +48,11 @@ def main():
         plan = js.flax.plan(model, {"*/kernel": pattern}, tokens[:, :-1])
         runs[pattern] = runner(model, params, tokens, js.recipes.rewired(adamw, plan), sparse=True)
 
-    seconds = timing.in_turns(runs, args.rounds, "training steps")
+    seconds = timing.in_turns({name: run for name, (run, *_) in runs.items()}, args.rounds, "training steps")
     dense = np.array(seconds["dense"])
-    rows = [(name, 1e3 * np.median(times), np.median(np.array(times) / dense)) for name, times in seconds.items()]
-    header = ("run", "step ms", "of dense")
-    print(tabulate.tabulate(rows, header, floatfmt=("", ".1f", ".3f")))
+    rows = [(name, 1e3 * np.median(times), np.median(np.array(times) / dense), *runs[name][1:]) for name, times in seconds.items()]
+    header = ("run", "step ms", "of dense", "optimizer state MB", "temporaries MB")
+    print(tabulate.tabulate(rows, header, floatfmt=("", ".1f", ".3f", ".2f", ".1f")))
     timing.save("train_step", rounds=args.rounds, parameters=sum(x.size for x in jax.tree.leaves(params)), header=header, rows=rows)
 
 

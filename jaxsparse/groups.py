@@ -15,11 +15,12 @@ __all__ = ["algorithm", "mask_groups"]
 
 def algorithm(n, m: int):
     """The fastest for n of m, as measured by benchmarks/masks.py on XLA:CPU; each is natural XLA on a GPU or TPU."""
-    if m <= 8:
+    static = isinstance(n, int)
+    if m <= 8 or (m <= 16 and not (static and n == 1)):
         return _compare_all
-    if isinstance(n, int) and n <= 2:
+    if static and n <= 2:
         return _best if n == 1 else _insert
-    return _compare_all if m <= 16 else _bisect
+    return _bisect
 
 
 def mask_groups(groups, keys_of, n, m: int, axis: int):

@@ -1,0 +1,27 @@
+"""A mask costs a small multiple of reading the weights; where XLA:CPU computes a group's result for each member, it costs m times that."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import jaxsparse as js
+
+SLACK = 1.5
+BARS = {"2:4": 2.0, "4:8": 2.0, "1:16": 2.0, "1:128": 2.0, "2:16": 3.5}  # what benchmarks/masks.py is held to
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_masks_stay_near_the_stream(axis, monkeypatch):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+    import masks
+    import timing
+
+    w = jax.random.normal(jax.random.key(0), (4096, 4096))
+    plans = {name: js.plan({"w": w}, {"w": masks.nm(name, axis)}) for name in BARS}
+    calls = {name: jax.jit(lambda w, plan=plan: js.magnitude_masks({"w": w}, plan)["w"]) for name, plan in plans.items()}
+    seconds = timing.in_turns({name: lambda f=f: f(w) for name, f in {"stream": masks.stream, **calls}.items()}, 12)
+    best = {name: np.min(times) for name, times in seconds.items()}  # the least disturbed round: other tests run beside this one
+    ratios = {name: best[name] / best["stream"] for name in BARS}
+    assert all(ratios[name] <= SLACK * bar for name, bar in BARS.items()), ratios
