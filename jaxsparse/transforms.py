@@ -87,10 +87,10 @@ def rewire(
         count = optax.safe_increment(state.count)
         updated = optax.apply_updates(params, updates)
         if every_step:
-            masks = magnitude_masks(updated, plan)
+            masks = magnitude_masks(updated, plan, step=count)
         else:
             due = (count % every == 0) & (True if until is None else count < until)
-            masks = jax.lax.cond(due, lambda: magnitude_masks(updated, plan), lambda: state.masks)
+            masks = jax.lax.cond(due, lambda: magnitude_masks(updated, plan, step=count), lambda: state.masks)
         return updates, RewireState(count, masks, plan, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -10,7 +10,21 @@ import pytest
 import jaxsparse as js
 
 PACKAGE = pathlib.Path(js.__file__).parent
-ORDER = ["patterns", "plan", "ranking", "groups", "masks", "state", "schedules", "forward", "transforms", "recipes"]
+ORDER = [
+    "patterns",
+    "plan",
+    "ranking",
+    "groups",
+    "transposable",
+    "topk",
+    "blocks",
+    "masks",
+    "state",
+    "schedules",
+    "forward",
+    "transforms",
+    "recipes",
+]
 ORDER += ["compress", "matmul", "contractions", "flax"]
 PUBLIC = [getattr(js, name) for name in dir(js) if not name.startswith("_")]
 PUBLIC = [x for x in PUBLIC if callable(x)] + [js.flax.plan, js.flax.intercept, js.recipes.rewired]
