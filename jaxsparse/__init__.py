@@ -9,10 +9,16 @@ from jaxsparse.compress import compress as compress
 from jaxsparse.compress import decompress as decompress
 from jaxsparse.forward import participate as participate
 from jaxsparse.forward import sparse_params as sparse_params
+from jaxsparse.masks import block_mask as block_mask
 from jaxsparse.masks import magnitude_masks as magnitude_masks
 from jaxsparse.masks import nm_mask as nm_mask
+from jaxsparse.masks import topk_mask as topk_mask
+from jaxsparse.masks import transposable_nm_mask as transposable_nm_mask
 from jaxsparse.matmul import sparse_matmul as sparse_matmul
 from jaxsparse.patterns import NM as NM
+from jaxsparse.patterns import Block as Block
+from jaxsparse.patterns import TransposableNM as TransposableNM
+from jaxsparse.patterns import Unstructured as Unstructured
 from jaxsparse.plan import Plan as Plan
 from jaxsparse.plan import plan as plan
 from jaxsparse.schedules import exponential_decay as exponential_decay

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse.forward import masks_by_path
 from jaxsparse.layouts import convert, preferred_layout
-from jaxsparse.patterns import group_axis
+from jaxsparse.patterns import NM, TransposableNM, axes_in
 from jaxsparse.plan import Leaf, Plan, leaf_paths, match
 from jaxsparse.state import merged_masks, rewire_states
 
@@ -156,9 +156,9 @@ def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None 
 def _place(path: str, mask, leaf: Leaf | None) -> tuple[int, int]:
     """The group axis, counted from the end, and the number of contracted axes, once the mask is known to be 2:4 along it."""
     if leaf is not None and leaf.pattern is not None:
-        axis = group_axis(leaf.pattern, mask.ndim) - mask.ndim
-        if (leaf.pattern.n, leaf.pattern.m) != (2, 4):
+        if not isinstance(leaf.pattern, NM | TransposableNM) or (leaf.pattern.n, leaf.pattern.m) != (2, 4):
             raise ValueError(f"compress: {path} is planned {leaf.pattern}, but the compressed format is 2:4. Train it under 2:4.")
+        axis = axes_in(leaf.pattern, mask.ndim)[0] - mask.ndim
         if not isinstance(mask, jax.core.Tracer) and not _is_24(mask, axis):
             raise ValueError(
                 f"compress: the mask of {path} does not keep exactly 2 of every 4 along axis {axis} of shape {mask.shape}. "

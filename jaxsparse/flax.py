@@ -116,22 +116,32 @@ def _decide(path: str, leaf, rule: str, pattern: Pattern, layer: str, found: set
     bad = sorted(use.reason for use in found if use.reason)
     if bad:
         return dense(bad[0])
-    summed = {use.summed[-1] for use in found}
-    if len(summed) > 1:
-        return dense(f"shared by products that sum over different axes {sorted(axis - leaf.ndim for axis in summed)}")
-    (axis,) = (axis - leaf.ndim for axis in summed)
-    if pattern.axis is not None and pattern.axis not in (axis, axis + leaf.ndim):
+    count = len(pattern.multiples)
+    products = {tuple(axis - leaf.ndim for axis in _innermost(use, leaf.ndim)[:count]) for use in found}
+    if len(products) > 1:
+        return dense(f"shared by products that sum over different axes {sorted({axes[0] for axes in products})}")
+    (axes,) = products
+    if len(axes) < count:
+        return dense("the product has no output axis of its own")
+    if pattern.axes is not None and tuple(axis - leaf.ndim if axis >= 0 else axis for axis in pattern.axes) != axes:
+        named, learned = (", ".join(map(str, one)) for one in (pattern.axes, axes))
         raise ValueError(
-            f"flax.plan: rule {rule!r} names axis {pattern.axis} for {path} of shape {leaf.shape}, but the model sums over axis {axis}. "
+            f"flax.plan: rule {rule!r} names axis {named} for {path} of shape {leaf.shape}, but the model sums over axis {learned}. "
             f'Leave the axis out, as in "{pattern}".'
         )
-    pattern = dataclasses.replace(pattern, axis=axis)
+    pattern = pattern.along(axes)
     reason = why_not(pattern, leaf.shape, leaf.dtype)
     if reason:
         return dense(reason)
-    contracting = min(_run_length(use.summed, axis + leaf.ndim) for use in found)
+    contracting = min(_run_length(use.summed, use.summed[-1]) for use in found)
     stack = tuple(sorted({axis - leaf.ndim for use in found for axis in use.stack}))
     return Leaf(path, leaf.shape, pattern, contracting, stack)
+
+
+def _innermost(use: Use, ndim: int) -> tuple[int, ...]:
+    """The innermost axis that a product sums over, and the innermost of those it keeps, if there is one."""
+    kept = [axis for axis in range(ndim) if axis not in use.summed and axis not in use.stack]
+    return (use.summed[-1], *kept[-1:])
 
 
 def _run_length(summed: tuple[int, ...], last: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxsparse.patterns import Pattern, as_pattern, group_axis, why_not
+from jaxsparse.patterns import Pattern, as_pattern, axes_in, why_not
 
 __all__ = ["Leaf", "Plan", "leaf_paths", "match", "plan"]
 
@@ -21,8 +21,8 @@ class Leaf:
     Attributes:
       path: its path, as `"encoder/layers_0/kernel"`; a leading `params/` is dropped.
       shape: its shape.
-      pattern: the pattern it follows, its axis counted from the end; None where it stays dense.
-      contracting: how many neighbouring axes, the last of them the pattern's, the matmul sums over together.
+      pattern: the pattern it follows, its axes counted from the end; None where it stays dense.
+      contracting: how many neighbouring axes, the last of them the pattern's first, the matmul sums over together.
       stack: the axes that run over separate weights, as under `nn.scan`, counted from the end.
       layer: the kind of module that owns it, if known.
       reason: why it stays dense.
@@ -79,10 +79,12 @@ class Plan:
         def shape(leaf):
             return "x".join(map(str, leaf.shape)) or "scalar"
 
+        def axes(leaf):
+            return leaf.pattern and ", ".join(map(str, leaf.pattern.axes))
+
         header = ("leaf", "layer", "shape", "axis", "pattern", "density", "why dense")
         rows = [
-            (leaf.path, leaf.layer, shape(leaf), leaf.pattern and leaf.pattern.axis, leaf.pattern or "dense", leaf.density, leaf.reason)
-            for leaf in self.leaves
+            (leaf.path, leaf.layer, shape(leaf), axes(leaf), leaf.pattern or "dense", leaf.density, leaf.reason) for leaf in self.leaves
         ]
         total = sum(math.prod(leaf.shape) for leaf in self.leaves)
         planned = sum(math.prod(leaf.shape) for leaf in self.sparse.values())
@@ -105,14 +107,14 @@ def _keys(path):
 
 
 def plan(params, rules: Mapping[str, Pattern | str | None]) -> Plan:
-    """Plans the sparsity of any pytree of parameters; every rule names its axis.
+    """Plans the sparsity of any pytree of parameters; every rule names its axes.
 
     For Flax modules `jaxsparse.flax.plan` learns the axes from the model itself.
 
     Args:
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
       rules: from a path, or a pattern of paths with `*`, `?` and `[...]` as in file names (`*` also crosses `/`),
-        to a pattern with its axis, as in `NM(2, 4, axis=0)`, or to None for dense. The first rule that matches a
+        to a pattern with its axes, as in `NM(2, 4, axis=0)`, or to None for dense. The first rule that matches a
         leaf decides. A leaf that no rule matches stays dense.
 
     Returns:
@@ -137,10 +139,10 @@ def plan(params, rules: Mapping[str, Pattern | str | None]) -> Plan:
 
     def decide(path, leaf, rule, pattern):
         shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        if pattern.axis is None:
+        if pattern.axes is None:
             raise ValueError(
                 f"plan: rule {rule!r} gives {pattern} without an axis for {path} of shape {shape}; the axis is never guessed from "
-                f"a shape. Name the one that the matmul sums over, as in NM({pattern.n}, {pattern.m}, axis=0)."
+                f"a shape. {pattern.hint}"
             )
         reason = why_not(pattern, shape, dtype)
         if reason and rule.removeprefix("params/") == path:
@@ -149,7 +151,7 @@ def plan(params, rules: Mapping[str, Pattern | str | None]) -> Plan:
             )
         if reason:
             return Leaf(path, shape, None, reason=reason)
-        return Leaf(path, shape, dataclasses.replace(pattern, axis=group_axis(pattern, len(shape)) - len(shape)))
+        return Leaf(path, shape, pattern.along(tuple(axis - len(shape) for axis in axes_in(pattern, len(shape)))))
 
     return apply_rules("plan", params, rules, decide)
 

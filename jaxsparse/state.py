@@ -86,7 +86,7 @@ def _at_sparse(plan: Plan, tree, f):
     """The tree with `f(leaf, its plan, the axis along which its bits are packed)` in place of the sparse leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     planned = map(plan.sparse.get, leaf_paths(tree))
-    new = [f(x, leaf, leaf.pattern.axis) if leaf and leaf.pattern else x for x, leaf in zip(leaves, planned, strict=True)]
+    new = [f(x, leaf, (leaf.pattern.axes or (-1,))[0]) if leaf and leaf.pattern else x for x, leaf in zip(leaves, planned, strict=True)]
     return jax.tree.unflatten(treedef, new)
 
 

@@ -77,14 +77,14 @@ def rewire(
     scored = as_score(score, "rewire")
     every_step = until is None and isinstance(every, int) and every == 1
 
-    def ranked(params, gradients):
+    def ranked(params, gradients, step):
         if scored is None:
-            return packed(magnitude_masks(params, plan), plan)
-        return packed(score_masks(score_tree(scored, params, gradients, plan, "rewire"), plan), plan)
+            return packed(magnitude_masks(params, plan, step=step), plan)
+        return packed(score_masks(score_tree(scored, params, gradients, plan, "rewire"), plan, step=step), plan)
 
     def init(params):
         match(plan, params, "rewire")
-        masks = ranked(params, jax.tree.map(jnp.ones_like, params))
+        masks = ranked(params, jax.tree.map(jnp.ones_like, params), 0)
         return RewireState(jnp.zeros((), jnp.int32), masks, plan, inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
@@ -102,10 +102,10 @@ def rewire(
         updated = optax.apply_updates(params, updates)
 
         if every_step:
-            kept = ranked(updated, gradients)
+            kept = ranked(updated, gradients, count)
         else:
             due = (count % every == 0) & (True if until is None else count < until)
-            kept = jax.lax.cond(due, lambda: ranked(updated, gradients), lambda: state.packed)
+            kept = jax.lax.cond(due, lambda: ranked(updated, gradients, count), lambda: state.packed)
         return updates, RewireState(count, kept, plan, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,4 +1,4 @@
-"""What an N:M mask is, in plain Python loops; shares no code with the library."""
+"""What each mask is, in plain Python loops; shares no code with the library."""
 
 import itertools
 import math
@@ -36,3 +36,66 @@ def nm_mask(scores, n, m, axis):
             for place in best_places(rows[row][begin : begin + m], n):
                 mask[(*row, begin + place)] = True
     return np.moveaxis(mask, -1, axis)
+
+
+def topk_mask(scores, k):
+    """True for the `k` highest; of equal ones the lower flat index."""
+    flat = list(np.asarray(scores).ravel())
+    order = sorted(range(len(flat)), key=lambda i: sort_key(flat[i]), reverse=True)  # stable, so ties keep their order
+    mask = np.zeros(len(flat), bool)
+    mask[order[:k]] = True
+    return mask.reshape(np.shape(scores))
+
+
+def half_up(x):
+    """The nearest integer, and the upper one in the middle; at least 1."""
+    return max(1, math.floor(x + 0.5))
+
+
+def transposable_patterns(n):
+    """Every 4x4 mask with n in each row and column, the one whose first difference is True before the other."""
+    rows = list(itertools.combinations(range(4), n))
+    for choice in itertools.product(rows, repeat=4):
+        if all(sum(j in row for row in choice) == n for j in range(4)):
+            yield [[j in row for j in range(4)] for row in choice]
+
+
+def blocks_of_four(values, axes):
+    """The 4x4 blocks along two axes, as nested lists."""
+    a, b = sorted(axis % values.ndim for axis in axes)
+    moved = np.moveaxis(values, (a, b), (-2, -1))
+    for lead in itertools.product(*map(range, moved.shape[:-2])):
+        for i, j in itertools.product(range(0, moved.shape[-2], 4), range(0, moved.shape[-1], 4)):
+            yield [[moved[(*lead, i + p, j + q)].item() for q in range(4)] for p in range(4)]
+
+
+def kept(block, pattern):
+    """How many NaN and how many inf a pattern keeps of a block, and the sum of the rest."""
+    values = [block[p][q] for p in range(4) for q in range(4) if pattern[p][q]]
+    return sum(map(math.isnan, values)), values.count(math.inf), sum(x for x in values if math.isfinite(x))
+
+
+def best_transposable(block, n):
+    """Of all patterns the one that keeps most, of equal ones the first."""
+    return max(transposable_patterns(n), key=lambda pattern: kept(block, pattern))
+
+
+def block_mask(scores, shape, density, axes, score):
+    """True for the highest blocks; the last ones may be smaller."""
+    scores = np.asarray(scores)
+    size = dict(zip((axis % scores.ndim for axis in axes), shape, strict=True))
+    starts = [range(0, length, size.get(axis, 1)) for axis, length in enumerate(scores.shape)]
+    blocks = [tuple(slice(i, i + size.get(axis, 1)) for axis, i in enumerate(start)) for start in itertools.product(*starts)]
+    worth = []
+    for block in blocks:
+        inside = scores[block].ravel().tolist()
+        if any(math.isnan(x) for x in inside):
+            worth.append(math.nan)
+        elif score == "max":
+            worth.append(max(inside))
+        else:
+            worth.append(sum(inside) / len(inside) if score == "mean" else sum(x * x for x in inside))
+    mask = np.zeros(scores.shape, bool)
+    for block, stays in zip(blocks, topk_mask(np.array(worth), half_up(density * len(blocks))), strict=True):
+        mask[block] = stays
+    return mask
