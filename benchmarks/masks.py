@@ -39,7 +39,12 @@ def nm(pattern, axis):
 
 def patterns():
     """The patterns that are timed on the square weight, by name."""
-    return {f"{name} axis {axis}": nm(name, axis) for name in NM for axis in (0, 1)}
+    return {
+        **{f"{name} axis {axis}": nm(name, axis) for name in NM for axis in (0, 1)},
+        **{f"{n}:4 both axes": js.TransposableNM(n, 4, axes=(0, 1)) for n in (1, 2, 3)},
+        **{f"top {density:.0%}": js.Unstructured(density) for density in (0.5, 0.1, 0.01)},
+        **{f"blocks of {size}x{size}, 50%": js.Block((size, size), 0.5, axes=(0, 1)) for size in (4, 32)},
+    }
 
 
 @jax.jit

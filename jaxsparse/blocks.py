@@ -28,7 +28,7 @@ def expand_blocks(mask, shape: tuple[int, ...], axes: tuple[int, ...], whole: tu
         spread_out = jnp.broadcast_to(jnp.expand_dims(mask, (a + 1, b + 2)), split).reshape(padded)
         return lax.slice(spread_out, (0,) * len(whole), whole)
 
-    return once(spread, mask)
+    return spread(once(mask))
 
 
 def _reduce(values, shape, axes, reduction):

@@ -44,26 +44,28 @@ def _compare_all(groups, keys_of, n, m, axis):
         place = lax.broadcasted_iota(word, groups.shape, axis)
         return jnp.expand_dims(words, axis) >> place & 1 == 1
 
-    return once(spread, words)
+    return once(words, spread) if m <= 8 else spread(once(words))  # as measured
 
 
 def _best(groups, keys_of, n, m, axis):
-    """The place of the highest key, found in runs of 16 and then among their bests."""
-    run = 16 if m % 16 == 0 else m
+    """The place of the highest key; in long groups found in short runs and then among their bests."""
+    run = next((r for r in (16, 8, 4) if m % r == 0 and m >= 4 * r), m) if m > 16 else m
 
     def mark(best):
         return lax.broadcasted_iota(best.dtype, groups.shape, axis) == best
 
     def search(groups):
-        split = groups.reshape(*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
-        place = run * lax.broadcasted_iota(jnp.int32, split.shape, axis) + lax.broadcasted_iota(jnp.int32, split.shape, axis + 1)
-        best = _first_highest((keys_of(split).astype(jnp.int32), place), axis + 1)
+        place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
         if run < m:
+            split = (*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
+            best = _first_highest((keys_of(groups.reshape(split)).astype(jnp.int32), place.reshape(split)), axis + 1)
             best = _first_highest(lax.optimization_barrier(best), axis)
-        return once(mark, best[1].reshape(*groups.shape[:axis], 1, *groups.shape[axis + 1 :]).astype(jnp.uint8))
+        else:
+            best = _first_highest((keys_of(groups).astype(jnp.int32), place), axis)
+        return mark(once(jnp.expand_dims(best[1].astype(jnp.uint8), axis)))
 
     # the reduction is not vectorised where 16-bit arithmetic, which XLA:CPU rounds in software, is fused into it
-    return once(search, groups) if keys_of is order_keys and groups.dtype.itemsize < 4 else search(groups)
+    return once(groups, search) if keys_of is order_keys and groups.dtype.itemsize < 4 else search(groups)
 
 
 def _first_highest(keys_and_places, axis):
@@ -94,7 +96,7 @@ def _insert(groups, keys_of, n, m, axis):
         place = lax.broadcasted_iota(jnp.uint8, groups.shape, axis)
         return functools.reduce(jnp.logical_or, (place == jnp.expand_dims(best[i], axis) for i in range(n)))
 
-    return once(mark, jnp.stack(found).astype(jnp.uint8))
+    return mark(once(jnp.stack(found).astype(jnp.uint8)))
 
 
 def _bisect(groups, keys_of, n, m, axis):

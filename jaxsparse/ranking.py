@@ -45,10 +45,10 @@ def _infinity(integer, dtype):
     return jnp.array(exponent, integer)
 
 
-def once(f, x):
+def once(x, f=lambda x: x):
     """`f(x)`, for which each element of x is computed once.
 
-    XLA:CPU fuses a per-group result x into the expansion f that reads it and computes it again for each member, m times
+    XLA:CPU fuses a per-group result x into the expansion that reads it and computes it again for each member, m times
     the work; what passes into a conditional, if only on an opaque constant, is written first. Elsewhere the fusion is
     what one wants.
     """

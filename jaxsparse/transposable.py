@@ -28,7 +28,7 @@ def transposable_mask(scores, n: int, axes: tuple[int, ...]):
         place = 4 * lax.broadcasted_iota(jnp.uint16, blocks.shape, a + 1) + lax.broadcasted_iota(jnp.uint16, blocks.shape, b + 2)
         return jnp.expand_dims(words, (a + 1, b + 2)) >> (15 - place) & 1 == 1
 
-    return once(spread, _best_words([[member(i, j) for j in range(4)] for i in range(4)], n)).reshape(shape)
+    return once(_best_words([[member(i, j) for j in range(4)] for i in range(4)], n), spread).reshape(shape)
 
 
 def _best_words(members, n):
