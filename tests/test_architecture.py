@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(js.__file__).parent
 ORDER = [
     "patterns",
     "plan",
+    "budgets",
     "ranking",
     "groups",
     "transposable",
