@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from jaxsparse import recipes as recipes
+from jaxsparse.budgets import layer_budget as layer_budget
 from jaxsparse.compress import Sparse24 as Sparse24
 from jaxsparse.compress import compress as compress
 from jaxsparse.compress import decompress as decompress

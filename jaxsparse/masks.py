@@ -116,8 +116,8 @@ def transposable_nm_mask(scores, n: int, m: int, *, axes: tuple[int, int]) -> ja
       Advances in Sparse Neural Model Training, section 2, 2:4 along both axes.
     """
     scores = array(scores, "transposable_nm_mask: `scores`")
-    pattern = TransposableNM(n, m, axes)
-    return transposable_mask(lax.stop_gradient(scores), pattern.n, _check_fit("transposable_nm_mask", scores, pattern))
+    pattern = _fitting("transposable_nm_mask", scores, TransposableNM, n, m, axes)
+    return transposable_mask(lax.stop_gradient(scores), pattern.n, axes_in(pattern, scores.ndim))
 
 
 def topk_mask(scores, density) -> jax.Array:
@@ -187,11 +187,11 @@ def block_mask(scores, shape: tuple[int, int], density, *, axes: tuple[int, int]
     """
     scores = array(scores, "block_mask: `scores`")
     density = _check_density("block_mask", density)
-    pattern = Block(shape, 1.0, axes, score)
-    axes = _check_fit("block_mask", scores, pattern)
-    keys = block_keys(lax.stop_gradient(scores), order_keys, pattern.shape, axes, score)
+    pattern = _fitting("block_mask", scores, Block, shape, 1.0, axes, score)
+    places = axes_in(pattern, scores.ndim)
+    keys = block_keys(lax.stop_gradient(scores), order_keys, pattern.shape, places, score)
     (mask,) = top_masks([keys], order_keys, how_many(density, keys.size))
-    return expand_blocks(mask, pattern.shape, axes, scores.shape)
+    return expand_blocks(mask, pattern.shape, places, scores.shape)
 
 
 def _check_real(call, scores):
@@ -199,15 +199,19 @@ def _check_real(call, scores):
         raise TypeError(f"{call}: `scores` are {scores.dtype}, which has no order to rank by. Pass real scores, as in jnp.abs(w).")
 
 
-def _check_fit(call, scores, pattern):
-    """The axes of a pattern in scores that can follow it."""
+def _fitting(call, scores, kind, *args):
+    """The pattern of these arguments, once the scores are known to be able to follow it."""
     _check_real(call, scores)
+    try:
+        pattern = kind(*args)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{call}: {error}") from None
     if pattern.axes is None:
         raise TypeError(f"{call}: `axes` must be two integers, not None.")
     reason = why_not(pattern, scores.shape, scores.dtype)
     if reason:
         raise ValueError(f"{call}: {reason} (`scores` of shape {scores.shape}). Choose other axes, pad it, or leave this leaf dense.")
-    return axes_in(pattern, scores.ndim)
+    return pattern
 
 
 def _check_density(call, value):

@@ -358,6 +358,8 @@ def why_not(pattern: Pattern, shape: tuple[int, ...], dtype) -> str | None:
     """Says why an array of `shape` and `dtype` cannot follow `pattern`; None if it can."""
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         return f"{getattr(dtype, 'name', dtype)} has no order to rank by"
+    if 0 in shape:
+        return "it is empty"
     try:
         axes = axes_in(pattern, len(shape))
     except ValueError as error:

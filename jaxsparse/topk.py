@@ -33,13 +33,13 @@ def how_many(density, size: int):
 
 
 def top_masks(arrays, keys_of, k):
-    """The masks of `arrays`, ranked by the integers `keys_of(array)`; `k` is an int or a traced one."""
+    """The masks of `arrays`, of several none empty, ranked by the integers `keys_of(array)`; `k` is an int or a traced one."""
     size = sum(a.size for a in arrays)
     if size > jnp.iinfo(jnp.int32).max:
         raise ValueError(f"{size:,} weights are ranked together, more than an int32 counts. Rank them in parts.")
     if not size:
         return [jnp.ones(a.shape, bool) for a in arrays]
-    views = [a.reshape(-1, a.shape[-1] if a.ndim else 1) for a in arrays]
+    views = [jnp.asarray(a).reshape(-1, a.shape[-1] if a.ndim else 1) for a in arrays]
     keys = functools.partial(_wide_keys, keys_of)
 
     def narrow(interval, candidates):
@@ -69,7 +69,7 @@ def top_masks(arrays, keys_of, k):
         for view in views:
             equal_in_row = (keys(view) == lowest).sum(1, dtype=jnp.int32)
             ends = jnp.cumsum(equal_in_row)
-            here = jnp.clip(room, 0, ends[-1]) if view.size else jnp.int32(0)
+            here = jnp.clip(room, 0, ends[-1])
             row = jnp.searchsorted(ends, here)
             in_row = jnp.cumsum(keys(view[row]) == lowest, dtype=jnp.int32)
             column = jnp.searchsorted(in_row, here - ends[row] + equal_in_row[row])

@@ -10,8 +10,8 @@ import pytest
 import jaxsparse as js
 
 PACKAGE = pathlib.Path(js.__file__).parent
-ORDER = ["patterns", "plan", "ranking", "groups", "transposable", "topk", "blocks", "masks", "scores", "bits", "state", "schedules"]
-ORDER += ["forward", "transforms", "recipes", "layouts", "compress", "kernels", "matmul", "contractions", "flax"]
+ORDER = ["patterns", "plan", "budgets", "ranking", "groups", "transposable", "topk", "blocks", "masks", "scores", "bits", "state"]
+ORDER += ["schedules", "forward", "transforms", "recipes", "layouts", "compress", "kernels", "matmul", "contractions", "flax"]
 KERNELS = ["kernels", "kernels.mosaic"]  # before each kernel; only a lowering for CUDA imports more than the first
 PUBLIC = [getattr(js, name) for name in dir(js) if not name.startswith("_")]
 PUBLIC = [x for x in PUBLIC if callable(x)] + [js.flax.plan, js.flax.intercept, js.recipes.rewired]
