@@ -36,7 +36,15 @@ def plan(result):
     return f"```\n{result['plan']}\n```"
 
 
-TABLES = {"plan": ("char_lm", plan), "char_lm": ("char_lm", char_lm), "train_step": ("train_step", train_step)}
+def masks(result):
+    return (
+        f"The time of a mask over that of reading the same weights once and writing a mask (`abs(w) > 0.5`), medians of {result['rounds']} "
+        f"rounds in turns, 4096 x 4096 (`python benchmarks/masks.py --naive`; {where(result)}). The last two rows are what is "
+        "commonly written instead.\n\n" + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=".2f")
+    )
+
+
+TABLES = {"masks": ("masks", masks), "plan": ("char_lm", plan), "char_lm": ("char_lm", char_lm), "train_step": ("train_step", train_step)}
 
 
 def filled(text):
