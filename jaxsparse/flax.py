@@ -33,8 +33,10 @@ def plan(model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args
 
     The model is traced once, abstractly: no arithmetic, no device memory. What the traced program does with a leaf
     decides: a kernel of Dense, DenseGeneral, attention, Einsum, Conv or any module of your own whose matrix product can
-    be followed is grouped along the innermost axis that the product sums over (for Conv the input channels), whether or
-    not `nn.scan`, `nn.vmap` or `nn.remat` stacks or wraps it, and however many submodules share it.
+    be followed is grouped along the innermost axis that the product sums over (for Conv the input channels), and by
+    `TransposableNM` and `Block` along the innermost output axis too (for Conv the output channels), whether or not
+    `nn.scan`, `nn.vmap` or `nn.remat` stacks or wraps it, and however many submodules share it. In a stack every weight is
+    masked for itself.
 
     Args:
       model: an unbound module.

@@ -165,3 +165,20 @@ def test_a_traced_density_may_differ_from_one_batch_member_to_the_next():
     masks = jax.jit(jax.vmap(js.topk_mask))(w, jnp.array([0.1, 0.5, 1.0]))
     for row, mask, k in zip(w, masks, (5, 25, 50), strict=True):
         np.testing.assert_array_equal(mask, reference.topk_mask(row, k))
+
+
+def test_no_wide_types_appear_and_wide_ones_work():
+    for mask in MASKS.values():
+        assert "64[" not in str(jax.make_jaxpr(mask)(jnp.zeros((8, 16))))
+    with jax.enable_x64(True):
+        scores = np.random.default_rng(7).normal(size=(8, 16)) * 1e-9 + 1
+        np.testing.assert_array_equal(js.topk_mask(scores, 0.3), reference.topk_mask(scores, 38))
+        np.testing.assert_array_equal(jax.jit(js.topk_mask)(scores, 0.3), reference.topk_mask(scores, 38))
+        np.testing.assert_array_equal(
+            js.block_mask(scores, (3, 2), 0.3, axes=(0, 1)), reference.block_mask(scores, (3, 2), 0.3, (0, 1), "max")
+        )
+        mask = np.asarray(js.transposable_nm_mask(scores, 2, 4, axes=(0, 1)))
+        for block, pattern in zip(*(reference.blocks_of_four(x, (0, 1)) for x in (scores, mask)), strict=True):
+            assert reference.kept(block, pattern)[2] == pytest.approx(
+                reference.kept(block, reference.best_transposable(block, 2))[2], 1e-14
+            )
