@@ -40,18 +40,21 @@ def _best_words(members, n):
     rows = list(itertools.combinations(range(4), n))
     sums = [{row: sum((x[j] for j in row[1:]), x[row[0]]) for row in rows} for x in members]
     upper, lower = _best_halves(*sums[:2]), _best_halves(*sums[2:])
-    best = None
+    cases = []
     for filled, (total, word) in upper.items():
         rest = lower.get(tuple(n - count for count in filled))
-        if rest is None:
-            continue
-        total, word = total + rest[0], word << 8 | rest[1]
-        if best is not None:
-            better = (total > best[0]) | ((total == best[0]) & (word > best[1]))
-            total, word = jnp.where(better, total, best[0]), jnp.where(better, word, best[1])
-        best = total, word
-    assert best is not None
-    return best[1].astype(jnp.uint16)
+        if rest is not None:
+            cases.append((total + rest[0], word << 8 | rest[1]))
+    while len(cases) > 1:  # pair by pair, which waits less than one after the other
+        odd = cases[len(cases) - len(cases) % 2 :]
+        cases = [*map(_better, cases[::2], cases[1::2]), *odd]
+    return cases[0][1].astype(jnp.uint16)
+
+
+def _better(one, other):
+    (total, word), (new_total, new_word) = one, other
+    wins = (new_total > total) | ((new_total == total) & (new_word > word))
+    return jnp.where(wins, new_total, total), jnp.where(wins, new_word, word)
 
 
 def _best_halves(first, second):
