@@ -1,29 +1,30 @@
 # make demo: train a small language model dense and 2:4 sparse, compress it, run it compressed.
 # make test: the tests and doctests.   make lint: format, lint, types.
-# Each makes a virtual environment of its own the first time. PYTHON=... and VENV=... choose others.
+# Each makes a virtual environment the first time, the tests one of their own: they need the CUDA plugin, which jax complains
+# of where there is no GPU. PYTHON=... and VENV=... choose others.
 
 PYTHON ?= python3
 VENV ?= .venv
 REQUIRE ?=
-BIN := $(VENV)/bin
+TESTS := $(VENV)-test
 
 .PHONY: demo test lint clean
 
 # glibc would give the memory of every step back and take it again, which costs a third of the time on a CPU
 demo: $(VENV)/examples
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=536870912 $(BIN)/python -m jaxsparse.examples.char_lm
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=536870912 $(VENV)/bin/python -m jaxsparse.examples.char_lm
 
-test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+test: $(TESTS)/test
+	$(TESTS)/bin/python -m pytest -n auto --maxprocesses 8
 
-lint: $(VENV)/test
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+lint: $(TESTS)/test
+	$(TESTS)/bin/ruff format --check .
+	$(TESTS)/bin/ruff check .
+	$(TESTS)/bin/mypy
 
-$(VENV)/%: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]' $(REQUIRE)
+$(VENV)/examples $(TESTS)/test: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(@F)]' $(REQUIRE)
 	touch $@
 
 clean:
