@@ -10,7 +10,7 @@ TESTS := $(VENV)-test
 
 .PHONY: demo test lint clean
 
-# glibc would give the memory of every step back and take it again, which costs a third of the time on a CPU
+# glibc would give the memory of every step back and take it again
 demo: $(VENV)/examples
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=536870912 $(VENV)/bin/python -m jaxsparse.examples.char_lm
 
