@@ -1,7 +1,9 @@
 """A mask costs a small multiple of reading the weights; where XLA:CPU computes a group's result for each member, it costs m times that."""
 
+import json
 import pathlib
 
+import aot
 import jax
 import numpy as np
 import pytest
@@ -26,3 +28,9 @@ def test_masks_stay_near_the_stream(axis, dtype, monkeypatch):
     best = {name: np.min(times) for name, times in seconds.items()}  # the least disturbed round: other tests run beside this one
     ratios = {name: best[name] / best["stream"] for name in BARS}
     assert all(ratios[name] <= SLACK * bar for name, bar in BARS.items()), ratios
+
+
+def test_a_gpu_reads_the_weights_once():
+    for name, program in json.loads(aot.in_process(pathlib.Path(__file__).parent / "gpu_masks.py")).items():
+        assert program["readers"] == ["fusion"], name
+        assert set(program["kinds"]) <= {"fusion", "parameter", "bitcast", "get-tuple-element"}, name
