@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxsparse.patterns import integer
 
-__all__ = ["exponential_decay", "geometric_stages", "gradual_density", "linear_decay", "stepwise_stages"]
+__all__ = ["Schedule", "exponential_decay", "geometric_stages", "gradual_density", "linear_decay", "stepwise_stages"]
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
