@@ -95,7 +95,10 @@ def forwards(opt_state) -> dict[str, Forward]:
     """How the next forward pass treats each sparse leaf, by path; bare masks say nothing of it."""
 
     def held(state):
-        return state.inner_state if isinstance(state.inner_state, Forward) else Forward()
+        if not isinstance(state.inner_state, Forward):
+            return Forward()
+        decay = jax.tree.leaves(state.inner_state.decay)  # an nnx.Optimizer has it in a Variable
+        return Forward(decay[0] if decay else None, state.inner_state.gradient)
 
     return {path: held(state) for state in reversed(rewire_states(opt_state)) for path in state.plan.sparse}
 

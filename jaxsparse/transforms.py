@@ -67,7 +67,7 @@ def rewire(
       A transformation with state `RewireState`. Its `update` needs `params`.
 
     Raises:
-      TypeError: `plan` or one in `earlier` is no plan; in `update`, the state is none of `rewire`.
+      TypeError: `plan` or one in `earlier` is no plan; in `update`, the state is none of `rewire`, or of another recipe.
       ValueError: no leaf of the plan is sparse, `every`, `begin`, `until` or an end in `earlier` is out of range or not in
         order, an earlier plan has other sparse leaves, or `gradient` is neither of the two; in `init` and `update`, the
         parameters or their gradients are not those of the plan; in `update`, the parameters are missing.
@@ -130,6 +130,8 @@ def rewire(
             raise ValueError("rewire: `params` is missing. Masks rank weights: call update(grads, opt_state, params).")
         if not isinstance(state, RewireState):
             raise TypeError(f"rewire: this {type(state).__name__} is not a RewireState. Pass the optimizer state that init returned.")
+        if isinstance(state.inner_state, Forward) is plain:
+            raise TypeError("rewire: this RewireState is of another recipe. Pass the optimizer state that init of this one returned.")
         match(plan, params, "rewire")
         match(plan, updates, "rewire")
         gradients = extra_args.pop("fisher", None) if score == "fisher" else updates
@@ -163,7 +165,7 @@ def _check_earlier(plans, ends, begin, until):
                 )
     for end in ends:
         _check_steps("rewire", end=end)
-    steps = [step for step in (begin, *ends, until) if isinstance(step, int)]  # not what optax.inject_hyperparams passes
+    steps = [int(step) for step in (begin, *ends, until) if step is not None and not isinstance(step, jax.Array)]
     if steps != sorted(set(steps)) and steps != [0, 0]:
         raise ValueError(f"rewire: `begin`, the ends of earlier plans and `until` are {steps}, not in ascending order. Sort them.")
 

@@ -1,6 +1,7 @@
 """Full short runs of every recipe equal a NumPy transcription of its paper, also when they are resumed at any step."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import pytest
 from test_algorithm1 import AdamW, Momentum, gradients
 
 import jaxsparse as js
+from jaxsparse.phases import as_step
 
 STEPS = 20  # dense_until=0.1 is step 2, fine_tune_from=0.7 is step 14
 PHASES = {"total_steps": STEPS, "dense_until": 0.1, "fine_tune_from": 0.7}
@@ -117,14 +119,10 @@ CASES = {
     "mdgf unstructured": Case(
         functools.partial(R.mdgf, **PHASES), phased([(2, 99, 1, lambda w: top(w, 0.25))]), exponential, "masked", pattern=U
     ),
-    "sdgf": Case(
-        functools.partial(R.sdgf, **PHASES), phased([(2, 6, 1, kept(3, 4)), (6, 10, 1, kept(2, 4)), (10, 99, 1, kept(1, 4))])
-    ),
+    "sdgf": Case(functools.partial(R.sdgf, **PHASES), phased([(2, 6, 1, kept(3, 4)), (6, 10, 1, kept(2, 4)), (10, 99, 1, kept(1, 4))])),
     "sdgf 2:4, every fourth": Case(
         functools.partial(R.sdgf, every=4, **PHASES),
-        lambda t, w, last: (
-            np.ones(w.shape, bool) if t < 2 else kept(3 if t < 8 else 2, 4)(w) if t in (2, 6, 8, 10, 14, 18) else last
-        ),
+        lambda t, w, last: np.ones(w.shape, bool) if t < 2 else kept(3 if t < 8 else 2, 4)(w) if t in (2, 6, 8, 10, 14, 18) else last,
         pattern=js.NM(2, 4, axis=0),
     ),
     "sdgf geometric": Case(
@@ -234,4 +232,30 @@ def test_the_transcriptions_differ_and_rewire():
     assert len(set(ends.values())) == len(ends)
     for name in ("sr-ste", "mdgf", "mdgf as the authors' code", "sdgf"):
         masks = [mask for *_, mask, _ in transcription(CASES[name], Momentum())[11:]]
-        assert any((a != b).any() for a, b in zip(masks, masks[1:], strict=False)), name
+        assert any((a != b).any() for a, b in itertools.pairwise(masks)), name
+
+
+@pytest.mark.parametrize(
+    ("value", "total", "step"),
+    [
+        *[(0, 10, 0), (3, 10, 3), (10, 10, 10), (np.int64(4), 10, 4), (7, None, 7), (0.0, 10, 0), (1.0, 10, 10), (0.05, 30, 2)],
+        *[(0.7, 10, 7), (0.7, 15, 11), (1 / 3, 3000, 1000), (np.float32(0.7), 10, 7), (0.05, 10, 1), (0.0125, 1000, 13)],
+    ],
+)
+def test_a_boundary_is_a_step_or_a_fraction_rounded_to_the_nearest(value, total, step):
+    assert as_step("recipe", "boundary", value, total) == step
+
+
+@pytest.mark.parametrize("total_steps", [4, 5, 10, 37, 100, 350, 1001])
+@pytest.mark.parametrize("decay", ["linear", "exponential"])
+def test_the_factor_is_1_at_the_start_above_0_before_fine_tuning_and_exactly_0_from_there(total_steps, decay):
+    params = {"w": jnp.arange(8.0)}
+    tx = js.recipes.mdgf(optax.sgd(0.0), js.plan(params, {"w": js.NM(2, 4, axis=0)}), total_steps=total_steps, decay=decay, dense_until=1)
+    begin, end = 1, as_step("recipe", "boundary", 0.7, total_steps)
+    _, factors = jax.lax.scan(
+        lambda state, _: (tx.update(params, state, params)[1], state.inner_state.decay), tx.init(params), None, total_steps
+    )
+    assert (factors[: begin + 1] == 1).all() and (factors[end:] == 0).all()
+    assert (factors[:end] > 0).all() and (np.diff(factors[begin : end + 1]) < 0).all()
+    if decay == "exponential":
+        np.testing.assert_allclose(factors[end - 1], 0.01 ** ((end - 1 - begin) / (end - begin)), rtol=1e-5)
