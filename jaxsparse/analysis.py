@@ -3,3 +3,11 @@
 from jaxsparse.costs import Costs as Costs
 from jaxsparse.costs import LeafCosts as LeafCosts
 from jaxsparse.costs import costs as costs
+from jaxsparse.metrics import density as density
+from jaxsparse.metrics import mask_churn as mask_churn
+from jaxsparse.metrics import retained_magnitude as retained_magnitude
+from jaxsparse.metrics import second_moment as second_moment
+from jaxsparse.metrics import variance as variance
+from jaxsparse.trajectories import autocorrelation as autocorrelation
+from jaxsparse.trajectories import decorrelation_by_magnitude as decorrelation_by_magnitude
+from jaxsparse.trajectories import decorrelation_time as decorrelation_time
