@@ -205,6 +205,8 @@ def test_recordings_and_masks_are_found_however_deep(name):
         assert values.keys() == paths
         assert all(np.isfinite(one).all() and one.any() for one in values.values())
     assert js.masks(state)["a"]["w"].shape == (16, 4)
+    if name == "one path alone":
+        assert state.churn.keys() == paths  # the others cost nothing
 
 
 def test_nnx_and_the_interceptor_see_through_it():
