@@ -60,11 +60,12 @@ def test_decorrelation_time_of_known_series():
     series = np.stack([steps, np.exp(steps / 9), (-1.0) ** steps, 0 * steps + 0.1, np.where(steps < 30, 0, np.nan), steps >= 32], 1)
     # a trend never ends, an alternation at once; a constant and what is not finite have no time
     np.testing.assert_array_equal(analysis.decorrelation_time(series)[:5], [64, 64, 1, np.nan, np.nan])
+    assert analysis.decorrelation_time(np.array([0, 1, 0, -1, 0, 1])) == 1  # where it is exactly 0
     assert analysis.decorrelation_time(series)[5] == first_lag(correlations(series[:, 5]), 64)
 
 
 def test_windows_that_are_constant_have_no_correlation():
-    series = np.r_[np.linspace(0.1, 0.7, 8), np.full(12, 0.7)].astype(np.float32)  # as a weight that FIX holds
+    series = np.r_[np.linspace(0.1, 0.9, 8), np.full(12, 0.7)].astype(np.float32)  # as a weight that FIX holds
     rho = analysis.autocorrelation(series)
     np.testing.assert_allclose(rho, correlations(series), atol=3e-6)
     assert np.isnan(rho[8:]).all() and not np.isnan(rho[:7]).any()

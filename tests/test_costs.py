@@ -145,6 +145,11 @@ def test_a_scan_that_casts_its_weights():
     assert flops(function_costs(fn, {"w": spec(6, 4, 4)}, {}, spec(5, 4, dtype="bfloat16"))) == {"w": (one, 2 * one), "": (0, one)}
 
 
+def test_a_carry_is_no_weight_though_it_begins_as_one():
+    fn = lambda p, x: lax.scan(lambda c, _: (jnp.sin(x @ c), None), p["w"], length=3)[0]  # noqa: E731
+    assert flops(function_costs(fn, {"w": spec(4, 4)}, {"w": js.NM(2, 4, axis=0)}, spec(4, 4))) == {"w": (0, 0), "": (3 * 128, 6 * 128)}
+
+
 def test_the_costlier_branch_counts():
     def fn(p, x):
         return lax.cond(x.sum() > 0, lambda: jnp.sin(x @ p["w"]) @ p["w"], lambda: x @ p["w"])
