@@ -52,7 +52,17 @@ def mask_peers(result):
     )
 
 
+def quality(result):
+    lines = [f"- [{name}](benchmarks/results/quality/{name}.png): {line}" for name, line in result["findings"]]
+    return (
+        f"{result['runs']} runs, {result['core_hours']:.1f} hours of one core (`python -m benchmarks.quality`; Python {result['python']}, "
+        f"{where(result)}). Means ± standard deviations over seeds of differences paired by seed, with p of paired t-tests.\n\n"
+        + "\n".join(lines)
+    )
+
+
 TABLES = {
+    "quality": ("quality/findings", quality),
     "masks": ("masks", masks),
     "mask_peers": ("mask_peers", mask_peers),
     "plan": ("char_lm", plan),

@@ -1,0 +1,89 @@
+"""A character language model, a vision transformer and a convolutional network, each small; patterns apply to the kernels `SPARSE`.
+
+`density` cuts the hidden width, so that as many weights are left as a pattern of that density keeps (SMALL).
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+SPARSE = "*hidden_*/kernel"
+
+
+def narrowed(width, density):
+    return max(1, round(width * density))
+
+
+class Block(nn.Module):
+    heads: int
+    density: float
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        width = x.shape[-1]
+        x += nn.MultiHeadDotProductAttention(self.heads, use_bias=False)(nn.LayerNorm()(x), mask=mask)
+        h = nn.Dense(narrowed(4 * width, self.density), name="hidden_in")(nn.LayerNorm()(x))
+        return x + nn.Dense(width, name="hidden_out")(nn.gelu(h))
+
+
+class LanguageModel(nn.Module):
+    """Tokens int32 `[batch, time]` to logits `[batch, time, vocabulary]`."""
+
+    vocabulary: int
+    width: int
+    depth: int
+    heads: int
+    density: float = 1.0
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(self.vocabulary, self.width)(tokens)
+        x += self.param("places", nn.initializers.normal(0.02), (tokens.shape[1], self.width))
+        for _ in range(self.depth):
+            x = Block(self.heads, self.density)(x, nn.make_causal_mask(tokens))
+        return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
+
+
+class VisionTransformer(nn.Module):
+    """Images `[batch, 8, 8]`, cut into patches of 2x2, to logits `[batch, 10]`."""
+
+    width: int
+    depth: int
+    heads: int
+    density: float = 1.0
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(self.width, (2, 2), strides=2)(images[..., None]).reshape(len(images), 16, self.width)
+        x += self.param("places", nn.initializers.normal(0.02), (16, self.width))
+        for _ in range(self.depth):
+            x = Block(self.heads, self.density)(x)
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
+
+
+class Conv(nn.Module):
+    """A 3x3 convolution as one product of nine moved images: inside a loop XLA:CPU takes ten times as long for a real one."""
+
+    channels: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, x.shape[-1], self.channels))
+        size = x.shape[1]
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        moved = [padded[:, i : i + size : self.stride, j : j + size : self.stride] for i in range(3) for j in range(3)]
+        return jnp.einsum("bhwki,kio->bhwo", jnp.stack(moved, 3), kernel.reshape(9, *kernel.shape[2:]))
+
+
+class ConvNet(nn.Module):
+    """Images `[batch, 8, 8]` to logits `[batch, 10]`; the middle channels, which two kernels share, are cut by `density`."""
+
+    width: int
+    density: float = 1.0
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.relu(Conv(self.width)(images[..., None]))
+        x = nn.relu(nn.GroupNorm(1)(Conv(narrowed(2 * self.width, self.density), stride=2, name="hidden_in")(x)))
+        x = nn.relu(nn.GroupNorm(1)(Conv(2 * self.width, stride=2, name="hidden_out")(x)))
+        return nn.Dense(10)(jnp.mean(x, (1, 2)))

@@ -1,0 +1,273 @@
+"""What is run: sizes, recipes with their small grids, and the matrix of runs in the order of their importance."""
+
+import dataclasses
+import fractions
+from typing import Any, NamedTuple
+
+import jaxsparse as js
+
+TUNING_SEED = 100  # none of those that the tables show
+TUNED_AT = "1:16"  # the pattern at which every recipe is tuned
+LENGTH = 3000  # the steps that settings given in steps are meant for
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """The sizes of everything.
+
+    Attributes:
+      width, depth, heads, context, batch: of the language model.
+      images: the batch of the digits.
+      digits: the width of the models for digits.
+      steps: the training steps of a run.
+      validated: at most so many windows or images are validated on.
+      seeds: of the tables.
+      together: whether seeds run under `jax.vmap`.
+      rates: for each task, the learning rates among which the dense model chooses.
+      tuned: the recipes that are tuned.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    context: int
+    batch: int
+    images: int
+    digits: int
+    steps: int
+    validated: int
+    seeds: tuple[int, ...]
+    together: bool
+    rates: tuple[tuple[str, tuple[float, ...]], ...]
+    tuned: tuple[str, ...]
+
+
+class Recipe(NamedTuple):
+    """A recipe of the library, what it is always called with, and the argument that is tuned, with its three values.
+
+    The middle value is the one to start from. `unit` says what the value counts: "steps" are stretched for runs longer than `LENGTH`,
+    "per step" is divided likewise, a "fraction" becomes steps, None stays.
+    """
+
+    function: str
+    arguments: dict[str, Any] = {}  # noqa: RUF012
+    tuned: str = ""
+    grid: tuple[float, ...] = ()
+    unit: str | None = None
+
+
+DENSE_START = 0.05
+LAMBDA, FINE_TUNE = (2e-5, 2e-4, 2e-3), (0.4, 0.55, 0.7)
+RECIPES = {
+    "no exploitation": Recipe("rewired", {"reset_every": None}),
+    "RESET": Recipe("rewired", {}, "reset_every", (100, 300, 1000), "steps"),
+    "FIX": Recipe("rewired", {"reset_every": None}, "fix_after", (0.25, 0.5, 0.75), "fraction"),
+    "REGULARIZE": Recipe("rewired", {"reset_every": None}, "decay", (2e-4, 2e-3, 2e-2), "per step"),
+    "SR-STE": Recipe("sr_ste", {}, "decay", LAMBDA),
+    "SR-STE, dense start": Recipe("sr_ste", {"dense_until": DENSE_START}, "decay", LAMBDA),
+    "MDGF linear": Recipe("mdgf", {"decay": "linear", "gradient": "masked"}, "fine_tune_from", FINE_TUNE),
+    "MDGF exponential": Recipe("mdgf", {"decay": "exponential", "gradient": "masked"}, "fine_tune_from", FINE_TUNE),
+    "MDGF linear, straight-through": Recipe("mdgf", {"decay": "linear", "gradient": "dense"}, "fine_tune_from", FINE_TUNE),
+    "MDGF exponential, straight-through": Recipe("mdgf", {"decay": "exponential", "gradient": "dense"}, "fine_tune_from", FINE_TUNE),
+    "SDGF stepwise": Recipe("sdgf", {"stages": "stepwise"}, "fine_tune_from", FINE_TUNE),
+    "SDGF geometric": Recipe("sdgf", {"stages": "geometric"}, "fine_tune_from", FINE_TUNE),
+    "static": Recipe("static", {}, "dense_for", (0.25, 0.5, 0.75)),
+    "fixed initial mask": Recipe("static"),
+}
+DECAYING = ("MDGF exponential", "MDGF linear", "SDGF stepwise", "SDGF geometric")
+EXPLOITING = ("RESET", "FIX", "REGULARIZE")
+WITHOUT_PLAN = ("dense", "SMALL")
+
+
+LEARNING = (("characters", (2.5e-3, 5e-3, 1e-2)), ("transformer", (1e-3, 3e-3, 1e-2)), ("convolutions", (1e-3, 3e-3, 1e-2)))
+CPU = Scale(64, 2, 4, 64, 16, 64, 32, LENGTH, 2048, (0, 1, 2, 3, 4), False, LEARNING, tuple(RECIPES))
+GPU = Scale(256, 4, 8, 128, 32, 64, 32, 10_000, 4096, (0, 1, 2, 3, 4), True, (("characters", (5e-4, 1e-3, 2e-3)),), ())
+
+
+def tiny(scale):
+    """A scale with everything small and nothing to tune."""
+    sizes = {"width": 32, "depth": 1, "heads": 2, "context": 16, "batch": 2, "images": 4, "steps": 20, "validated": 64, "seeds": (0, 1)}
+    return dataclasses.replace(scale, **sizes, rates=tuple((task, (5e-3,)) for task, _ in scale.rates), tuned=())
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One entry of a table: everything of a run except its seed.
+
+    Attributes:
+      task: "characters", "transformer" or "convolutions".
+      width: of the model.
+      steps: of training.
+      rate: the peak of the learning rate.
+      pattern: as `as_pattern` reads it.
+      recipe: one of `RECIPES`, "dense", or "SMALL", which is dense with the hidden width cut to the density of the pattern.
+      options: the arguments of the recipe.
+      watched: whether weights and variances are recorded along the way.
+    """
+
+    task: str
+    width: int
+    steps: int
+    rate: float
+    pattern: str
+    recipe: str
+    options: tuple[tuple[str, Any], ...] = ()
+    watched: bool = False
+
+
+def density(pattern):
+    """The kept fraction of a pattern by its name."""
+    last = pattern.split()[-1]
+    return 1.0 if last == "dense" else float(fractions.Fraction(last.replace(":", "/")))
+
+
+def as_pattern(name):
+    """Reads "2:4", "transposable 2:4", "unstructured 1/16" and "block 4x4 1/16"."""
+    kind, *rest = name.split()
+    if kind == "transposable":
+        return js.TransposableNM(*map(int, rest[0].split(":")))
+    if kind == "unstructured":
+        return js.Unstructured(density(name))
+    if kind == "block":
+        return js.Block(tuple(map(int, rest[0].split("x"))), density(name))
+    return name
+
+
+WATCHED = [("dense", "dense"), *((TUNED_AT, r) for r in ("SR-STE", "SR-STE, dense start", "MDGF linear", "MDGF exponential", "RESET"))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """Makes the cells of a scale, with the rates and settings that tuning has found: `cells("2:4", "RESET")`."""
+
+    scale: Scale
+    settings: dict[str, float]
+
+    def __call__(self, pattern, recipe, task="characters", *, setting=None, rate=None, width=None, steps=None, **changes):
+        """The cell of a pattern and a recipe.
+
+        Args:
+          pattern: its name.
+          recipe: its name.
+          task: its name.
+          setting: of the tuned argument; None for the one that tuning has found.
+          rate: the learning rate; None for the one that tuning has found.
+          width: of the model; None for that of the scale.
+          steps: of training; None for those of the scale.
+          **changes: other arguments of the recipe.
+        """
+        usual = task == "characters" and not changes and all(one is None for one in (setting, rate, width, steps))
+        width = width or (self.scale.width if task == "characters" else self.scale.digits)
+        steps = steps or self.scale.steps
+        options = {}
+        if recipe in RECIPES:
+            _, arguments, tuned, _, unit = RECIPES[recipe]
+            options = {**arguments}
+            if tuned:
+                options[tuned] = _in_steps(setting or self.settings[recipe], unit, steps)
+            options |= changes
+            if options.get("stages") == "geometric":
+                options["k"] = _longest(width, pattern)
+        watched = usual and (pattern, recipe) in WATCHED
+        return Cell(task, width, steps, rate or self.settings[task], pattern, recipe, tuple(sorted(options.items())), watched)
+
+
+def _in_steps(value, unit, steps):
+    stretched = max(1, steps / LENGTH)
+    match unit:
+        case "steps":
+            return round(value * stretched)
+        case "per step":
+            return value / stretched
+        case "fraction":
+            return round(value * steps)
+    return value
+
+
+def _longest(width, pattern):
+    """How much longer the first groups of SDGF-Geometric are: 16 times, as in the paper, or as long as the narrowest layer allows."""
+    m = int(pattern.split(":")[1])
+    return min(16, width // m)
+
+
+def tuning(cells):
+    """The tuning runs: first the rates of the dense models, then, with these, three settings of every recipe at one pattern."""
+    rates = {task: [cells("dense", "dense", task, rate=rate) for rate in grid] for task, grid in cells.scale.rates}
+    settings = {name: [cells(TUNED_AT, name, setting=setting) for setting in RECIPES[name].grid] for name in cells.scale.tuned}
+    return rates, settings
+
+
+def tuned(scale, found, start):
+    """The rate of each task and the setting of each recipe that did best on the tuning seed.
+
+    Args:
+      scale: the sizes.
+      found: from (cell, seed) to the record of the run.
+      start: settings for what has not been tuned, rather than those in the middle of the grids.
+    """
+    grids = dict(scale.rates), {name: recipe.grid for name, recipe in RECIPES.items() if recipe.grid}
+    settings = {name: grid[len(grid) // 2] for part in grids for name, grid in part.items()} | start
+    for part, grid in enumerate(grids):  # the settings need the rates
+        for name, tried in tuning(Cells(scale, settings))[part].items():
+            bits = [found[cell, TUNING_SEED]["bits"] for cell in tried if (cell, TUNING_SEED) in found]
+            if tried and len(bits) == len(tried):
+                settings[name] = grid[name][bits.index(min(bits))]
+    return settings
+
+
+DENSITIES = {"2:4": "1/2", "1:8": "1/8", "1:16": "1/16", "1:32": "1/32"}
+SWEPT = {"every": (1, 10, 100, 1000), "grad_scale": (0.0, 0.01, 0.1, 1.0), "reset_every": (1, 10, 100, 1000)}
+SWEPT_AT = ("2:4", "1:16")
+LENGTHS = (1 / 3, 1, 3)  # of the scale's steps
+WIDTHS = (1 / 2, 1, 2)
+COMPARED_WITH_DENSE = ("dense", "2:4", "transposable 2:4")
+ON_DIGITS = {
+    "dense": ("dense",),
+    "2:4": ("RESET", "no exploitation", "SR-STE", "MDGF exponential", "SMALL", "fixed initial mask"),
+    "transposable 2:4": ("RESET",),
+    "1:16": ("RESET", "no exploitation", "SR-STE", "SR-STE, dense start", *DECAYING[:3], "SMALL", "fixed initial mask"),
+}
+
+
+def resets(cells, pattern, **changes):
+    """The dense cell, or that of RESET at a sparse pattern."""
+    return cells(pattern, "dense" if pattern == "dense" else "RESET", **changes)
+
+
+def sweep(cells, pattern, argument):
+    """The cells of one sweep of RESET, by the value of the argument; a value that is the usual one is the usual cell."""
+    usual = {"every": 1, "grad_scale": 1.0, "reset_every": dict(cells(pattern, "RESET").options)["reset_every"]}
+    values = sorted({*SWEPT[argument], usual[argument]})
+    return {value: cells(pattern, "RESET", **({} if value == usual[argument] else {argument: value})) for value in values}
+
+
+def matrix(cells):
+    """The runs of the tables: (stage, cell, how many seeds), the most important first; a cell may come again with more seeds."""
+    every, some = len(cells.scale.seeds), 3
+    yield from (("2:4 and dense", resets(cells, pattern), every) for pattern in COMPARED_WITH_DENSE)
+    fewer = ("RESET", "SR-STE", "SR-STE, dense start", "MDGF exponential", "SMALL")
+    first = (*fewer, "MDGF linear", "no exploitation", "fixed initial mask")
+    yield from (("recipes at 1:16", cells("1:16", recipe), every) for recipe in first)
+    second = ("no exploitation", "FIX", "REGULARIZE", "SR-STE", "MDGF exponential", "SMALL", "fixed initial mask")
+    yield from (("recipes at 2:4", cells("2:4", recipe), every) for recipe in second)
+    if cells.scale.together:
+        return
+    yield from ((f"recipes at {pattern}", cells(pattern, recipe), every) for pattern in ("1:8", "1:32") for recipe in fewer)
+    yield from (("recipes at 1:16", cells("1:16", recipe), every) for recipe in RECIPES)
+    yield from (("structures", cell, every) for pattern in SWEPT_AT for cell in at_density(cells, pattern).values())
+    yield from (("sweeps", cell, some) for name in SWEPT for pattern in SWEPT_AT for cell in sweep(cells, pattern, name).values())
+    steps, width = cells.scale.steps, cells.scale.width
+    for pattern in COMPARED_WITH_DENSE:
+        yield from (("length and size", resets(cells, pattern, steps=round(steps * factor)), some) for factor in LENGTHS if factor != 1)
+        yield from (("length and size", resets(cells, pattern, width=round(width * factor)), some) for factor in WIDTHS if factor != 1)
+    for task in ("transformer", "convolutions"):
+        yield from (("digits", cells(pattern, recipe, task), every) for pattern, recipes in ON_DIGITS.items() for recipe in recipes)
+    yield from (("recipes at 2:4", cells("2:4", recipe), some) for recipe in RECIPES)
+    yield from (("structures", cell, some) for pattern in ("1:8", "1:32") for cell in at_density(cells, pattern).values())
+    yield from ((f"recipes at {pattern}", cells(pattern, recipe), some) for pattern in ("1:8", "1:32") for recipe in (*first, *DECAYING))
+
+
+def at_density(cells, pattern):
+    """The cells of other structures at the density of a pattern."""
+    kinds = ("unstructured", "block 4x4")
+    return {kind: cells(f"{kind} {DENSITIES[pattern]}", "RESET") for kind in kinds}
