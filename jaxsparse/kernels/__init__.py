@@ -24,7 +24,7 @@ _PREFERENCES = (
 )
 
 
-def misfit(name: str, n, m: int, k: int, dtype, stack: tuple[int, ...]) -> str | None:
+def misfit(name: str, n, m: int, k: int, dtype) -> str | None:
     """Why a kernel cannot compute a product on any device, or None.
 
     Args:
@@ -33,12 +33,9 @@ def misfit(name: str, n, m: int, k: int, dtype, stack: tuple[int, ...]) -> str |
       m: output features.
       k: the contraction.
       dtype: of x and of the values.
-      stack: sizes of the leading axes of the weight.
     """
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, and these are {dtype}"
-    if stack:
-        return f"it takes one weight, and this is a stack of shape {stack}"
     if k % 64 or m % _MULTIPLE_OF_M[name]:
         return f"it takes K in multiples of 64 and M in multiples of {_MULTIPLE_OF_M[name]}, and these are K={k} and M={m}"
     if not 0 < n <= (64 if name == "decode" else 1 << 31):
@@ -62,12 +59,12 @@ def unavailable(name: str, capability: tuple[int, int] | None) -> str | None:
     return None
 
 
-def preferred(n, m: int, k: int, dtype, stack: tuple[int, ...], capability: tuple[int, int] | None) -> str:
+def preferred(n, m: int, k: int, dtype, capability: tuple[int, int] | None) -> str:
     """The kernel that should beat the dense product on a device, or `"dense"`."""
     if capability is None:
         return "dense"
     for capabilities, name, least_n, most_n, least_weights, least_side in _PREFERENCES:
         wins = capability in capabilities and least_n <= n <= most_n and m * k >= least_weights and min(m, k) >= least_side
-        if wins and misfit(name, n, m, k, dtype, stack) is None and unavailable(name, capability) is None:
+        if wins and misfit(name, n, m, k, dtype) is None and unavailable(name, capability) is None:
             return name
     return "dense"
