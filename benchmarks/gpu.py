@@ -3,9 +3,10 @@
 python benchmarks/gpu.py              writes benchmarks/results/<device>.json
 python benchmarks/gpu.py --smoke      the same steps with small shapes on any device, writing nothing
 
-First every kernel that the device has is read out operand by operand and multiplies integers and random numbers; a kernel that is wrong
-is not timed. Then kernels, the dense product of jax and, where torch can be imported, its semi-structured product take turns
-on random data, shape after shape, until the time is up.
+First every kernel that the device has is read out operand by operand and multiplies integers and random numbers, forwards and for the
+gradient of x; a kernel that is wrong is not timed. Packing is timed against a copy, and the gradient of x against the dense one. Then
+kernels, the dense product of jax and, where torch can be imported, its semi-structured product take turns on random data,
+shape after shape, until the time is up.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import tabulate
 import timing
 
 import jaxsparse as js
+from jaxsparse.compress import turn
 from jaxsparse.kernels import KERNELS, misfit
 
 SHAPES = {  # output features M, contraction K
@@ -45,6 +47,7 @@ SHAPES = {  # output features M, contraction K
     "no multiple of 64": (4104, 4104),
 }
 CHECKED = ("Llama-3-8B gate", "ViT-L qkv", "GPT-2 mlp out", "multiples of 64 only")
+GRADIENTS = ("8192 x 8192", "Llama-3-8B gate", "Llama-3-8B down", "Llama-3-8B attention out")
 ROWS = (8192, 16, 4096, 1, 1024, 64, 256, 8)  # the most telling first, should the time run out
 SMOKE_SHAPES, SMOKE_ROWS = {"small": (128, 128), "no multiple of 64": (136, 136)}, (8, 3)
 
@@ -83,35 +86,94 @@ def product(implementation):
     return jax.jit(functools.partial(js.sparse_matmul, implementation=implementation))
 
 
+@functools.cache
+def x_gradient(implementation):
+    """From the gradient of a product, and the weight, to that of x."""
+
+    def gradient(ct, w):
+        x = jax.ShapeDtypeStruct((len(ct), *w.contracting), ct.dtype)
+        return jax.linear_transpose(lambda x: js.sparse_matmul(x, w, implementation=implementation), x)(ct)[0]
+
+    return jax.jit(gradient)
+
+
+@jax.jit
+def turned(w):
+    """The transpose of a transposable weight, packed."""
+    values, metadata = turn(w.values, w.with_layout("canonical").metadata)
+    return js.Sparse24(values, metadata, w.output, w.contracting).with_layout("mma16")
+
+
 def fits(name, n, m, k):
     return name == "dense" or misfit(name, n, m, k, jnp.dtype("bfloat16")) is None
 
 
-def checks(multiply, fits, shapes, rows):
+def checks(multiply, gradient, fits, shapes, rows):
     """What `gpu_checks` finds of one kernel, and whether all of it is right."""
     cases = [(n, *shape) for shape in shapes.values() for n in rows if fits(n, *shape)]
+    both_ways = [(n, m, k) for n, m, k in cases if n in (max(rows), min(rows)) and fits(n, k, m)]
     found = {
         "wrong in probes": gpu_checks.probes(multiply),
         "wrong integers": {f"{n} x {m} x {k}": gpu_checks.wrong_integers(multiply, n, m, k) for n, m, k in cases},
         "error": {f"{n} x {m} x {k}": gpu_checks.error(multiply, n, m, k) for n, m, k in cases},
+        "wrong integers of gradients": {
+            f"{n} x {m} x {k}": gpu_checks.wrong_integers(gradient, n, m, k, gradient=True) for n, m, k in both_ways
+        },
+        "error of gradients": {f"{n} x {m} x {k}": gpu_checks.error(gradient, n, m, k, gradient=True) for n, m, k in both_ways},
     }
-    right = not any([*found["wrong in probes"].values(), *found["wrong integers"].values()]) and max(found["error"].values()) < 1
-    return {**found, "right": right}
+    wrong = [count for name, counts in found.items() if name.startswith("wrong") for count in counts.values()]
+    errors = [*found["error"].values(), *found["error of gradients"].values()]
+    return {**found, "right": not any(wrong) and max(errors) < 1}
+
+
+def rotated(n, columns, m, k, **options):
+    """Rows of random numbers, weights and the dense weights, so many that they do not stay in a cache."""
+    copies = int(np.clip(np.ceil(ROTATED / (2 * m * k)), 2, 16))
+    keys = jax.random.split(jax.random.key(0), 2 * copies)
+    x = [gpu_checks.random_rows(key, n, columns) for key in keys[:copies]]
+    packed = [gpu_checks.random_weight(key, m, k, **options) for key in keys[copies:]]
+    return x, packed, [jax.block_until_ready(js.decompress(w)) for w in packed]
+
+
+def all_copies(one, *lists):
+    """A call of `one` on each element of the lists."""
+    return functools.partial(jax.jit(lambda *lists: [one(*each) for each in zip(*lists, strict=True)]), *lists)
+
+
+def gradient_turns(n, m, k, names, rounds):
+    """Seconds of the gradient of x as `turns` takes them, and of its parts: turning the weights, and the product with turned ones."""
+    ct, packed, kernels = rotated(n, m, m, k, transposable=True)
+    backwards = [jax.block_until_ready(turned(w)) for w in packed]
+    calls = {name: all_copies(x_gradient(name), ct, packed) for name in names}
+    calls |= {f"{name}, turned before": all_copies(product(name), ct, backwards) for name in names}
+    calls["turning"] = all_copies(turned, packed)
+    calls["decompressing"] = all_copies(x_gradient("dense"), ct, packed)
+    calls["jax dense"] = all_copies(lambda ct, w: ct @ w.T, ct, kernels)
+    seconds = timing.in_turns(calls, rounds, f"gradient {n} x {m} x {k}")
+    return {name: float(np.median(times)) / len(packed) for name, times in seconds.items()}
+
+
+def packing(m, k, rounds):
+    """Microseconds to compress a weight and its mask, to decompress and to turn it, and to copy them."""
+    w = jax.random.normal(jax.random.key(0), (k, m), jnp.bfloat16)
+    plan = js.plan({"w": w}, {"w": js.TransposableNM(2, 4, axes=(0, 1))})
+    masks = jax.jit(js.magnitude_masks)({"w": w}, plan)
+    compress = jax.jit(lambda w, masks: js.compress({"w": w}, masks, plan, layout="mma16")["w"])
+    packed = jax.block_until_ready(compress(w, masks))
+    calls = {
+        "compress": functools.partial(compress, w, masks),
+        "decompress": functools.partial(jax.jit(js.decompress), packed),
+        "turn": functools.partial(turned, packed),
+        "copy": functools.partial(jax.jit(lambda w, masks: (w + 1, ~masks["w"])), w, masks),
+    }
+    return {name: 1e6 * float(np.median(times)) for name, times in timing.in_turns(calls, rounds, "packing").items()}
 
 
 def turns(n, m, k, names, rounds, torch_call):
     """Seconds of one product for each competitor, medians over rounds in which they take turns, every time with other weights."""
-    copies = int(np.clip(np.ceil(ROTATED / (2 * m * k)), 2, 16))
-    keys = jax.random.split(jax.random.key(0), 2 * copies)
-    x = [gpu_checks.random_rows(key, n, k) for key in keys[:copies]]
-    packed = [gpu_checks.random_weight(key, m, k) for key in keys[copies:]]
-    kernels = [jax.block_until_ready(js.decompress(w)) for w in packed]
-
-    def all_copies(one):
-        return jax.jit(lambda x, w: [one(*pair) for pair in zip(x, w, strict=True)])
-
-    calls = {name: functools.partial(all_copies(product(name)), x, packed) for name in names}
-    calls["jax dense"] = functools.partial(all_copies(jnp.dot), x, kernels)
+    x, packed, kernels = rotated(n, k, m, k)
+    calls = {name: all_copies(product(name), x, packed) for name in names}
+    calls["jax dense"] = all_copies(jnp.dot, x, kernels)
     if torch_call:
         try:
             calls["torch semi-structured"] = torch_call(x, kernels)
@@ -119,7 +181,7 @@ def turns(n, m, k, names, rounds, torch_call):
         except RuntimeError:  # a shape that it does not take
             calls.pop("torch semi-structured", None)
     seconds = timing.in_turns(calls, rounds, f"{n} x {m} x {k}")
-    return {name: float(np.median(times)) / copies for name, times in seconds.items()}
+    return {name: float(np.median(times)) / len(packed) for name, times in seconds.items()}
 
 
 def torch_products():
@@ -204,19 +266,36 @@ def main(argv=None):
     names = [name for name in KERNELS if why_not[name] is None] or (["dense"] if args.smoke else [])
     for name in names:
         some = shapes if args.smoke else {key: shapes[key] for key in CHECKED}
-        found["checks"][name] = checks(product(name), functools.partial(fits, name), some, rows)
+        found["checks"][name] = checks(product(name), x_gradient(name), functools.partial(fits, name), some, rows)
         print(name, "is right" if found["checks"][name]["right"] else f"IS WRONG: {found['checks'][name]}", flush=True)
         save(**found)  # a fault in the next kernel would end the process
     names = [name for name in names if found["checks"][name]["right"]]
 
     found["variants"] = {name: variants(name, *VARIANTS[name], rounds) for name in names if name in VARIANTS and not args.smoke}
+    found["packing"] = packing(*next(iter(shapes.values())), rounds)
+    found |= {"gradients": [], "timings": [], "left_out": []}
+
+    def late(what):
+        if time.monotonic() - start > args.seconds:
+            found["left_out"].append(what)
+        return time.monotonic() - start > args.seconds
+
+    n = rows[0]
+    for shape in shapes if args.smoke else GRADIENTS:
+        m, k = shapes[shape]
+        if not late(f"gradient of {shape}"):
+            able = [name for name in names if fits(name, n, m, k) and fits(name, n, k, m)]
+            seconds = gradient_turns(n, m, k, able, rounds)
+            found["gradients"].append({"shape": shape, "rows": n, "microseconds": {name: 1e6 * t for name, t in seconds.items()}})
+    print(found["packing"], *found["gradients"], sep="\n", flush=True)
+    save(**found)
+
     torch_call, why_no_torch = torch_products()
-    found |= {"torch": why_no_torch or "timed", "timings": [], "left_out": []}
+    found["torch"] = why_no_torch or "timed"
     peaks = next((peak for kind, peak in PEAKS.items() if kind in device.device_kind), None)
     for n in rows:
         for shape, (m, k) in shapes.items():
-            if time.monotonic() - start > args.seconds:
-                found["left_out"].append(f"{shape}, {n} rows")
+            if late(f"{shape}, {n} rows"):
                 continue
             able = [name for name in names if fits(name, n, m, k)]
             found["timings"].append(row(shape, n, m, k, turns(n, m, k, able, rounds, torch_call), peaks))

@@ -72,6 +72,17 @@ def test_integers_and_errors_notice_a_missing_step(checks):
     assert checks.wrong_integers(lacks_a_step, 8, 128, 256) > 0 and checks.error(lacks_a_step, 8, 128, 256) > 1
 
 
+def test_a_wrong_gradient_is_noticed(gpu):
+    right, shapes = gpu.x_gradient("dense"), {"small": (128, 128)}
+
+    def found(gradient):
+        return gpu.checks(exact, gradient, lambda *sizes: True, shapes, [8])
+
+    assert found(right)["right"] and found(right)["wrong integers of gradients"] == {"8 x 128 x 128": 0}
+    assert not found(lambda ct, w: right(ct.at[:, :4].set(0), w))["right"]
+    assert not found(lambda ct, w: exact(ct, w))["right"]
+
+
 def written(folder):
     (path,) = folder.iterdir()
     return json.loads(path.read_text())
@@ -84,10 +95,15 @@ def test_the_smoke_run_takes_every_step(gpu, tmp_path):
     assert [(one["M"], one["rows"]) for one in found["timings"]] == [(128, 8), (136, 8), (128, 3), (136, 3)]
     assert all(one["microseconds"].keys() == {"dense", "jax dense"} for one in found["timings"])
     assert all("needs a CUDA device" in found["kernels"][name] for name in KERNELS)
+    assert all(time > 0 for time in found["packing"].values())
+    parts = {"dense", "dense, turned before", "turning", "decompressing", "jax dense"}
+    assert [(one["shape"], one["microseconds"].keys()) for one in found["gradients"]] == [(name, parts) for name in gpu.SMOKE_SHAPES]
 
 
 def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "runs_here", lambda name: None)
+    x_gradient = gpu.x_gradient
+    monkeypatch.setattr(gpu, "x_gradient", lambda name: x_gradient("dense"))
     monkeypatch.setattr(gpu, "product", lambda name: exact if name == "decode" else lambda x, w: exact(x, w) + 1)
     gpu.main(["--smoke", "--out", str(tmp_path)])
     found = written(tmp_path)
@@ -96,7 +112,7 @@ def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatc
     assert all(one["best"] == "decode" and one["over jax dense"] > 0 for one in fitting)
     assert all(one["microseconds"].keys() == {"jax dense"} for one in found["timings"] if one["M"] == 136)
     gpu.main(["--smoke", "--out", str(tmp_path), "--seconds", "0"])
-    assert not written(tmp_path)["timings"] and len(written(tmp_path)["left_out"]) == 4
+    assert not written(tmp_path)["timings"] and len(written(tmp_path)["left_out"]) == 6
 
 
 def test_variants_tell_configurations_apart(gpu, monkeypatch):
