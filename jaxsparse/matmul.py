@@ -40,9 +40,9 @@ def sparse_matmul(
     On a CUDA device a kernel for Sparse Tensor Cores may run, which the lowered program names (`sparse_matmul_hopper`);
     everywhere else the weight is decompressed for the dense product. The kernels have not run on hardware yet: they are exact
     in emulation, and their speed is not measured. None chooses one only where arithmetic says that it should win, with
-    metadata in the layout `"mma16"`, on one device or inside `shard_map`: `"decode"` for up to 16 rows and at least
+    metadata in the layout `"mma16"` and no stack, on one device or inside `shard_map`: `"decode"` for up to 16 rows and at least
     14336 * 4096 weights (compute capability 8.0 and 9.0), `"hopper"` where rows, output and contraction are 4096 and more.
-    Of a stack they take one weight after the other.
+    A kernel that is named takes the weights of a stack one after the other, for which XLA copies each with its rows.
 
     Args:
       x: `[..., K]`, or `[..., *w.contracting]` where several axes are contracted; with a stacked weight (`w` of shape
@@ -190,7 +190,7 @@ def _lower_cuda(ctx, *operands, implementation, layout, activation, transposable
     capability = _capability(device)
     name = implementation
     if name is None:
-        ready = layout == "mma16" and reason is None
+        ready = layout == "mma16" and reason is None and x.ndim == 2
         name = preferred(n, m, k, x.dtype, capability) if ready else "dense"
     if transposed and (not transposable or (name in KERNELS and misfit(name, n, m, k, x.dtype))):
         name = "dense"

@@ -59,8 +59,12 @@ CASES = {
         *("h200", 4096, 4096, 4096, {"gradient": True, "transposable": True, "bias": True, "activation": "gelu"}),
         *("mma16", "bfloat16"),
     ),
-    "stack": ("h200", 4096, 4096, 8192, {"stack": (3, 2)}, "mma16", "bfloat16"),
-    "gradient of a stack": ("h200", 4096, 4096, 8192, {"stack": (3,), "gradient": True, "transposable": True}, "mma16", "bfloat16"),
+    "stack": ("h200", 4096, 4096, 8192, {"stack": (3, 2), "implementation": "hopper"}, "mma16", "bfloat16"),
+    "stack, none named": ("h200", 4096, 4096, 8192, {"stack": (3,)}, "mma16", "bfloat16"),
+    "gradient of a stack": (
+        *("h200", 4096, 4096, 8192, {"stack": (3,), "gradient": True, "transposable": True, "implementation": "hopper"}),
+        *("mma16", "bfloat16"),
+    ),
 }
 
 

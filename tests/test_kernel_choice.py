@@ -46,6 +46,7 @@ FOUND = {
     "gradient that does not fit": "for compute capability 8.0 needs jax 0.11" if OLD else "ampere and dense",
     "gradient with activation": "hopper and hopper",
     "stack": "hopper",
+    "stack, none named": "dense",
     "gradient of a stack": "hopper and hopper",
     "gradient of scanned layers": "hopper and hopper",
 }
