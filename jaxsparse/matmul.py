@@ -46,8 +46,10 @@ def sparse_matmul(
       bias: `[*stack, *w.output]`, or None.
       activation: `"relu"`, `"gelu"` (by tanh), `"silu"` or None.
       implementation: None chooses for the device; `"dense"` runs everywhere. `"hopper"` (9.0), `"ampere"` (8.0 to 8.9) and
-        `"decode"` (8.0 and later, 64 rows at most) need 16-bit floats, one weight, K in multiples of 64, and M in multiples
-        of 64 (`"ampere"`: of 128); rows are padded inside.
+        `"decode"` (8.0 and later, 64 rows at most) need 16-bit floats and one weight. Sizes that do not fill their tiles are
+        padded inside: `"hopper"` and `"decode"` copy nothing for it where K is a multiple of 16 and, `"hopper"`, M one of 8;
+        `"ampere"` where rows and K are multiples of 64 and M is one of 128. None chooses no kernel that would copy the weight
+        or the result.
       precision: as in `jax.numpy.matmul`, for the dense product.
 
     Returns:
@@ -94,7 +96,7 @@ def sparse_matmul(
     dtype = jnp.promote_types(x.dtype, w.dtype)
     rows, m, k = x.shape[len(stack) : ends], w.values.shape[-2], math.prod(w.contracting)
     if implementation in KERNELS:
-        _refuse(implementation, misfit(implementation, math.prod(rows), m, k, dtype, stack), ValueError)
+        _refuse(implementation, misfit(implementation, math.prod(rows), dtype, stack), ValueError)
     y = sparse_matmul_p.bind(
         x.reshape(*stack, math.prod(rows), k).astype(dtype),
         w.values.astype(dtype),
@@ -178,7 +180,7 @@ def _lower_cuda(ctx, *operands, implementation, layout, activation, **params):
     if name == "dense":
         return _lower_dense(ctx, *operands, layout=layout, activation=activation, **params)
     _refuse(name, reason or unavailable(name, capability), NotImplementedError)
-    _refuse(name, misfit(name, x.shape[-2], values.shape[-2], x.shape[-1], x.dtype, x.shape[:-2]), ValueError)
+    _refuse(name, misfit(name, x.shape[-2], x.dtype, x.shape[:-2]), ValueError)
     mosaic, kernel = (importlib.import_module(f"jaxsparse.kernels.{module}") for module in ("mosaic", name))
 
     def run(x, values, metadata, *bias):
