@@ -95,8 +95,13 @@ def wrong_integers(multiply, n, m, k, dtype=jnp.bfloat16):
 
 
 def error(multiply, n, m, k, dtype=jnp.bfloat16):
-    """The largest error of a random product, in units of the last place of the largest result; half a unit is rounding."""
+    """The largest error of a random product, in `units`."""
     x, w = random_rows(jax.random.key(n), n, k, dtype), random_weight(jax.random.key(m + k), m, k, dtype)
+    return units(multiply(x, w), x, w)
+
+
+def units(y, x, w):
+    """The largest error of a product, in units of the last place of the largest result; half a unit is rounding."""
     exact = _reference(x, w)
-    unit = jnp.finfo(dtype).eps * 2 ** jnp.floor(jnp.log2(jnp.abs(exact).max()))
-    return float(jnp.abs(multiply(x, w).astype(jnp.float32) - exact).max() / unit)
+    unit = jnp.finfo(y.dtype).eps * 2 ** jnp.floor(jnp.log2(jnp.abs(exact).max()))
+    return float(jnp.abs(y.astype(jnp.float32) - exact).max() / unit)
