@@ -105,7 +105,16 @@ def wrong_integers(multiply, n, m, k, dtype=jnp.bfloat16, gradient=False):
 
 
 def error(multiply, n, m, k, dtype=jnp.bfloat16, gradient=False):
-    """The largest error of a random product, in units of the last place of the largest result; half a unit is rounding."""
+    """The largest error of a random product, in `units`."""
     x, w, exact = _problem(n, m, k, dtype, False, gradient)
-    unit = jnp.finfo(dtype).eps * 2 ** jnp.floor(jnp.log2(jnp.abs(exact).max()))
-    return float(jnp.abs(multiply(x, w).astype(jnp.float32) - exact).max() / unit)
+    return _units(multiply(x, w), exact)
+
+
+def units(y, x, w):
+    """The largest error of a product, in units of the last place of the largest result; half a unit is rounding."""
+    return _units(y, _reference(x, w, False))
+
+
+def _units(y, exact):
+    unit = jnp.finfo(y.dtype).eps * 2 ** jnp.floor(jnp.log2(jnp.abs(exact).max()))
+    return float(jnp.abs(y.astype(jnp.float32) - exact).max() / unit)

@@ -51,8 +51,10 @@ def sparse_matmul(
       bias: `[*stack, *w.output]`, or None.
       activation: `"relu"`, `"gelu"` (by tanh), `"silu"` or None.
       implementation: None chooses for the device; `"dense"` runs everywhere. `"hopper"` (9.0), `"ampere"` (8.0 to 8.9) and
-        `"decode"` (8.0 and later, 64 rows at most) need 16-bit floats, K in multiples of 64, and M in multiples of 64
-        (`"ampere"`: of 128); rows are padded inside. The gradient of `x` has it too, if its sizes fit.
+        `"decode"` (8.0 and later, 64 rows at most) need 16-bit floats. Sizes that do not fill their tiles are
+        padded inside: `"hopper"` and `"decode"` copy nothing for it where K is a multiple of 16 and, `"hopper"`, M one of 8;
+        `"ampere"` where rows and K are multiples of 64 and M is one of 128. None chooses no kernel that would copy the weight
+        or the result. The gradient of `x` has the same implementation, where `w` is transposable.
       precision: as in `jax.numpy.matmul`, for the dense product.
 
     Returns:
@@ -99,7 +101,7 @@ def sparse_matmul(
     dtype = jnp.promote_types(x.dtype, w.dtype)
     rows, m, k = x.shape[len(stack) : ends], w.values.shape[-2], math.prod(w.contracting)
     if implementation in KERNELS:
-        _refuse(implementation, misfit(implementation, math.prod(rows), m, k, dtype), ValueError)
+        _refuse(implementation, misfit(implementation, math.prod(rows), dtype), ValueError)
     operands = [x.reshape(*stack, math.prod(rows), k).astype(dtype), w.values.astype(dtype), w.metadata]
     if bias is not None:
         operands.append(jnp.reshape(bias, (*stack, m)).astype(_sum_dtype(dtype)))
@@ -192,12 +194,10 @@ def _lower_cuda(ctx, *operands, implementation, layout, activation, transposable
     if name is None:
         ready = layout == "mma16" and reason is None and x.ndim == 2
         name = preferred(n, m, k, x.dtype, capability) if ready else "dense"
-    if transposed and (not transposable or (name in KERNELS and misfit(name, n, m, k, x.dtype))):
-        name = "dense"
-    if name == "dense":
+    if name == "dense" or (transposed and not transposable):
         return _lower_dense(ctx, *operands, layout=layout, activation=activation, transposed=transposed, **params)
     _refuse(name, reason or unavailable(name, capability), NotImplementedError)
-    _refuse(name, misfit(name, n, m, k, x.dtype), ValueError)
+    _refuse(name, misfit(name, n, x.dtype), ValueError)
     mosaic, kernel = (importlib.import_module(f"jaxsparse.kernels.{module}") for module in ("mosaic", name))
 
     run = functools.partial(kernel.matmul, activation=activation, cores=device.core_count)

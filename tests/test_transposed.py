@@ -254,8 +254,8 @@ RUNS = {
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 cannot interpret transposed references")
 @pytest.mark.parametrize("name", RUNS)
 def test_the_gradient_of_x_by_a_whole_kernel_is_exact(name):
-    w, dense = packed((192, 128), (0, 1), dtype=jnp.bfloat16, layout="mma16", integers=True)
-    ct = jnp.asarray(np.random.default_rng(1).integers(-4, 5, (24, 128)), jnp.bfloat16)
+    w, dense = packed((196, 132), (0, 1), dtype=jnp.bfloat16, layout="mma16", integers=True)
+    ct = jnp.asarray(np.random.default_rng(1).integers(-4, 5, (24, 132)), jnp.bfloat16)
     run = functools.partial(RUNS[name], **interpreted.params())
     dx = matmul._with_kernel(run, "mma16", True, ct, w.values, w.metadata)
     np.testing.assert_array_equal(dx, jnp.asarray(np.asarray(ct, np.float32) @ np.asarray(dense, np.float32).T).astype(jnp.bfloat16))
