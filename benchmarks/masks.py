@@ -1,7 +1,6 @@
 """What a mask costs: its time over that of reading the weights once, for every pattern, on shapes of real models.
 
-python benchmarks/masks.py            # the library
-python benchmarks/masks.py --naive    # and beside it what others do: top_k and one-hot, sort and rank
+python benchmarks/masks.py
 """
 
 import argparse
@@ -58,24 +57,6 @@ def mask(pattern, w):
     return jax.jit(lambda w: js.magnitude_masks({"w": w}, plan)["w"])
 
 
-def top_k_one_hot(n, m, w):
-    """N:M along the last axis by `top_k` and a sum of one-hots."""
-    groups = jnp.abs(w).reshape(*w.shape[:-1], -1, m)
-    places = jax.lax.top_k(groups, n)[1]
-    return jax.nn.one_hot(places, m, dtype=bool).any(-2).reshape(w.shape)
-
-
-def double_argsort(n, m, w):
-    """N:M along the last axis by the ranks that sorting twice gives."""
-    groups = jnp.abs(w).reshape(*w.shape[:-1], -1, m)
-    return (jnp.argsort(jnp.argsort(-groups, -1), -1) < n).reshape(w.shape)
-
-
-def naive(w):
-    both = {"top_k and one-hot": top_k_one_hot, "argsort twice": double_argsort}
-    return {f"{name} 2:4 axis 1": jax.jit(lambda w, f=f: f(2, 4, w)) for name, f in both.items()}
-
-
 def ratios(calls, w, rounds, label):
     """The median of each call's time over that of `stream` in the same round."""
     seconds = timing.in_turns({name: lambda f=f: f(w) for name, f in {"stream": stream, **calls}.items()}, rounds, label)
@@ -87,11 +68,11 @@ def weights(shape, dtype):
     return jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
 
 
-def by_pattern(rounds, with_naive):
+def by_pattern(rounds):
     found = {}
     for dtype in DTYPES:
         w = weights(SHAPES["square"], dtype)
-        calls = {name: mask(pattern, w) for name, pattern in patterns().items()} | (naive(w) if with_naive else {})
+        calls = {name: mask(pattern, w) for name, pattern in patterns().items()}
         found[dtype] = ratios(calls, w, rounds, f"masks {dtype}")
     return [(name, *(found[dtype][name] for dtype in DTYPES)) for name in found[DTYPES[0]]]
 
@@ -122,13 +103,12 @@ def plot(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--naive", action="store_true")
-    args = parser.parse_args()
-    rows, shapes = by_pattern(args.rounds, args.naive), by_shape(args.rounds)
+    rounds = parser.parse_args().rounds
+    rows, shapes = by_pattern(rounds), by_shape(rounds)
     header, shape_header = ("mask", *DTYPES), ("2:4 of", "shape", *DTYPES)
     print(tabulate.tabulate(rows, header, floatfmt=".2f"), end="\n\n")
     print(tabulate.tabulate(shapes, shape_header, floatfmt=".2f"))
-    timing.save("masks", rounds=args.rounds, header=header, rows=rows, shape_header=shape_header, shapes=shapes)
+    timing.save("masks", rounds=rounds, header=header, rows=rows, shape_header=shape_header, shapes=shapes)
     plot(rows, timing.RESULTS / "masks.png")
 
 

@@ -40,8 +40,16 @@ def plan(result):
 def masks(result):
     return (
         f"The time of a mask over that of reading the same weights once and writing a mask (`abs(w) > 0.5`), medians of {result['rounds']} "
-        f"rounds in turns, 4096 x 4096 (`python benchmarks/masks.py --naive`; {where(result)}). The last two rows are what is "
-        "commonly written instead.\n\n" + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=".2f")
+        f"rounds in turns, 4096 x 4096 (`python benchmarks/masks.py`; {where(result)}).\n\n"
+        + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=".2f")
+    )
+
+
+def mask_peers(result):
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (
+        f"The same ratio for what else computes such masks (`python benchmarks/mask_peers.py`, medians of {result['rounds']} rounds; "
+        f"{versions}; {where(result)}).\n\n" + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=".1f")
     )
 
 
@@ -74,6 +82,7 @@ def written(name, table):
 
 TABLES = {
     "masks": lambda: written("masks", masks),
+    "mask_peers": lambda: written("mask_peers", mask_peers),
     "plan": lambda: written("char_lm", plan),
     "char_lm": lambda: written("char_lm", char_lm),
     "train_step": lambda: written("train_step", train_step),

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from jaxsparse import analysis as analysis
 from jaxsparse import recipes as recipes
 from jaxsparse.budgets import layer_budget as layer_budget
 from jaxsparse.compress import Sparse24 as Sparse24

@@ -5,7 +5,7 @@ import math
 
 from jaxsparse.patterns import Block, Unstructured, check_choice
 from jaxsparse.patterns import density as checked
-from jaxsparse.plan import Leaf, Plan
+from jaxsparse.plan import Leaf, Plan, check_plan
 
 __all__ = ["layer_budget"]
 
@@ -44,8 +44,7 @@ def layer_budget(plan: Plan, density: float, method: str) -> Plan:
       Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity; Evci et al.,
       Rigging the Lottery, section 3, for ERK.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"layer_budget: `plan` is a {type(plan).__name__}. Make one with jaxsparse.plan or jaxsparse.flax.plan.")
+    check_plan("layer_budget", plan)
     density = checked(density, "layer_budget")
     check_choice("layer_budget", "method", method, ("uniform", "er", "erk", "global"))
     budgeted = [leaf for leaf in plan.leaves if isinstance(leaf.pattern, Unstructured | Block)]

@@ -11,7 +11,7 @@ from jaxsparse.forward import masks_by_path
 from jaxsparse.layouts import convert, preferred_layout
 from jaxsparse.patterns import NM, TransposableNM, axes_in
 from jaxsparse.plan import Leaf, Plan, leaf_paths, match
-from jaxsparse.state import merged_masks, rewire_states
+from jaxsparse.state import forwards, merged_masks, rewire_states
 
 __all__ = ["Sparse24", "compress", "decompress", "expand", "gather", "turn"]
 
@@ -127,7 +127,8 @@ def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None 
     Raises:
       TypeError: `plan` is no plan.
       ValueError: there are no masks, they or the plan are of other parameters, a leaf is planned under another pattern than
-        2:4, its mask does not keep exactly 2 of every 4 along its axes, or `layout` does not fit its dtype.
+        2:4, its mask does not keep exactly 2 of every 4 along its axes, its decay factor is not 0 or traced, or `layout` does
+        not fit its dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -145,6 +146,7 @@ def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None 
     if plan is not None:
         match(plan, params, "compress")
     masks = masks_by_path(merged_masks(opt_state, "compress"), params, "compress")
+    _check_binary(opt_state)
     plans = [state.plan for state in rewire_states(opt_state)] if plan is None else [plan]
     planned = {path: leaf for one in plans for path, leaf in one.sparse.items()}
     leaves, treedef = jax.tree.flatten(params)
@@ -155,6 +157,21 @@ def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None 
         for w, mask, place in zip(leaves, masks, places, strict=True)
     )
     return jax.tree.unflatten(treedef, packed)
+
+
+def _check_binary(opt_state):
+    """Refuses a model that does not run under its masks alone, which is another than the compressed one."""
+    for path, forward in forwards(opt_state).items():
+        if isinstance(forward.decay, jax.core.Tracer):
+            raise ValueError(
+                f"compress: the decay factor of {path} is traced, so nobody can tell whether it is 0. Compress outside of jit, or pass "
+                "jaxsparse.masks(opt_state) and the plan once it is."
+            )
+        if forward.decay is not None and jnp.any(forward.decay != 0):
+            raise ValueError(
+                f"compress: the decay factor of {path} is {jnp.max(forward.decay):.3g}, not 0: the weights that would be dropped are still "
+                "in use. Train past fine_tune_from of the recipe."
+            )
 
 
 def _place(path: str, mask, leaf: Leaf | None) -> tuple[int, int, bool]:
@@ -170,7 +187,7 @@ def _place(path: str, mask, leaf: Leaf | None) -> tuple[int, int, bool]:
             if not isinstance(mask, jax.core.Tracer) and not _is_24(mask, one):
                 raise ValueError(
                     f"compress: the mask of {path} does not keep exactly 2 of every 4 along axis {one} of shape {mask.shape}. "
-                    "Pass the masks that it was trained with."
+                    "Pass the masks that it was trained with, once its recipe has reached 2:4."
                 )
         inside = [i for i in leaf.stack if i > axis - leaf.contracting]
         if inside:

@@ -16,12 +16,19 @@ from jaxsparse.forward import apply_masks, check_gradient
 from jaxsparse.matmul import sparse_matmul
 from jaxsparse.patterns import Pattern, why_not
 from jaxsparse.plan import Leaf, Plan, apply_rules, leaf_paths
-from jaxsparse.state import merged_masks
+from jaxsparse.state import Forward, forwards, merged_masks
 
 __all__ = ["intercept", "plan"]
 
 # flax.serialization knows pytrees only where they are registered with it
 serialization.register_serialization_state(Plan, lambda plan: {}, lambda plan, state: plan)
+serialization.register_serialization_state(
+    Forward,
+    lambda forward: {name: serialization.to_state_dict(getattr(forward, name)) for name in ("decay", "inner_state")},
+    lambda forward, state: dataclasses.replace(
+        forward, **{name: serialization.from_state_dict(getattr(forward, name), value) for name, value in state.items()}
+    ),
+)
 serialization.register_serialization_state(
     Sparse24,
     lambda packed: {"values": packed.values, "metadata": packed.with_layout("canonical").metadata},
@@ -156,7 +163,7 @@ def _run_length(summed: tuple[int, ...], last: int) -> int:
 
 
 @contextlib.contextmanager
-def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
+def intercept(opt_state=None, *, gradient: str | None = None) -> Iterator[None]:
     """Makes Flax Linen models run with sparse weights while the context lasts, without a change to their code.
 
     With an optimizer state or masks, the outermost module call of each `model.apply` sees the effective parameters,
@@ -176,7 +183,7 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
 
     Args:
       opt_state: an optimizer state that holds masks, or a pytree of masks; None for compressed leaves alone.
-      gradient: `"dense"` or `"masked"`, as for `participate`.
+      gradient: `"dense"` or `"masked"`, as for `sparse_params`.
 
     Raises:
       ValueError: there are no masks in `opt_state`; in a call of a module, they were made for other parameters.
@@ -195,7 +202,9 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
       Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
     """
     masks = None if opt_state is None else merged_masks(opt_state, "flax.intercept")
-    check_gradient(gradient, "flax.intercept")
+    treated = forwards(opt_state)
+    if gradient is not None:
+        check_gradient(gradient, "flax.intercept")
     inside = False
 
     def interceptor(next_fun, args, kwargs, context):
@@ -210,7 +219,7 @@ def intercept(opt_state=None, *, gradient: str = "dense") -> Iterator[None]:
             return _run_layer(next_fun, args, kwargs, context)
         inside = True
         try:
-            return _with_params(context, _outermost(masks, gradient, context.module), args, kwargs)
+            return _with_params(context, _outermost(masks, treated, gradient, context.module), args, kwargs)
         finally:
             inside = False
 
@@ -230,7 +239,7 @@ def _with_params(context, change, args, kwargs):
     return nn.map_variables(_call_intercepted, "params", trans_in_fn=changed)(context.module, *args, **kwargs)
 
 
-def _outermost(masks, gradient, module):
+def _outermost(masks, treated, gradient, module):
     prefix = "".join(f"{name}/" for name in module.path)
 
     def settle(path, leaf):
@@ -240,7 +249,7 @@ def _outermost(masks, gradient, module):
 
     def change(params):
         if masks is not None:
-            params = apply_masks(params, masks, "flax.intercept", prefix=prefix, gradient=gradient)
+            params = apply_masks(params, masks, treated, "flax.intercept", prefix=prefix, gradient=gradient)
         return jax.tree.map_with_path(settle, params, is_leaf=_is_packed)
 
     return change

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxsparse.patterns import array
 from jaxsparse.plan import leaf_paths
-from jaxsparse.state import merged_masks
+from jaxsparse.state import Forward, forwards, merged_masks
 
 __all__ = ["apply_masks", "check_gradient", "masks_by_path", "participate", "sparse_params"]
 
@@ -105,13 +105,16 @@ def masks_by_path(masks, params, call: str, *, prefix: str = "", partial: bool =
     return [found.get(path) for path in paths]
 
 
-def sparse_params(params, opt_state, *, gradient: str = "dense"):
+def sparse_params(params, opt_state, *, gradient: str | None = None):
     """The effective parameters: every sparse leaf masked, the dense ones as they are.
+
+    The masks, the decay factor and the gradient are those that the optimizer state holds for the next forward pass.
 
     Args:
       params: pytree of weights.
       opt_state: an optimizer state that holds masks (see `masks`), or a pytree of masks.
-      gradient: `"dense"` or `"masked"`, as for `participate`.
+      gradient: `"dense"` or `"masked"`, as for `participate`. None means what the recipe in `opt_state` asks for, and
+        `"dense"` where it asks for nothing.
 
     Returns:
       A pytree of the structure of `params`. A function of the dense weights: differentiate through it.
@@ -132,16 +135,23 @@ def sparse_params(params, opt_state, *, gradient: str = "dense"):
     References:
       Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
     """
-    return apply_masks(params, merged_masks(opt_state, "sparse_params"), "sparse_params", gradient=gradient)
+    return apply_masks(params, merged_masks(opt_state, "sparse_params"), forwards(opt_state), "sparse_params", gradient=gradient)
 
 
-def apply_masks(params, masks, call: str, *, prefix: str = "", gradient: str = "dense"):
-    """`params`, or their subtree under the path `prefix`, with every sparse leaf masked."""
-    check_gradient(gradient, call)
+def apply_masks(params, masks, treated: dict[str, Forward], call: str, *, prefix: str = "", gradient: str | None = None):
+    """`params`, or their subtree under the path `prefix`, with every sparse leaf masked; `treated` is what `forwards` gives."""
+    if gradient is not None:
+        check_gradient(gradient, call)
     leaves, treedef = jax.tree.flatten(params)
     found = masks_by_path(masks, params, call, prefix=prefix)
-    for path, w, mask in zip(leaf_paths(params), leaves, found, strict=True):
-        if mask is not None and not jnp.issubdtype(jnp.result_type(w), jnp.floating):
-            raise TypeError(f"{call}: {prefix + path} is {jnp.result_type(w)}. Pass floating-point weights.")
-    masked = [w if mask is None else participate(w, mask, gradient=gradient) for w, mask in zip(leaves, found, strict=True)]
+
+    def effective(path, w, mask):
+        if mask is None:
+            return w
+        if not jnp.issubdtype(jnp.result_type(w), jnp.floating):
+            raise TypeError(f"{call}: {path} is {jnp.result_type(w)}. Pass floating-point weights.")
+        forward = treated.get(path, Forward())
+        return participate(w, mask, 0.0 if forward.decay is None else forward.decay, gradient=gradient or forward.gradient)
+
+    masked = [effective(prefix + path, w, mask) for path, w, mask in zip(leaf_paths(params), leaves, found, strict=True)]
     return jax.tree.unflatten(treedef, masked)

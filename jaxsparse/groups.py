@@ -5,6 +5,7 @@ All give the same mask: the n highest keys of each group, equal ones by the lowe
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -13,59 +14,92 @@ from jaxsparse.ranking import once, order_keys
 __all__ = ["algorithm", "mask_groups"]
 
 
-def algorithm(n, m: int):
+def algorithm(n, m: int, key_bits: int):
     """The fastest for n of m, as measured by benchmarks/masks.py on XLA:CPU; each is natural XLA on a GPU or TPU."""
-    static = isinstance(n, int)
-    if m <= 8 or (m <= 16 and not (static and n == 1)):
+    few = isinstance(n, int) and n <= 2
+    if few and key_bits <= 16 and m <= 1 << 15 and (n == 1 or m > 4):
+        return _merge
+    if m <= 8 or (m <= 16 and not (few and n == 1)):
         return _compare_all
-    if static and n <= 2:
+    if few:
         return _best if n == 1 else _insert
     return _bisect
 
 
 def mask_groups(groups, keys_of, n, m: int, axis: int):
     """The mask of `groups`, whose `axis` has size m, ranked by the integers `keys_of(groups)`."""
-    return algorithm(n, m)(groups, keys_of, n, m, axis)
+    chosen = algorithm(n, m, jnp.iinfo(jax.eval_shape(keys_of, groups).dtype).bits)
+    if chosen in (_merge, _best) and keys_of is order_keys and groups.dtype.itemsize < 4:
+        # no reduction is vectorised into which 16-bit arithmetic is fused: XLA:CPU rounds that in software
+        groups, keys_of = once(order_keys(groups)), lambda keys: keys
+    return chosen(groups, keys_of, n, m, axis)
 
 
 def _compare_all(groups, keys_of, n, m, axis):
     """Compares every pair of a group; a word for each group, whose bits are then spread out."""
     members = _members(keys_of, groups, m, axis)
-    rank = [jnp.full(members[0].shape, m - 1 - i, members[0].dtype) for i in range(m)]
+    dtype = jnp.int16 if jnp.iinfo(members[0].dtype).bits < 16 else members[0].dtype
+    above = [jnp.full(members[0].shape, i - jnp.clip(n, 0, m), dtype) for i in range(m)]  # how many rank higher, less n: below 0 stays
     for j in range(m):
         for i in range(j):
-            lower_wins = (members[i] >= members[j]).astype(rank[0].dtype)
-            rank[j] += lower_wins
-            rank[i] -= lower_wins
-    word = jnp.uint8 if m <= 8 else jnp.uint16
-    words = functools.reduce(jnp.bitwise_or, ((r < n).astype(word) << i for i, r in enumerate(rank)))
+            higher_wins = (members[j] > members[i]).astype(dtype)
+            above[i] += higher_wins
+            above[j] -= higher_wins
+    sign = jnp.iinfo(dtype).bits - 1
+    words = functools.reduce(jnp.bitwise_or, (a >> sign & jnp.asarray(1 << i).astype(dtype) for i, a in enumerate(above)))
+    words = words.astype(jnp.uint8 if m <= 8 else jnp.uint16)
 
     def spread(words):
-        place = lax.broadcasted_iota(word, groups.shape, axis)
+        place = lax.broadcasted_iota(words.dtype, groups.shape, axis)
         return jnp.expand_dims(words, axis) >> place & 1 == 1
 
     return once(words, spread) if m <= 8 else spread(once(words))  # as measured
 
 
+def _runs(m):
+    """The length of the short runs in which long groups are searched before their bests are."""
+    return next((r for r in (16, 8, 4) if m % r == 0 and m >= 4 * r), m) if m > 16 else m
+
+
+def _merge(groups, keys_of, n, m, axis):
+    """The n highest of keys that hold their place in the low bits, by merging sorted lists of them."""
+    run, bits = _runs(m), (m - 1).bit_length()
+    last = (1 << bits) - 1
+    lowest = jnp.int32(jnp.iinfo(jnp.int32).min)
+
+    def merge(a, b):
+        if n == 1:
+            return (jnp.maximum(a[0], b[0]),)
+        return jnp.maximum(a[0], b[0]), jnp.maximum(jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1]))
+
+    def best(lists, axis):
+        return lax.reduce(lists, (lowest,) * n, merge, (axis,))
+
+    place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
+    keys = keys_of(groups).astype(jnp.int32) << bits | (last - place)
+    split = (*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
+    found = best((keys.reshape(split), *(jnp.full(split, lowest),) * (n - 1)), axis + 1)
+    if run < m:
+        found = [jnp.expand_dims(x, axis) for x in best(tuple(map(once, found)), axis)]
+    word = jnp.uint8 if n * bits <= 8 else jnp.uint16 if n * bits <= 16 else jnp.uint32
+    words = functools.reduce(jnp.bitwise_or, ((last - (x & last)) << i * bits for i, x in enumerate(found)))
+    words = once(words.astype(word))
+    place = lax.broadcasted_iota(word, groups.shape, axis)
+    return functools.reduce(jnp.logical_or, ((words >> i * bits & last) == place for i in range(n)))
+
+
 def _best(groups, keys_of, n, m, axis):
     """The place of the highest key; in long groups found in short runs and then among their bests."""
-    run = next((r for r in (16, 8, 4) if m % r == 0 and m >= 4 * r), m) if m > 16 else m
-
-    def mark(best):
-        return lax.broadcasted_iota(best.dtype, groups.shape, axis) == best
-
-    def search(groups):
-        place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
-        if run < m:
-            split = (*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
-            best = _first_highest((keys_of(groups.reshape(split)).astype(jnp.int32), place.reshape(split)), axis + 1)
-            best = _first_highest(lax.optimization_barrier(best), axis)
-        else:
-            best = _first_highest((keys_of(groups).astype(jnp.int32), place), axis)
-        return mark(once(jnp.expand_dims(best[1].astype(jnp.uint8), axis)))
-
-    # the reduction is not vectorised where 16-bit arithmetic, which XLA:CPU rounds in software, is fused into it
-    return once(groups, search) if keys_of is order_keys and groups.dtype.itemsize < 4 else search(groups)
+    run = _runs(m)
+    place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
+    if run < m:
+        split = (*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
+        best = _first_highest((keys_of(groups.reshape(split)).astype(jnp.int32), place.reshape(split)), axis + 1)
+        best = _first_highest(lax.optimization_barrier(best), axis)
+    else:
+        best = _first_highest((keys_of(groups).astype(jnp.int32), place), axis)
+    best = once(jnp.expand_dims(best[1].astype(jnp.uint8), axis))
+    return lax.broadcasted_iota(best.dtype, groups.shape, axis) == best
 
 
 def _first_highest(keys_and_places, axis):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxsparse.patterns import Pattern, as_pattern, axes_in, why_not
 
-__all__ = ["Leaf", "Plan", "leaf_paths", "match", "plan"]
+__all__ = ["Leaf", "Plan", "check_plan", "leaf_paths", "match", "plan"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +186,11 @@ def apply_rules(call: str, params, rules: Mapping[str, Pattern | str | None], de
     return Plan(leaves)
 
 
+def check_plan(call: str, plan):
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{call}: `plan` is a {type(plan).__name__}. Make one with jaxsparse.plan or jaxsparse.flax.plan.")
+
+
 def match(plan: Plan, tree, call: str) -> list[Leaf | None]:
     """For every leaf of `tree`, in tree order, its sparse `Leaf` in `plan`, or None where it is dense.
 
@@ -193,8 +198,7 @@ def match(plan: Plan, tree, call: str) -> list[Leaf | None]:
       TypeError: `plan` is no plan.
       ValueError: the tree lacks a sparse leaf of the plan, or has it in another shape.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"{call}: `plan` is a {type(plan).__name__}. Make one with jaxsparse.plan or jaxsparse.flax.plan.")
+    check_plan(call, plan)
     paths, leaves = leaf_paths(tree), jax.tree.leaves(tree)
     missing = plan.sparse.keys() - set(paths)
     if missing:

@@ -14,8 +14,6 @@ def order_keys(scores):
     if jnp.issubdtype(scores.dtype, jnp.integer):
         signed = jnp.dtype(f"int{8 * scores.dtype.itemsize}")
         return lax.bitcast_convert_type(scores, signed) ^ jnp.iinfo(signed).min
-    if scores.dtype.itemsize < 4:  # XLA:CPU rounds in software whatever it computes in 16 bits, unless it is widened at once
-        scores = scores.astype(jnp.float32)
     bits = _bits(scores)
     highest, lowest = jnp.iinfo(bits.dtype).max, jnp.iinfo(bits.dtype).min
     keys = jnp.where(bits < 0, lowest - bits, bits)  # sign and magnitude to two's complement

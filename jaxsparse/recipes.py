@@ -1,9 +1,19 @@
-"""The papers' recipes as optax chains, one call each."""
+"""The papers' recipes as optax chains, one call each.
 
+In each, step t is the forward pass and the update t, the first being 0. A boundary between two phases is the first step of the
+second: an int is an optimizer step, a float in [0, 1] the fraction of `total_steps`, rounded to the nearest step.
+"""
+
+import jax
+import jax.numpy as jnp
 import optax
 
-from jaxsparse.plan import Plan
+from jaxsparse.forward import masks_by_path
+from jaxsparse.phases import as_step
+from jaxsparse.plan import Plan, leaf_paths
+from jaxsparse.progressive import gradual, mdgf, sdgf
 from jaxsparse.scores import Score
+from jaxsparse.state import merged_masks, packed
 from jaxsparse.transforms import (
     decay_nonparticipating,
     fix_nonparticipating,
@@ -11,8 +21,9 @@ from jaxsparse.transforms import (
     rewire,
     scale_nonparticipating,
 )
+from jaxsparse.transforms import sr_ste as add_sr_ste
 
-__all__ = ["rewired"]
+__all__ = ["gradual", "mdgf", "rewired", "sdgf", "sr_ste", "static"]
 
 
 def rewired(
@@ -69,3 +80,115 @@ def rewired(
 
 def _is(value, number):
     return isinstance(value, (int, float)) and value == number
+
+
+def sr_ste(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    decay: float = 2e-4,
+    dense_until: int | float = 0,
+    total_steps: int | None = None,
+    every: int = 1,
+    score: str | Score = "magnitude",
+) -> optax.GradientTransformationExtraArgs:
+    """SR-STE: the dense gradient, and for non-participating weights a pull towards zero, `g + decay * w`, before the optimizer.
+
+    Args:
+      inner: the optimizer, any of optax.
+      plan: which leaf follows which pattern.
+      decay: the pull (`lambda` in the paper).
+      dense_until: the step up to which every weight participates.
+      total_steps: the optimizer steps of the whole run; needed where `dense_until` is a fraction.
+      every: the steps between two rewirings, counted from `dense_until`.
+      score: what masks rank, as for `rewire`.
+
+    Returns:
+      The transformation to use in place of `inner`; `masks` finds its masks.
+
+    Raises:
+      TypeError: `plan` is no plan, or an argument is no number.
+      ValueError: no leaf of the plan is sparse, an argument is out of range, or no step is left for the sparse phase.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}
+      >>> tx = js.recipes.sr_ste(optax.sgd(1.0), js.plan(params, {"w": js.NM(2, 4, axis=0)}), decay=0.25)
+      >>> updates, _ = tx.update({"w": jnp.zeros(4)}, tx.init(params), params)
+      >>> updates["w"]
+      Array([-0.25, -0.  , -0.  , -0.5 ], dtype=float32)
+
+    References:
+      Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch; the dense phase as in Bambhaniya
+      et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, table 12.
+    """
+    begin = as_step("recipes.sr_ste", "dense_until", dense_until, total_steps)
+    if begin == total_steps:
+        raise ValueError(f"recipes.sr_ste: the sparse phase has no step: dense_until is step {begin} of {total_steps}. Begin it earlier.")
+    return rewire(optax.chain(add_sr_ste(decay), inner), plan, every=every, begin=begin, score=score)
+
+
+def static(
+    inner: optax.GradientTransformation, plan: Plan, *, masks=None, score: str | Score = "magnitude"
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes once and keeps the masks: weights that do not participate are 0 after the first update, and stay 0.
+
+    For the workflow that trains dense, prunes, and trains again: give it the trained weights and a fresh optimizer, with the
+    schedule of the first training. The gradient is masked, so that the optimizer sees a smaller model.
+
+    Args:
+      inner: the optimizer, any of optax.
+      plan: which leaf follows which pattern.
+      masks: a pytree of masks, or an optimizer state that holds some, for the sparse leaves of the plan, of any density; None for
+        those of the weights that `init` is called with.
+      score: what masks rank, as for `rewire`.
+
+    Returns:
+      The transformation to use in place of `inner`; `masks` finds its masks.
+
+    Raises:
+      TypeError: `plan` is no plan.
+      ValueError: no leaf of the plan is sparse, or `masks` are none, or of other leaves or shapes than those of the plan.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}
+      >>> tx = js.recipes.static(optax.sgd(1.0), js.plan(params, {"w": js.NM(2, 4, axis=0)}))
+      >>> updates, _ = tx.update({"w": jnp.ones(4)}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["w"]
+      Array([ 0., -5.,  2.,  0.], dtype=float32)
+
+    References:
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.1.
+    """
+    tx = rewire(optax.chain(inner, fix_nonparticipating(0)), plan, until=0, gradient="masked", score=score)
+    if masks is None:
+        return tx
+    given = _given_masks("recipes.static", masks, plan)
+
+    def init(params):
+        found = masks_by_path(given, params, "recipes.static")
+        whole = jax.tree.unflatten(jax.tree.structure(params), [jnp.asarray(True) if mask is None else mask for mask in found])
+        return tx.init(params)._replace(packed=packed(whole, plan))
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def _given_masks(call, masks, plan):
+    masks = merged_masks(masks, call)
+    given = {path: mask.shape for path, mask in zip(leaf_paths(masks), jax.tree.leaves(masks), strict=True) if mask.ndim}
+    for path in sorted(given.keys() | plan.sparse.keys()):
+        if path not in given:
+            raise ValueError(f"{call}: the plan makes {path} sparse, but `masks` have no mask of it. Pass one, or plan it dense.")
+        if path not in plan.sparse:
+            raise ValueError(f"{call}: `masks` have a mask of {path}, which the plan keeps dense. Plan it, or leave its mask out.")
+        if given[path] != plan.sparse[path].shape:
+            raise ValueError(
+                f"{call}: the mask of {path} has shape {given[path]}, but the plan was made for {plan.sparse[path].shape}. "
+                "Pass masks of these parameters."
+            )
+    return masks

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxsparse.patterns import integer
 
-__all__ = ["exponential_decay", "geometric_stages", "gradual_density", "linear_decay", "stepwise_stages"]
+__all__ = ["Schedule", "exponential_decay", "geometric_stages", "gradual_density", "linear_decay", "stepwise_stages"]
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -37,7 +37,9 @@ def linear_decay(beta: float, begin: int = 0) -> Schedule:
     lifetime = 1.0 / beta  # so that D ends at 0, not at the rounding error of 1 - beta * j
 
     def factor(step):
-        return jnp.clip((lifetime - jnp.asarray(_since(begin, step), jnp.float32)) / lifetime, 0.0, 1.0)
+        since = jnp.asarray(_since(begin, step), jnp.float32)
+        falling = jnp.maximum(lifetime - since, 0.0) / lifetime
+        return jnp.where(since > 0, falling, 1.0)  # compiled, the quotient of equal numbers need not be 1
 
     return factor
 

@@ -1,5 +1,6 @@
 """Where the masks live: the state of `rewire`, found wherever an optimizer nests it."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -10,7 +11,23 @@ import optax
 from jaxsparse.bits import pack, unpack
 from jaxsparse.plan import Plan, leaf_paths
 
-__all__ = ["RewireState", "masks", "merged_masks", "packed", "rewire_states"]
+__all__ = ["Forward", "RewireState", "forwards", "masks", "merged_masks", "packed", "rewire_states"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("decay", "inner_state"), meta_fields=("gradient",))
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """How the next forward pass treats non-participating weights, around the inner state of a `RewireState` where it is not this.
+
+    Attributes:
+      decay: the decay factor D that they are scaled by, float32 scalar; None for 0.
+      gradient: `"dense"` or `"masked"`, as for `participate`, static.
+      inner_state: the state of the wrapped transformation.
+    """
+
+    decay: jax.Array | None = None
+    gradient: str = "dense"
+    inner_state: Any = None
 
 
 class RewireState(NamedTuple):
@@ -20,7 +37,8 @@ class RewireState(NamedTuple):
       count: updates so far, int32 scalar.
       packed: the masks at one bit a weight, and the scalar True for dense leaves; `masks` makes booleans of them.
       plan: the plan, static.
-      inner_state: the state of the wrapped transformation.
+      inner_state: the state of the wrapped transformation; inside a `Forward` if there is a decay factor or the gradient is
+        `"masked"`.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -71,6 +89,18 @@ def masks(opt_state):
             "jaxsparse.recipes, and pass the state that its init returned."
         )
     return functools.reduce(_fill_holes, map(_unpacked, found))
+
+
+def forwards(opt_state) -> dict[str, Forward]:
+    """How the next forward pass treats each sparse leaf, by path; bare masks say nothing of it."""
+
+    def held(state):
+        if not isinstance(state.inner_state, Forward):
+            return Forward()
+        decay = jax.tree.leaves(state.inner_state.decay)  # an nnx.Optimizer has it in a Variable
+        return Forward(decay[0] if decay else None, state.inner_state.gradient)
+
+    return {path: held(state) for state in reversed(rewire_states(opt_state)) for path in state.plan.sparse}
 
 
 def packed(masks, plan: Plan):

@@ -11,10 +11,12 @@ import jaxsparse as js
 
 PACKAGE = pathlib.Path(js.__file__).parent
 ORDER = ["patterns", "plan", "budgets", "ranking", "groups", "transposable", "topk", "blocks", "masks", "scores", "bits", "state"]
-ORDER += ["schedules", "forward", "transforms", "recipes", "layouts", "compress", "kernels", "matmul", "contractions", "flax"]
+ORDER += ["schedules", "phases", "forward", "transforms", "progressive", "recipes", "layouts", "compress", "kernels", "matmul"]
+ORDER += ["costs", "metrics", "trajectories", "recorder", "analysis", "contractions", "flax"]
 KERNELS = ["kernels", "kernels.mosaic"]  # before each kernel; only a lowering for CUDA imports more than the first
 PUBLIC = [getattr(js, name) for name in dir(js) if not name.startswith("_")]
-PUBLIC = [x for x in PUBLIC if callable(x)] + [js.flax.plan, js.flax.intercept, js.recipes.rewired]
+PUBLIC += [getattr(js.analysis, name) for name in dir(js.analysis) if not name.startswith("_")]
+PUBLIC = [x for x in PUBLIC if callable(x)] + [js.flax.plan, js.flax.intercept, *(getattr(js.recipes, name) for name in js.recipes.__all__)]
 
 
 def test_imports_point_one_way():

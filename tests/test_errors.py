@@ -19,6 +19,8 @@ OTHER = {"c": jnp.zeros((8, 4))}
 RESHAPED = {"a": {"w": jnp.zeros((4, 4))}, "b": jnp.zeros(4)}
 PLAN = js.plan(PARAMS, {"a/w": NM(2, 4, axis=0)})
 FREE = js.plan(PARAMS, {"a/w": js.Unstructured(0.5)})
+BOTH_AXES = js.plan(PARAMS, {"a/w": js.TransposableNM(2, 4, (0, 1))})
+DENSE = js.plan(PARAMS, {"*": None})
 GRADUAL = js.plan(PARAMS, {"a/w": js.Unstructured(js.gradual_density(0.5, begin=0, end=9))})
 TX = js.rewire(optax.sgd(0.1), PLAN)
 STATE = TX.init(PARAMS)
@@ -62,6 +64,11 @@ def intercepted(params):
 
 def density(final=0.5, begin=0, end=10, **kwargs):
     return lambda: js.gradual_density(final, begin=begin, end=end, **kwargs)
+
+
+def recipe(name, plan=PLAN, **kwargs):
+    steps = {} if name in ("sr_ste", "static") else {"total_steps": 20}
+    return lambda: getattr(js.recipes, name)(optax.sgd(0.1), plan, **{**steps, **kwargs})
 
 
 # the call, the error, and what its message says besides the call
@@ -156,6 +163,59 @@ VALUES = [
     (lambda: js.fix_nonparticipating(-1), "fix_nonparticipating", "after=-1 is below 0. Pass"),
     (lambda: js.recipes.rewired(optax.sgd(0.1), PLAN, reset_every=0), "reset_nonparticipating", "every=0 is below 1"),
     (lambda: js.recipes.rewired(optax.sgd(0.1), PLAN, fix_after=-1), "fix_nonparticipating", "after=-1 is below 0"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, begin=-1), "rewire", "begin=-1 is below 0"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, begin=5, until=5), "rewire", "[5, 5], not in ascending order"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, begin=5, earlier=[(PLAN, 3)]), "rewire", "[5, 3], not in ascending order. Sort"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, earlier=[(PLAN, 3)], until=3), "rewire", "[0, 3, 3], not in ascending order"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, earlier=[(PLAN, 0)]), "rewire", "end=0 is below 1"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, earlier=[(DENSE, 3)]), "rewire", "a/w is dense in an earlier plan, but (8, 4) in the last"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, gradient="x"), "rewire", "gradient='x' is neither"),
+    (recipe("mdgf", total_steps=0), "recipes.mdgf", "dense_until=0.05 of total_steps=0 rounds to no step"),
+    (recipe("mdgf", total_steps=9), "recipes.mdgf", "dense_until=0.05 of total_steps=9 rounds to no step. Pass 0, or train longer"),
+    (recipe("mdgf", dense_until=5.0), "recipes.mdgf", "dense_until=5.0 is not in [0, 1].* an int"),
+    (recipe("mdgf", dense_until=float("nan")), "recipes.mdgf", "dense_until=nan is not in [0, 1]"),
+    (recipe("mdgf", dense_until=-1), "recipes.mdgf", "dense_until=-1 is not in 0..total_steps=20"),
+    (recipe("mdgf", fine_tune_from=21), "recipes.mdgf", "fine_tune_from=21 is not in 0..total_steps=20"),
+    (
+        recipe("mdgf", dense_until=14),
+        "recipes.mdgf",
+        "sparsification, .* has no step: dense_until is step 14, fine_tune_from step 14, total",
+    ),
+    (recipe("mdgf", dense_until=0.8), "recipes.mdgf", "sparsification, .* has no step: dense_until is step 16, fine_tune_from step 14"),
+    (recipe("mdgf", fine_tune_from=1.0), "recipes.mdgf", "the fine-tune phase has no step: .* step 20, total_steps 20. Pass"),
+    (recipe("mdgf", decay="cosine"), "recipes.mdgf", "decay='cosine' is none of 'exponential', 'linear'"),
+    (recipe("mdgf", gradient="straight"), "rewire", "gradient='straight' is neither"),
+    (recipe("mdgf", every=0), "rewire", "every=0 is below 1"),
+    (recipe("mdgf", DENSE), "rewire", "the plan keeps every leaf dense"),
+    (recipe("sdgf", DENSE), "rewire", "the plan keeps every leaf dense"),
+    (recipe("sdgf", fine_tune_from=1.0), "recipes.sdgf", "the fine-tune phase has no step"),
+    (recipe("sdgf", stages="steps"), "recipes.sdgf", "stages='steps' is none of 'stepwise', 'geometric'"),
+    (recipe("sdgf", dense_until=5, fine_tune_from=6), "recipes.sdgf", "a/w goes through 2 stages, 3:4, 2:4, .* 1 steps from step 5 to 6"),
+    (recipe("sdgf", FREE), "recipes.sdgf", "a/w is planned unstructured 0.5, .* Use recipes.gradual"),
+    (recipe("sdgf", stages="geometric"), "recipes.sdgf", "axis -2 of a/w has size 8, not a multiple of 64, .* 32:64. Pass k=2, or"),
+    (
+        recipe("sdgf", BOTH_AXES, stages="geometric"),
+        "recipes.sdgf",
+        "a/w is planned transposable 2:4, which has no stage 32:64. Pass stages",
+    ),
+    (recipe("sdgf", stages="geometric", k=3), "geometric_stages", "k=3 is no power of two"),
+    (recipe("gradual"), "recipes.gradual", "a/w is planned 2:4, which has no density to change. Use recipes.sdgf"),
+    (recipe("gradual", GRADUAL), "recipes.gradual", "the density of a/w follows a schedule. Plan"),
+    (recipe("gradual", FREE, initial=2), "gradual_density", "initial=2 is not in (0, 1]"),
+    (recipe("gradual", FREE, dense_until=14), "recipes.gradual", "sparsification, .* has no step"),
+    (recipe("sr_ste", dense_until=0.1), "recipes.sr_ste", "dense_until=0.1 is a fraction of total_steps, which is missing. Pass"),
+    (recipe("sr_ste", dense_until=20, total_steps=20), "recipes.sr_ste", "the sparse phase has no step: dense_until is step 20 of 20"),
+    (recipe("static", masks=PARAMS), "recipes.static", "dict is neither masks nor"),
+    (recipe("static", masks={"c": FULL["a"]["w"]}), "recipes.static", "the plan makes a/w sparse, but `masks` have no mask of it"),
+    (recipe("static", masks={**FULL, "b": YES}), "recipes.static", "`masks` have a mask of b, which the plan keeps dense. Plan"),
+    (recipe("static", masks={"a": {"w": YES}}), "recipes.static", "the mask of a/w has shape (4,), .*(8, 4). Pass"),
+    (lambda: recipe("static", masks=MASKS)().init(OTHER), "recipes.static", "a leaf a/w .* c. Pass"),
+    (lambda: js.compress(PARAMS, recipe("mdgf")().init(PARAMS)), "compress", "the decay factor of a/w is 1, not 0.* fine_tune_from"),
+    (
+        lambda: js.compress(PARAMS, recipe("sdgf")().init(PARAMS)),
+        "compress",
+        "mask of a/w does not keep exactly 2 of every 4 .*reached 2:4",
+    ),
     (lambda: js.compress(PARAMS, UNMASKED), "compress", "tuple .*jaxsparse.rewire"),
     (lambda: js.compress(OTHER, STATE), "compress", "a leaf a/w .* c. Pass"),
     (lambda: js.compress(RESHAPED, STATE), "compress", "a/w has shape (4, 4), .*(8, 4). Pass"),
@@ -240,6 +300,22 @@ TYPES = [
     (update(TX, state=UNMASKED), "rewire", "tuple is not a RewireState. Pass"),
     (lambda: js.reset_nonparticipating(2.5), "reset_nonparticipating", "`every` must be an integer, not 2.5"),
     (lambda: js.recipes.rewired(optax.sgd(0.1), None), "rewire", "`plan` is a NoneType. Make"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, begin=0.5), "rewire", "`begin` must be an integer, not 0.5"),
+    (lambda: js.rewire(optax.sgd(0.1), PLAN, earlier=[("3:4", 3)]), "rewire", "`plan` is a str. Make"),
+    (update(TX, state=recipe("mdgf")().init(PARAMS)), "rewire", "this RewireState is of another recipe. Pass"),
+    (update(recipe("static")(), state=STATE), "rewire", "this RewireState is of another recipe"),
+    (recipe("mdgf", None), "rewire", "`plan` is a NoneType. Make"),
+    (recipe("sdgf", None), "recipes.sdgf", "`plan` is a NoneType. Make"),
+    (recipe("gradual", None), "recipes.gradual", "`plan` is a NoneType. Make"),
+    (recipe("static", None), "rewire", "`plan` is a NoneType. Make"),
+    (recipe("mdgf", total_steps=9.5), "recipes.mdgf", "`total_steps` must be an integer, not 9.5"),
+    (recipe("mdgf", dense_until="5%"), "recipes.mdgf", "`dense_until` must be a step or a fraction of total_steps, not '5%'"),
+    (recipe("sr_ste", dense_until=None), "recipes.sr_ste", "`dense_until` must be a step or a fraction"),
+    (
+        lambda: optax.inject_hyperparams(js.recipes.mdgf, static_args=("inner", "plan"))(optax.sgd(0.1), PLAN, total_steps=20).init(PARAMS),
+        "recipes.mdgf",
+        "`dense_until` must be a step .* name it in `static_args`",
+    ),
     (lambda: js.compress(PARAMS, MASKS, "2:4"), "compress", "`plan` is a str. Make"),
     (lambda: js.sparse_matmul(X, PARAMS["a"]["w"]), "sparse_matmul", "not a Sparse24. Make"),
     (lambda: js.sparse_matmul(W, W), "sparse_matmul", "`x` must be an array, not a Sparse24"),

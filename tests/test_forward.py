@@ -186,3 +186,22 @@ def test_sparse_params_has_either_gradient(gradient):
     for layer, mask in zip(grads["layers"], masks["layers"], strict=True):
         np.testing.assert_array_equal(layer.w, np.ones((4, 4)) if gradient == "dense" else mask.w)
         np.testing.assert_array_equal(layer.b, 1)
+
+
+def test_gradients_keep_less_than_one_masked_copy_of_a_kernel():
+    params = {f"layer_{i}": jax.ShapeDtypeStruct((1024, 1024), jnp.float32) for i in range(8)}
+    plan = js.plan(params, {"*": js.NM(2, 4, axis=0)})
+    masks = jax.eval_shape(lambda p: js.magnitude_masks(p, plan), params)
+
+    def loss(params, x):
+        for w in params.values():
+            x = jnp.tanh(x @ w)
+        return x.sum()
+
+    def temporaries(f):
+        x = jax.ShapeDtypeStruct((64, 1024), jnp.float32)
+        return jax.jit(jax.grad(f)).lower(params, masks, x).compile().memory_analysis().temp_size_in_bytes
+
+    dense = temporaries(lambda params, masks, x: loss(params, x))
+    sparse = temporaries(lambda params, masks, x: loss(js.sparse_params(params, masks), x))
+    assert sparse - dense < 4 * 1024 * 1024

@@ -13,7 +13,16 @@ import jaxsparse as js
 assert jax.device_count() == 2
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
-def check(shape, pattern, spec, quiet, axis_type=AxisType.Auto):
+def rewired(inner, plan):
+    return js.recipes.rewired(inner, plan, reset_every=2)
+
+def mdgf(inner, plan):
+    return js.recipes.mdgf(inner, plan, total_steps=4, dense_until=1, fine_tune_from=3)
+
+def sdgf(inner, plan):
+    return js.recipes.sdgf(inner, plan, total_steps=4, dense_until=1, fine_tune_from=3)
+
+def check(shape, pattern, spec, quiet, axis_type=AxisType.Auto, recipe=rewired):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
     params = {"b": jnp.zeros(shape[1]), "w": jax.random.normal(jax.random.key(0), shape)}
     plan = js.plan(params, {"w": pattern})
@@ -27,7 +36,7 @@ def check(shape, pattern, spec, quiet, axis_type=AxisType.Auto):
     if quiet:
         assert found.sharding.is_equivalent_to(spec, 2), found.sharding
 
-    tx = js.recipes.rewired(optax.adamw(0.1), plan, reset_every=2)
+    tx = recipe(optax.adamw(0.1), plan)
     step = jax.jit(lambda params, state: tx.update(jax.tree.map(jnp.sin, params), state, params))
     state, state_split = tx.init(params), jax.jit(tx.init)(split)
     for _ in range(3):
@@ -49,8 +58,8 @@ rows, columns = PartitionSpec("x", None), PartitionSpec(None, "x")
 check((16, 8), js.NM(2, 4, axis=0), columns, True)
 check((16, 8), js.NM(2, 4, axis=0), rows, True)
 check((8, 16), js.NM(2, 4, axis=1), columns, True)
-check((16, 8), js.NM(2, 4, axis=0), columns, True, AxisType.Explicit)
-check((16, 8), js.NM(2, 4, axis=0), rows, True, AxisType.Explicit)
+check((16, 8), js.NM(2, 4, axis=0), columns, True, AxisType.Explicit, mdgf)
+check((16, 8), js.NM(2, 4, axis=0), rows, True, AxisType.Explicit, sdgf)
 check((64, 4), js.NM(1, 16, axis=0), columns, True)
 check((64, 4), js.NM(1, 16, axis=0), rows, True)
 check((12, 8), js.NM(2, 4, axis=0), rows, False)  # the boundary of the devices cuts a group
