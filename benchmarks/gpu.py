@@ -1,11 +1,13 @@
 """2:4 products on a GPU, in one command of under 10 minutes: are they right, and how fast against the dense product?
 
-python benchmarks/gpu.py              writes benchmarks/results/<device>.json
+python benchmarks/gpu.py              writes benchmarks/results/<device>.json and a plot beside it
 python benchmarks/gpu.py --smoke      the same steps with small shapes on any device, writing nothing
 
-First every kernel that the device has is read out operand by operand and multiplies integers and random numbers; a kernel that is wrong
-is not timed. Then kernels, the dense product of jax and, where torch can be imported, its semi-structured product take turns
-on random data, shape after shape, until the time is up.
+First every kernel that the device has is read out operand by operand and multiplies integers and random numbers, forwards and for the
+gradient of x; a kernel that is wrong is not timed. Then masks, packing and gradients of x are timed, and kernels, the dense
+product of jax and, where torch can be imported, its semi-structured product take turns on random data, shape after shape,
+until the time is up. What is timed is compared with the product in float32 too. Last it prints the rows that the timings
+imply for the table of automatic choices.
 """
 
 import argparse
@@ -17,13 +19,16 @@ import tempfile
 import time
 
 import gpu_checks
+import gpu_report
 import jax
 import jax.numpy as jnp
+import masks
 import numpy as np
 import tabulate
 import timing
 
 import jaxsparse as js
+from jaxsparse.compress import turn
 from jaxsparse.kernels import KERNELS, misfit
 
 SHAPES = {  # output features M, contraction K
@@ -33,20 +38,27 @@ SHAPES = {  # output features M, contraction K
     "Llama-3-8B down": (4096, 14336),
     "Llama-3-8B qkv": (6144, 4096),
     "Llama-3-8B attention out": (4096, 4096),
+    "Qwen2.5-7B gate": (18944, 3584),
     "ViT-L qkv": (3072, 1024),
     "ViT-L attention out": (1024, 1024),
     "ViT-L mlp in": (4096, 1024),
     "ViT-L mlp out": (1024, 4096),
+    "ViT-So400m mlp out": (1152, 4304),
     "GPT-2 qkv": (2304, 768),
     "GPT-2 attention out": (768, 768),
     "GPT-2 mlp in": (3072, 768),
     "GPT-2 mlp out": (768, 3072),
-    "multiples of 64 only": (4160, 4160),
-    "no multiple of 64": (4104, 4104),
+    "GPT-2 XL vocabulary": (50257, 1600),
+    "multiples of 8 and 16": (4104, 4112),
+    "padded": (4101, 4100),
 }
-CHECKED = ("Llama-3-8B gate", "ViT-L qkv", "GPT-2 mlp out", "multiples of 64 only")
+CHECKED = ("Llama-3-8B gate", "GPT-2 mlp out", "ViT-So400m mlp out", "padded")
+CHECKED_ROWS = (1, 8, 13, 64, 1024)
+GRADIENTS = ("8192 x 8192", "Llama-3-8B gate", "Llama-3-8B down", "Llama-3-8B attention out")  # at the first of the rows
 ROWS = (8192, 16, 4096, 1, 1024, 64, 256, 8)  # the most telling first, should the time run out
-SMOKE_SHAPES, SMOKE_ROWS = {"small": (128, 128), "no multiple of 64": (136, 136)}, (8, 3)
+TIMED_ROWS = {"hopper": (64, 1 << 31), "ampere": (64, 1 << 31), "decode": (1, 64)}  # with fewer or more, another kernel is meant
+MASKS = ("2:4 axis 0", "2:4 axis 1", "4:8 axis 1", "1:16 axis 1", "2:4 both axes", "top 50%", "blocks of 32x32, 50%")
+SMOKE_SHAPES, SMOKE_ROWS = {"small": (128, 128), "padded": (133, 132)}, (8, 3)
 
 # kernel: N, M, K, and the configurations that only hardware can decide between
 VARIANTS = {
@@ -55,7 +67,13 @@ VARIANTS = {
         [{"cluster": c, "in_flight": f, "stripe": s} for c, f, s in [(1, 0, 8), (2, 0, 8), (2, 1, 8), (2, 0, 4), (2, 0, 16)]],
     ),
     "ampere": (4096, 4096, 4096, [{"tile_m": t, "stages": s} for t, s in [(128, 3), (128, 4), (256, 3), (256, 4)]]),
-    "decode": (16, 14336, 4096, [{"tile_m": t, "unroll": u} for t, u in [(16, 2), (16, 4), (32, 2), (32, 4), (64, 1), (64, 2)]]),
+    "decode": (
+        *(16, 14336, 4096),
+        [
+            {"tile_m": t, "unroll": u, "warpgroups": w}
+            for t, u, w in [(16, 8, 1), (32, 4, 1), (32, 2, 2), (64, 1, 1), (64, 1, 2), (64, 2, 2), (64, 1, 4)]
+        ],
+    ),
 }
 
 # device: sparse 16-bit FLOP/s of the tensor cores without a power limit, bytes/s of memory
@@ -65,7 +83,8 @@ PEAKS = {
     "A100-SXM4-80GB": (624e12, 2.04e12),
     "A100-SXM4-40GB": (624e12, 1.56e12),
 }
-ROTATED = 256e6  # bytes of weights in rotation: several times an L2 cache
+# bytes of weights in rotation, several times an L2 cache; seconds that one call should keep the device busy, against the time of its start
+EACH_CALL = 256e6, 1e-3
 
 
 def runs_here(name):
@@ -83,35 +102,66 @@ def product(implementation):
     return jax.jit(functools.partial(js.sparse_matmul, implementation=implementation))
 
 
-def fits(name, n, m, k):
-    return name == "dense" or misfit(name, n, m, k, jnp.dtype("bfloat16"), ()) is None
+@functools.cache
+def x_gradient(implementation):
+    """From the gradient of a product, and the weight, to that of x."""
+
+    def gradient(ct, w):
+        x = jax.ShapeDtypeStruct((len(ct), *w.contracting), ct.dtype)
+        return jax.linear_transpose(lambda x: js.sparse_matmul(x, w, implementation=implementation), x)(ct)[0]
+
+    return jax.jit(gradient)
 
 
-def checks(multiply, fits, shapes, rows):
+@jax.jit
+def turned(w):
+    """The transpose of a transposable weight, packed."""
+    values, metadata = turn(w.values, w.with_layout("canonical").metadata)
+    return js.Sparse24(values, metadata, w.output, w.contracting).with_layout("mma16")
+
+
+def fits(name, n):
+    return name == "dense" or misfit(name, n, jnp.dtype("bfloat16")) is None
+
+
+def checks(name, shapes, rows):
     """What `gpu_checks` finds of one kernel, and whether all of it is right."""
-    cases = [(n, *shape) for shape in shapes.values() for n in rows if fits(n, *shape)]
+    multiply, gradient = product(name), x_gradient(name)
+    cases = [(n, *shape) for shape in shapes.values() for n in rows if fits(name, n)]
+    transposable = [(n, m, k) for n, m, k in cases if m % 4 == 0 and n in rows[::2]]
     found = {
         "wrong in probes": gpu_checks.probes(multiply),
         "wrong integers": {f"{n} x {m} x {k}": gpu_checks.wrong_integers(multiply, n, m, k) for n, m, k in cases},
         "error": {f"{n} x {m} x {k}": gpu_checks.error(multiply, n, m, k) for n, m, k in cases},
+        "wrong integers of gradients": {
+            f"{n} x {m} x {k}": gpu_checks.wrong_integers(gradient, n, m, k, gradient=True) for n, m, k in transposable
+        },
+        "error of gradients": {f"{n} x {m} x {k}": gpu_checks.error(gradient, n, m, k, gradient=True) for n, m, k in transposable},
     }
-    right = not any([*found["wrong in probes"].values(), *found["wrong integers"].values()]) and max(found["error"].values()) < 1
-    return {**found, "right": right}
+    wrong = [count for check, counts in found.items() if check.startswith("wrong") for count in counts.values()]
+    errors = [*found["error"].values(), *found["error of gradients"].values()]
+    return {**found, "right": not any(wrong) and max(errors) < 1}
 
 
-def turns(n, m, k, names, rounds, torch_call):
-    """Seconds of one product for each competitor, medians over rounds in which they take turns, every time with other weights."""
-    copies = int(np.clip(np.ceil(ROTATED / (2 * m * k)), 2, 16))
-    keys = jax.random.split(jax.random.key(0), 2 * copies)
-    x = [gpu_checks.random_rows(key, n, k) for key in keys[:copies]]
-    packed = [gpu_checks.random_weight(key, m, k) for key in keys[copies:]]
+def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
+    """Seconds of one product for each competitor, medians over rounds in which they take turns, and the largest error of each.
+
+    The products of one call have other rows each, and take turns with weights that are more than the L2 cache holds.
+    """
+    weights = int(np.clip(np.ceil(each_call[0] / (2 * m * k)), 2, 16))
+    count = int(np.clip(each_call[1] / max(2 * n * m * k / 800e12, 2 * m * k / 4e12), weights, 64))
+    keys = jax.random.split(jax.random.key(0), count + weights)
+    x = [gpu_checks.random_rows(key, n, k) for key in keys[:count]]
+    packed = [gpu_checks.random_weight(key, m, k) for key in keys[count:]]
     kernels = [jax.block_until_ready(js.decompress(w)) for w in packed]
 
-    def all_copies(one):
-        return jax.jit(lambda x, w: [one(*pair) for pair in zip(x, w, strict=True)])
+    def all_products(one):
+        return jax.jit(lambda x, w: [one(a, w[i % weights]) for i, a in enumerate(x)])
 
-    calls = {name: functools.partial(all_copies(product(name)), x, packed) for name in names}
-    calls["jax dense"] = functools.partial(all_copies(jnp.dot), x, kernels)
+    calls = {name: functools.partial(all_products(product(name)), x, packed) for name in names}
+    calls["jax dense"] = functools.partial(all_products(jnp.dot), x, kernels)
+    errors = {name: gpu_checks.units(call()[0], x[0], packed[0]) for name, call in calls.items()}
+    calls = {name: call for name, call in calls.items() if name == "jax dense" or errors[name] < 1}
     if torch_call:
         try:
             calls["torch semi-structured"] = torch_call(x, kernels)
@@ -119,7 +169,48 @@ def turns(n, m, k, names, rounds, torch_call):
         except RuntimeError:  # a shape that it does not take
             calls.pop("torch semi-structured", None)
     seconds = timing.in_turns(calls, rounds, f"{n} x {m} x {k}")
-    return {name: float(np.median(times)) / copies for name, times in seconds.items()}
+    return {name: float(np.median(times)) / count for name, times in seconds.items()}, errors
+
+
+def gradient_turns(n, m, k, names, rounds, each_call=EACH_CALL):
+    """Seconds of the gradient of x, as `turns` takes them, and of its parts: turning the weight, and the product with a turned one."""
+    count = int(np.clip(np.ceil(each_call[0] / (2 * m * k)), 2, 16))
+    keys = jax.random.split(jax.random.key(0), 2 * count)
+    ct = [gpu_checks.random_rows(key, n, m) for key in keys[:count]]
+    packed = [gpu_checks.random_weight(key, m, k, transposable=True) for key in keys[count:]]
+    backwards, kernels = ([jax.block_until_ready(change(w)) for w in packed] for change in (turned, js.decompress))
+
+    def all_products(one, weights):
+        return functools.partial(jax.jit(lambda ct, w: [one(*pair) for pair in zip(ct, w, strict=True)]), ct, weights)
+
+    calls = {name: all_products(x_gradient(name), packed) for name in names}
+    calls |= {f"{name}, turned before": all_products(product(name), backwards) for name in names}
+    calls["turning"] = all_products(lambda _, w: turned(w), packed)
+    calls["decompressing"] = all_products(x_gradient("dense"), packed)
+    calls["jax dense"] = all_products(lambda ct, w: ct @ w.T, kernels)
+    seconds = timing.in_turns(calls, rounds, f"gradient {n} x {m} x {k}")
+    return {name: float(np.median(times)) / count for name, times in seconds.items()}
+
+
+def weights_once(size, rounds):
+    """Masks and packing of a square bfloat16 weight, against reading it and writing a mask once."""
+    w = masks.weights((size, size), "bfloat16")
+    plan = js.plan({"w": w}, {"w": js.NM(2, 4, axis=0)})
+    mask = jax.block_until_ready(jax.jit(lambda w: js.magnitude_masks({"w": w}, plan))(w))
+    calls = {"read once": masks.stream, **{name: masks.mask(masks.patterns()[name], w) for name in MASKS}}
+    for layout in ("canonical", "mma16"):
+        pack = jax.jit(functools.partial(js.compress, plan=plan, layout=layout))
+        calls[f"compress, {layout}"] = lambda w, pack=pack: pack({"w": w}, mask)
+    seconds = timing.in_turns({name: functools.partial(call, w) for name, call in calls.items()}, rounds, "masks and packing")
+    read = np.array(seconds["read once"])
+    return [
+        {
+            "what": name,
+            "over reading once": float(np.median(np.array(times) / read)),
+            "GB/s": (4.125 if name.startswith("compress") else 3) * size**2 / float(np.median(times)) / 1e9,
+        }
+        for name, times in seconds.items()
+    ]
 
 
 def torch_products():
@@ -137,35 +228,13 @@ def torch_products():
         weights = [semi(torch.from_dlpack(w).T.contiguous()) for w in kernels]
 
         def call():
-            for pair in zip(x, weights, strict=True):
-                torch.nn.functional.linear(*pair)
+            for i, a in enumerate(x):
+                torch.nn.functional.linear(a, weights[i % len(weights)])
             torch.cuda.synchronize()
 
         return call
 
     return prepare, None
-
-
-def row(shape, n, m, k, seconds, peaks):
-    """The timings of one product as a row of the table."""
-    dense = seconds["jax dense"]
-    ours = {name: t for name, t in seconds.items() if name in KERNELS}
-    best = min(ours, key=ours.get) if ours else None
-    flops, bytes_moved = 2 * n * m * k, 1.125 * m * k + 2 * n * (m + k)
-    out = {"shape": shape, "rows": n, "M": m, "K": k, "microseconds": {name: 1e6 * t for name, t in seconds.items()}}
-    if best is None:
-        return out
-    t = ours[best]
-    bound = max(flops / peaks[0], bytes_moved / peaks[1]) if peaks else None
-    return {
-        **out,
-        "best": best,
-        "over jax dense": dense / t,
-        "over torch": seconds["torch semi-structured"] / t if "torch semi-structured" in seconds else None,
-        "TFLOP/s": flops / t / 1e12,
-        "GB/s": bytes_moved / t / 1e9,
-        "of bound": bound / t if bound else None,
-    }
 
 
 def variants(name, n, m, k, configs, rounds):
@@ -197,32 +266,73 @@ def main(argv=None):
         parser.error(f"{device.device_kind} is no GPU; --smoke runs the steps without one")
 
     folder = pathlib.Path(tempfile.mkdtemp()) if args.smoke and args.out == timing.RESULTS else args.out
-    save = functools.partial(timing.save, re.sub(r"\W+", "_", device.device_kind).strip("_"), folder)
+    file = re.sub(r"\W+", "_", device.device_kind).strip("_")
+    save = functools.partial(timing.save, file, folder)
 
     why_not = {name: runs_here(name) for name in KERNELS}
     found = {"kernels": {name: reason or "ran" for name, reason in why_not.items()}, "checks": {}}
     names = [name for name in KERNELS if why_not[name] is None] or (["dense"] if args.smoke else [])
     for name in names:
-        some = shapes if args.smoke else {key: shapes[key] for key in CHECKED}
-        found["checks"][name] = checks(product(name), functools.partial(fits, name), some, rows)
+        some = (shapes, rows) if args.smoke else ({key: shapes[key] for key in CHECKED}, CHECKED_ROWS)
+        found["checks"][name] = checks(name, *some)
         print(name, "is right" if found["checks"][name]["right"] else f"IS WRONG: {found['checks'][name]}", flush=True)
         save(**found)  # a fault in the next kernel would end the process
     names = [name for name in names if found["checks"][name]["right"]]
 
-    found["variants"] = {name: variants(name, *VARIANTS[name], rounds) for name in names if name in VARIANTS and not args.smoke}
     torch_call, why_no_torch = torch_products()
-    found |= {"torch": why_no_torch or "timed", "timings": [], "left_out": []}
     peaks = next((peak for kind, peak in PEAKS.items() if kind in device.device_kind), None)
-    for n in rows:
-        for shape, (m, k) in shapes.items():
-            if time.monotonic() - start > args.seconds:
-                found["left_out"].append(f"{shape}, {n} rows")
-                continue
-            able = [name for name in names if fits(name, n, m, k)]
-            found["timings"].append(row(shape, n, m, k, turns(n, m, k, able, rounds, torch_call), peaks))
-    columns = ("shape", "rows", "best", "over jax dense", "over torch", "TFLOP/s", "GB/s", "of bound")
-    print(tabulate.tabulate([[one.get(column) for column in columns] for one in found["timings"]], columns, floatfmt=".2f"))
+    found |= {
+        "torch": why_no_torch or "timed",
+        "weights once": [],
+        "variants": {},
+        "gradients": [],
+        "timings": [],
+        "wrong": [],
+        "left_out": [],
+    }
+
+    def time_weights():
+        found["weights once"] = weights_once(256 if args.smoke else 16384, rounds)
+
+    def time_variants(name):
+        found["variants"][name] = variants(name, *VARIANTS[name], rounds)
+
+    def able(n):
+        return [name for name in names if fits(name, n) and (name == "dense" or TIMED_ROWS[name][0] <= n <= TIMED_ROWS[name][1])]
+
+    def time_gradients(shape, n):
+        seconds = gradient_turns(n, *shapes[shape], able(n), rounds, (0, 0) if args.smoke else EACH_CALL)
+        found["gradients"].append({"shape": shape, "rows": n, **{name: 1e6 * t for name, t in seconds.items()}})
+
+    def time_products(shape, n):
+        seconds, errors = turns(n, *shapes[shape], able(n), rounds, torch_call, (0, 0) if args.smoke else EACH_CALL)
+        found["timings"].append(gpu_report.row(shape, n, *shapes[shape], seconds, peaks))
+        found["wrong"] += [{"shape": shape, "rows": n, "kernel": name, "error": error} for name, error in errors.items() if not error < 1]
+
+    jobs = {"masks and packing": time_weights}
+    jobs |= {f"variants of {name}": functools.partial(time_variants, name) for name in names if name in VARIANTS and not args.smoke}
+    some = ["small"] if args.smoke else GRADIENTS
+    jobs |= {f"gradient of {shape}": functools.partial(time_gradients, shape, rows[0]) for shape in some}
+    jobs |= {f"{shape}, {n} rows": functools.partial(time_products, shape, n) for n in rows for shape in shapes}
+    saved = time.monotonic()
+    for name, job in jobs.items():
+        if time.monotonic() - start > args.seconds:
+            found["left_out"].append(name)
+            continue
+        job()
+        if time.monotonic() - saved > 60:  # what is measured stays, whatever happens
+            save(**found)
+            saved = time.monotonic()
+
+    capability = tuple(int(part) for part in str(getattr(device, "compute_capability", "0.0")).split("."))
+    found["choices"] = gpu_report.choices(found["timings"], capability)
+    tables = [tabulate.tabulate(found[part], "keys", floatfmt=".2f") for part in ("weights once", "gradients")]
+    print(gpu_report.table(found["timings"]), *tables, sep="\n\n", end="\n\n")
+    print("_PREFERENCES that these timings imply:", *found["choices"], sep="\n")
+    if found["wrong"]:
+        print("WRONG:", *found["wrong"], sep="\n")
     save(**found)
+    gpu_report.plot(found["timings"], device.device_kind, folder / f"{file}.png")
 
 
 if __name__ == "__main__":

@@ -64,16 +64,16 @@ def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
     return found
 
 
-def random_weight(key, m, k, dtype=jnp.bfloat16, integers=False):
+def random_weight(key, m, k, dtype=jnp.bfloat16, integers=False, transposable=False):
     """A weight of which the largest are kept: normal values scaled for the contraction, or integers up to 4."""
-    return _random_weight(key, m, k, jnp.dtype(dtype), integers)
+    return _random_weight(key, m, k, jnp.dtype(dtype), integers, transposable)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _random_weight(key, m, k, dtype, integers):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _random_weight(key, m, k, dtype, integers, transposable):
     numbers = jax.random.randint(key, (k, m), -4, 5) if integers else jax.random.normal(key, (k, m)) * k**-0.5
     w = {"w": numbers.astype(dtype)}
-    plan = js.plan(w, {"w": js.NM(2, 4, axis=0)})
+    plan = js.plan(w, {"w": js.TransposableNM(2, 4, axes=(0, 1)) if transposable else js.NM(2, 4, axis=0)})
     return js.compress(w, js.magnitude_masks(w, plan), plan, layout="mma16")["w"]
 
 
@@ -81,22 +81,40 @@ def random_rows(key, n, k, dtype=jnp.bfloat16, integers=False):
     return (jax.random.randint(key, (n, k), -4, 5) if integers else jax.random.normal(key, (n, k))).astype(dtype)
 
 
-@jax.jit
-def _reference(x, w):
+def _problem(n, m, k, dtype, integers, gradient):
+    """x and a weight, and their product in float32; or the gradient of a product, a transposable weight, and the gradient of x."""
+    x = random_rows(jax.random.key(n), n, m if gradient else k, dtype, integers)
+    w = random_weight(jax.random.key(m + k), m, k, dtype, integers, gradient)
+    return x, w, _reference(x, w, gradient)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _reference(x, w, transposed):
+    w = js.decompress(w).astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
-        return x.astype(jnp.float32) @ js.decompress(w).astype(jnp.float32)
+        return x.astype(jnp.float32) @ (w.T if transposed else w)
 
 
-def wrong_integers(multiply, n, m, k, dtype=jnp.bfloat16):
-    """How many elements of a product of small integers, whose sums are exact in float32, are wrong."""
-    x = random_rows(jax.random.key(n), n, k, dtype, integers=True)
-    w = random_weight(jax.random.key(m + k), m, k, dtype, integers=True)
-    return int((multiply(x, w) != _reference(x, w).astype(dtype)).sum())
+def wrong_integers(multiply, n, m, k, dtype=jnp.bfloat16, gradient=False):
+    """How many elements of a product of small integers, whose sums are exact in float32, are wrong.
+
+    With `gradient`, `multiply` takes the gradient of a product `[N, M]` and a weight to that of x, `[N, K]`.
+    """
+    x, w, exact = _problem(n, m, k, dtype, True, gradient)
+    return int((multiply(x, w) != exact.astype(dtype)).sum())
 
 
-def error(multiply, n, m, k, dtype=jnp.bfloat16):
-    """The largest error of a random product, in units of the last place of the largest result; half a unit is rounding."""
-    x, w = random_rows(jax.random.key(n), n, k, dtype), random_weight(jax.random.key(m + k), m, k, dtype)
-    exact = _reference(x, w)
-    unit = jnp.finfo(dtype).eps * 2 ** jnp.floor(jnp.log2(jnp.abs(exact).max()))
-    return float(jnp.abs(multiply(x, w).astype(jnp.float32) - exact).max() / unit)
+def error(multiply, n, m, k, dtype=jnp.bfloat16, gradient=False):
+    """The largest error of a random product, in `units`."""
+    x, w, exact = _problem(n, m, k, dtype, False, gradient)
+    return _units(multiply(x, w), exact)
+
+
+def units(y, x, w):
+    """The largest error of a product, in units of the last place of the largest result; half a unit is rounding."""
+    return _units(y, _reference(x, w, False))
+
+
+def _units(y, exact):
+    unit = jnp.finfo(y.dtype).eps * 2 ** jnp.floor(jnp.log2(jnp.abs(exact).max()))
+    return float(jnp.abs(y.astype(jnp.float32) - exact).max() / unit)

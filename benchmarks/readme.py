@@ -8,6 +8,7 @@ import pathlib
 import re
 
 import tabulate
+import timing
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -61,13 +62,41 @@ def quality(result):
     )
 
 
+def gpu(result, name):
+    timings = [one for one in result["timings"] if "over jax dense" in one]
+    rows = sorted({one["rows"] for one in timings})
+    ratios = {(one["shape"], one["rows"]): f"{one['over jax dense']:.2f}" for one in timings}
+    shapes = {one["shape"]: f"{one['M']} x {one['K']}" for one in timings}
+    table = [[shape, sizes, *(ratios.get((shape, n), "") for n in rows)] for shape, sizes in shapes.items()]
+    wrong = {one["kernel"] for one in result["wrong"]}
+    right = [f"`{kernel}` {'right' if one['right'] and kernel not in wrong else 'WRONG'}" for kernel, one in result["checks"].items()]
+    return (
+        f"How many times as fast as jax's dense product in bfloat16 the fastest kernel is, by the rows of x ({where(result)}; "
+        f"{', '.join(right)}; {len(result['left_out'])} left out when the time was up; `python benchmarks/gpu.py`):\n\n"
+        + tabulate.tabulate(table, ["shape", "M x K", *rows], tablefmt="github", disable_numparse=True)
+        + f"\n\n![Ratio to the dense product by rows](benchmarks/results/{name}.png)"
+    )
+
+
+def gpus():
+    """One table for each device that was measured, or that there is none."""
+    results = sorted(timing.RESULTS.glob("NVIDIA*.json"))
+    tables = [gpu(json.loads(path.read_text()), path.stem) for path in results]
+    return "\n\n".join(tables) or "**The kernels have not run on a GPU yet and no speed is measured.**"
+
+
+def written(name, table):
+    return table(json.loads((timing.RESULTS / f"{name}.json").read_text()))
+
+
 TABLES = {
-    "quality": ("quality/findings", quality),
-    "masks": ("masks", masks),
-    "mask_peers": ("mask_peers", mask_peers),
-    "plan": ("char_lm", plan),
-    "char_lm": ("char_lm", char_lm),
-    "train_step": ("train_step", train_step),
+    "quality": lambda: written("quality/findings", quality),
+    "masks": lambda: written("masks", masks),
+    "mask_peers": lambda: written("mask_peers", mask_peers),
+    "plan": lambda: written("char_lm", plan),
+    "char_lm": lambda: written("char_lm", char_lm),
+    "train_step": lambda: written("train_step", train_step),
+    "gpu": gpus,
 }
 
 
@@ -75,9 +104,7 @@ def filled(text):
     """The text with every block between `<!-- name -->` and `<!-- end -->` made anew."""
 
     def block(match):
-        name, written = TABLES[match[1]]
-        result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        return f"<!-- {match[1]} -->\n{written(result)}\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
 

@@ -13,13 +13,13 @@ from jaxsparse.patterns import NM, TransposableNM, axes_in
 from jaxsparse.plan import Leaf, Plan, leaf_paths, match
 from jaxsparse.state import forwards, merged_masks, rewire_states
 
-__all__ = ["Sparse24", "compress", "decompress", "expand", "gather"]
+__all__ = ["Sparse24", "compress", "decompress", "expand", "gather", "turn"]
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "metadata"),
-    meta_fields=("contracting", "output", "output_first", "layout"),
+    meta_fields=("contracting", "output", "output_first", "layout", "transposable"),
 )
 @dataclasses.dataclass(frozen=True)
 class Sparse24:
@@ -41,6 +41,8 @@ class Sparse24:
         group of four, the lowest first, `first | second << 2` with the two places in ascending order. `"mma16"` is
         uint32 `[..., 2*ceil(M/128), 2*ceil(K/128), 128]`, the same words as the lanes of a sparse tensor core read them
         with 16-bit operands.
+      transposable: whether 2 of every 4 neighbours along the innermost output axis are kept, too, static: then kernels can compute
+        the gradient of the other operand of a product. Nothing more is stored for it.
 
     References:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
@@ -52,6 +54,7 @@ class Sparse24:
     output: tuple[int, ...]
     output_first: bool = False
     layout: str = "canonical"
+    transposable: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -118,12 +121,13 @@ def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None 
         default backend is a GPU, and `"canonical"` elsewhere.
 
     Returns:
-      The pytree with `Sparse24` in the place of the sparse leaves. `decompress` gives back the masked weights.
+      The pytree with `Sparse24` in the place of the sparse leaves, transposable ones where the plan says `TransposableNM(2, 4)`.
+      `decompress` gives back the masked weights.
 
     Raises:
       TypeError: `plan` is no plan.
       ValueError: there are no masks, they or the plan are of other parameters, a leaf is planned under another pattern than
-        2:4, its mask does not keep exactly 2 of every 4 along its axis, its decay factor is not 0 or traced, or `layout` does
+        2:4, its mask does not keep exactly 2 of every 4 along its axes, its decay factor is not 0 or traced, or `layout` does
         not fit its dtype.
 
     Example:
@@ -147,7 +151,7 @@ def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None 
     planned = {path: leaf for one in plans for path, leaf in one.sparse.items()}
     leaves, treedef = jax.tree.flatten(params)
     paths = leaf_paths(params)
-    places = [(0, 0) if mask is None else _place(path, mask, planned.get(path)) for path, mask in zip(paths, masks, strict=True)]
+    places = [(0, 0, False) if mask is None else _place(path, mask, planned.get(path)) for path, mask in zip(paths, masks, strict=True)]
     packed = (
         w if mask is None else _pack(w, mask, *place, layout or preferred_layout(w.dtype))
         for w, mask, place in zip(leaves, masks, places, strict=True)
@@ -170,29 +174,34 @@ def _check_binary(opt_state):
             )
 
 
-def _place(path: str, mask, leaf: Leaf | None) -> tuple[int, int]:
-    """The group axis, counted from the end, and the number of contracted axes, once the mask is known to be 2:4 along it."""
+def _place(path: str, mask, leaf: Leaf | None) -> tuple[int, int, bool]:
+    """The group axis, counted from the end, the number of contracted axes, and whether the weight is transposable.
+
+    The mask is then known to be 2:4 along the axis, or along both.
+    """
     if leaf is not None and leaf.pattern is not None:
         if not isinstance(leaf.pattern, NM | TransposableNM) or (leaf.pattern.n, leaf.pattern.m) != (2, 4):
             raise ValueError(f"compress: {path} is planned {leaf.pattern}, but the compressed format is 2:4. Train it under 2:4.")
-        axis = axes_in(leaf.pattern, mask.ndim)[0] - mask.ndim
-        if not isinstance(mask, jax.core.Tracer) and not _is_24(mask, axis):
-            raise ValueError(
-                f"compress: the mask of {path} does not keep exactly 2 of every 4 along axis {axis} of shape {mask.shape}. "
-                "Pass the masks that it was trained with, once its recipe has reached 2:4."
-            )
+        axis, *other = (axis - mask.ndim for axis in axes_in(leaf.pattern, mask.ndim))
+        for one in (axis, *other):
+            if not isinstance(mask, jax.core.Tracer) and not _is_24(mask, one):
+                raise ValueError(
+                    f"compress: the mask of {path} does not keep exactly 2 of every 4 along axis {one} of shape {mask.shape}. "
+                    "Pass the masks that it was trained with, once its recipe has reached 2:4."
+                )
         inside = [i for i in leaf.stack if i > axis - leaf.contracting]
         if inside:
             raise ValueError(
                 f"compress: {path} of shape {leaf.shape} is a stack of weights along axis {inside[0]}, behind the contracted axis "
                 f"{axis}. Stack it along a leading axis, as nn.scan(..., variable_axes={{'params': 0}}) does."
             )
-        return axis, leaf.contracting
+        innermost_output = axis - leaf.contracting if axis == -1 else -1
+        return axis, leaf.contracting, other == [innermost_output]
     if isinstance(mask, jax.core.Tracer):
         raise ValueError(f"compress: the axis of {path} cannot be told from a traced mask. Pass the optimizer state or the plan.")
     axes = [axis for axis in range(-mask.ndim, 0) if mask.shape[axis] % 4 == 0 and _is_24(mask, axis)]
     if len(axes) == 1:
-        return axes[0], 1
+        return axes[0], 1, False
     found = f"is 2:4 along each of the axes {axes}" if axes else "does not keep exactly 2 of every 4 along any axis"
     raise ValueError(
         f"compress: the mask of {path}, of shape {mask.shape}, {found}. Pass the optimizer state or the plan, which know the axis."
@@ -206,8 +215,8 @@ def _is_24(mask, axis):
     return (groups.sum(axis + 1) == 2).all()
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _pack(w, mask, axis, contracting, layout):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _pack(w, mask, axis, contracting, transposable, layout):
     output_first = axis == -1 and w.ndim > 1
     end = w.ndim + axis + 1
     begin = end - contracting
@@ -220,13 +229,19 @@ def _pack(w, mask, axis, contracting, layout):
         w, mask = (a.reshape(*batch, *core) for a in (w, mask))
     else:
         w, mask = (a.reshape(*batch, *core[::-1]).swapaxes(-1, -2) for a in (w, mask))
+    values, metadata = _kept(w, mask)
+    return Sparse24(values, metadata, contracted, output, output_first, transposable=transposable).with_layout(layout)
+
+
+def _kept(w, mask):
+    """A weight `[..., M, K]` and its mask to values and canonical metadata."""
     w0, w1, w2, w3 = (w[..., i::4] for i in range(4))
     m0, m1, m2, m3 = (mask[..., i::4] for i in range(4))
     first = jnp.where(m0, w0, jnp.where(m1, w1, w2))
     second = jnp.where(m3, w3, jnp.where(m2, w2, w1))
     places = jnp.where(m0, 0, jnp.where(m1, 1, 2)) | jnp.where(m3, 3, jnp.where(m2, 2, 1)) << 2
-    values = jnp.stack([first, second], -1).reshape(*batch, core[0], core[1] // 2)
-    return Sparse24(values, _to_words(places.astype(jnp.uint16)), contracted, output, output_first).with_layout(layout)
+    values = jnp.stack([first, second], -1).reshape(*w.shape[:-1], w.shape[-1] // 2)
+    return values, _to_words(places.astype(jnp.uint16))
 
 
 def _to_words(nibbles):
@@ -238,8 +253,8 @@ def _to_words(nibbles):
 
 
 def _places(metadata, groups):
-    """Canonical metadata to the places of the first and the second kept weight of each group, uint16 `[..., M, groups]`."""
-    nibbles = metadata[..., None] >> jnp.arange(0, 16, 4, dtype=jnp.uint16)
+    """Canonical metadata to the places of the first and the second kept weight of each group, uint8 `[..., M, groups]`."""
+    nibbles = (metadata[..., None] >> jnp.arange(0, 16, 4, dtype=jnp.uint16)).astype(jnp.uint8)
     nibbles = nibbles.reshape(*metadata.shape[:-1], -1)[..., :groups]
     return nibbles & 3, nibbles >> 2 & 3
 
@@ -248,7 +263,7 @@ def expand(values, metadata):
     """Compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
     pairs = values.reshape(*values.shape[:-1], -1, 2)
     first, second = _places(metadata, pairs.shape[-2])
-    place = jnp.arange(4, dtype=jnp.uint16)
+    place = jnp.arange(4, dtype=jnp.uint8)
     zero = jnp.zeros((), values.dtype)
     dense = jnp.where(place == first[..., None], pairs[..., :1], jnp.where(place == second[..., None], pairs[..., 1:], zero))
     return dense.reshape(*values.shape[:-1], -1)
@@ -257,11 +272,17 @@ def expand(values, metadata):
 def gather(dense, metadata):
     """What `[..., M, K]` holds at the kept places, `[..., M, K/2]`: the transpose of `expand`."""
     groups = dense.reshape(*dense.shape[:-1], -1, 4)
-    place = jnp.arange(4, dtype=jnp.uint16)
+    place = jnp.arange(4, dtype=jnp.uint8)
     picked = [
         jnp.where(place == kept[..., None], groups, jnp.zeros((), dense.dtype)).sum(-1) for kept in _places(metadata, groups.shape[-2])
     ]
     return jnp.stack(picked, -1).reshape(*dense.shape[:-1], -1)
+
+
+def turn(values, metadata):
+    """Values `[..., M, K/2]` and metadata of a transposable weight to those of its transpose, `[..., K, M/2]`."""
+    mask = expand(jnp.ones_like(values, bool), metadata)
+    return _kept(expand(values, metadata).swapaxes(-1, -2), mask.swapaxes(-1, -2))
 
 
 def decompress(packed):

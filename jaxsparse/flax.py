@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
@@ -168,7 +169,8 @@ def intercept(opt_state=None, *, gradient: str | None = None) -> Iterator[None]:
     With an optimizer state or masks, the outermost module call of each `model.apply` sees the effective parameters,
     as `sparse_params` computes them. In any case, compressed leaves (`Sparse24`, from `compress`) run: Dense and
     DenseGeneral, the projections of attention among them, through `sparse_matmul`; every other module with its kernel
-    decompressed at the call. `model.init` is left alone.
+    decompressed at the call. With metadata in the layout `"mma16"` the bias is added before the result is rounded, as a
+    kernel does it; else after, as Flax does. `model.init` is left alone.
 
     Enter it inside the function that is traced, with the state among its arguments. Flax does not tell `jax.jit` of
     interceptors: around a call of a function that was compiled before, this context would change nothing, without an
@@ -294,5 +296,9 @@ def _dense(module, x, params, axes):
     kernel, bias = params["kernel"], params.get("bias")
     x, values, bias = dtypes.promote_dtype(x, kernel.values, bias, dtype=module.dtype)
     rows = [a for a in range(x.ndim) if a not in axes]
-    y = sparse_matmul(x.transpose(*rows, *axes), dataclasses.replace(kernel, values=values), precision=module.precision)
-    return y if bias is None else y + bias
+    product = functools.partial(
+        sparse_matmul, x.transpose(*rows, *axes), dataclasses.replace(kernel, values=values), precision=module.precision
+    )
+    if bias is None or kernel.layout == "mma16":  # a kernel may run, and adds the bias before it rounds
+        return product(bias=bias)
+    return product() + bias

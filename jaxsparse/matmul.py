@@ -10,7 +10,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxsparse.compress import Sparse24, expand, gather
+from jaxsparse.compress import Sparse24, expand, gather, turn
 from jaxsparse.kernels import ACTIVATIONS, KERNELS, misfit, preferred, unavailable
 from jaxsparse.layouts import tile, untile
 from jaxsparse.patterns import array
@@ -33,11 +33,16 @@ def sparse_matmul(
     that at the kept places. Sums are taken in float32 for 16-bit floats, and bias and activation applied before they are rounded
     (under differentiation, after).
 
+    The gradient of `x` is a product with the transpose of `w`. Where `w` is transposable, kernels compute it as they do the
+    product itself, from values that are packed anew along the output at each use: nothing is stored twice, and values that are
+    trained stay the only truth. Elsewhere it is a dense product.
+
     On a CUDA device a kernel for Sparse Tensor Cores may run, which the lowered program names (`sparse_matmul_hopper`);
     everywhere else the weight is decompressed for the dense product. The kernels have not run on hardware yet: they are exact
     in emulation, and their speed is not measured. None chooses one only where arithmetic says that it should win, with
-    metadata in the layout `"mma16"`, on one device or inside `shard_map`: `"decode"` for up to 16 rows and at least
+    metadata in the layout `"mma16"` and no stack, on one device or inside `shard_map`: `"decode"` for up to 16 rows and at least
     14336 * 4096 weights (compute capability 8.0 and 9.0), `"hopper"` where rows, output and contraction are 4096 and more.
+    A kernel that is named takes the weights of a stack one after the other, for which XLA copies each with its rows.
 
     Args:
       x: `[..., K]`, or `[..., *w.contracting]` where several axes are contracted; with a stacked weight (`w` of shape
@@ -46,8 +51,10 @@ def sparse_matmul(
       bias: `[*stack, *w.output]`, or None.
       activation: `"relu"`, `"gelu"` (by tanh), `"silu"` or None.
       implementation: None chooses for the device; `"dense"` runs everywhere. `"hopper"` (9.0), `"ampere"` (8.0 to 8.9) and
-        `"decode"` (8.0 and later, 64 rows at most) need 16-bit floats, one weight, K in multiples of 64, and M in multiples
-        of 64 (`"ampere"`: of 128); rows are padded inside.
+        `"decode"` (8.0 and later, 64 rows at most) need 16-bit floats. Sizes that do not fill their tiles are
+        padded inside: `"hopper"` and `"decode"` copy nothing for it where K is a multiple of 16 and, `"hopper"`, M one of 8;
+        `"ampere"` where rows and K are multiples of 64 and M is one of 128. None chooses no kernel that would copy the weight
+        or the result. The gradient of `x` has the same implementation, where `w` is transposable.
       precision: as in `jax.numpy.matmul`, for the dense product.
 
     Returns:
@@ -94,18 +101,27 @@ def sparse_matmul(
     dtype = jnp.promote_types(x.dtype, w.dtype)
     rows, m, k = x.shape[len(stack) : ends], w.values.shape[-2], math.prod(w.contracting)
     if implementation in KERNELS:
-        _refuse(implementation, misfit(implementation, math.prod(rows), m, k, dtype, stack), ValueError)
+        _refuse(implementation, misfit(implementation, math.prod(rows), dtype), ValueError)
+    operands = [x.reshape(*stack, math.prod(rows), k).astype(dtype), w.values.astype(dtype), w.metadata]
+    if bias is not None:
+        operands.append(jnp.reshape(bias, (*stack, m)).astype(_sum_dtype(dtype)))
     y = sparse_matmul_p.bind(
-        x.reshape(*stack, math.prod(rows), k).astype(dtype),
-        w.values.astype(dtype),
-        w.metadata,
-        *(() if bias is None else (jnp.reshape(bias, (*stack, m)).astype(_sum_dtype(dtype)),)),
+        *_varying_alike(operands),
         activation=activation,
         implementation=implementation,
         layout=w.layout,
+        transposable=w.transposable,
+        transposed=False,
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
     )
     return y.reshape(*stack, *rows, *w.output)
+
+
+def _varying_alike(operands):
+    """The operands as varying over the same axes of a mesh inside `shard_map`; so the gradient of what did not vary is summed."""
+    varying = [jax.typeof(a).manual_axis_type.varying for a in operands]
+    over = frozenset().union(*varying)
+    return [lax.pcast(a, tuple(over - its), to="varying") for a, its in zip(operands, varying, strict=True)]
 
 
 def _refuse(implementation, reason, error):
@@ -113,13 +129,19 @@ def _refuse(implementation, reason, error):
         raise error(f'sparse_matmul: "{implementation}" cannot compute this: {reason}. Pass implementation=None to have one chosen.')
 
 
-# x [*stack, N, K], values [*stack, M, K/2], metadata as layout says, perhaps bias [*stack, M] -> [*stack, N, M]
+# x [*stack, N, K], values [*stack, M, K/2], metadata as layout says, perhaps bias [*stack, M] -> [*stack, N, M];
+# transposed, by the transpose of the same weight: x [*stack, N, M] -> [*stack, N, K], and no bias
 sparse_matmul_p = Primitive("sparse_matmul")
 
 
 @sparse_matmul_p.def_abstract_eval
-def _abstract(x, values, *_, **__):
-    return jax.core.ShapedArray((*x.shape[:-1], values.shape[-2]), x.dtype)
+def _abstract(x, values, *_, transposed, **__):
+    shape = (*x.shape[:-1], _features(values, transposed))
+    return x.update(shape=shape) if x.manual_axis_type.varying else jax.core.ShapedArray(shape, x.dtype)
+
+
+def _features(values, transposed):
+    return 2 * values.shape[-1] if transposed else values.shape[-2]
 
 
 @functools.cache
@@ -132,15 +154,11 @@ def _impl(*operands, **params):
     return _jitted(**params)(*operands)
 
 
-def _dense(x, values, metadata, *bias, activation, layout, precision, **_):
-    y = _contract(x, _expand(values, metadata, layout), -1, -1, precision)
+def _dense(x, values, metadata, *bias, activation, layout, precision, transposed, **_):
+    y = _contract(x, expand(values, _canonical(values, metadata, layout)), -1, -2 if transposed else -1, precision)
     if bias:
         y += bias[0][..., None, :]
     return ACTIVATIONS[activation](y).astype(x.dtype)
-
-
-def _expand(values, metadata, layout):
-    return expand(values, _canonical(values, metadata, layout))
 
 
 def _canonical(values, metadata, layout):
@@ -167,26 +185,37 @@ def _lower_anywhere(ctx, *operands, implementation, **params):
     return _lower_dense(ctx, *operands, **params)
 
 
-def _lower_cuda(ctx, *operands, implementation, layout, activation, **params):
+def _lower_cuda(ctx, *operands, implementation, layout, activation, transposable, transposed, **params):
     x, values = ctx.avals_in[:2]
+    n, m, k = x.shape[-2], _features(values, transposed), x.shape[-1]
     device, reason = _device(ctx.module_context)
     capability = _capability(device)
     name = implementation
     if name is None:
-        ready = layout == "mma16" and reason is None
-        name = preferred(x.shape[-2], values.shape[-2], x.shape[-1], x.dtype, x.shape[:-2], capability) if ready else "dense"
-    if name == "dense":
-        return _lower_dense(ctx, *operands, layout=layout, activation=activation, **params)
+        ready = layout == "mma16" and reason is None and x.ndim == 2
+        name = preferred(n, m, k, x.dtype, capability) if ready else "dense"
+    if name == "dense" or (transposed and not transposable):
+        return _lower_dense(ctx, *operands, layout=layout, activation=activation, transposed=transposed, **params)
     _refuse(name, reason or unavailable(name, capability), NotImplementedError)
-    _refuse(name, misfit(name, x.shape[-2], values.shape[-2], x.shape[-1], x.dtype, x.shape[:-2]), ValueError)
+    _refuse(name, misfit(name, n, x.dtype), ValueError)
     mosaic, kernel = (importlib.import_module(f"jaxsparse.kernels.{module}") for module in ("mosaic", name))
 
-    def run(x, values, metadata, *bias):
-        metadata = tile(metadata) if layout == "canonical" else metadata
-        return kernel.matmul(x, values, metadata, *bias, activation=activation, cores=device.core_count)
-
+    run = functools.partial(kernel.matmul, activation=activation, cores=device.core_count)
     with mosaic.architecture(capability):
-        return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+        rule = mlir.lower_fun(functools.partial(_with_kernel, run, layout, transposed), multiple_results=False)
+        return rule(ctx, *operands)
+
+
+def _with_kernel(run, layout, transposed, x, values, metadata, *bias):
+    """The product by a kernel, which takes one weight; of a stack one after the other."""
+    stack = x.shape[:-2]
+    if stack:
+        operands = [a.reshape(-1, *a.shape[len(stack) :]) for a in (x, values, metadata, *bias)]
+        y = lax.map(lambda one: _with_kernel(run, layout, transposed, *one), operands)
+        return y.reshape(*stack, *y.shape[1:])
+    if transposed:
+        values, metadata = turn(values, _canonical(values, metadata, layout))
+    return run(x, values, tile(metadata) if transposed or layout == "canonical" else metadata, *bias)
 
 
 def _device(module):
@@ -236,13 +265,14 @@ def _jvp(primals, tangents, **params):
     return jax.jvp(finish, (y, *bias), (y_dot, *bias_dot))
 
 
-def _transpose(ct, x, values, metadata, *, precision, layout, **_):
+def _transpose(ct, x, values, metadata, *, transposed, **params):
     if type(ct) is ad.Zero:
         return None, None, None
     if ad.is_undefined_primal(x):
-        return _contract(ct, _expand(values, metadata, layout), -1, -2, precision).astype(ct.dtype), None, None
-    product = _contract(ct, x, -2, -2, precision).astype(ct.dtype)
-    return None, gather(product, _canonical(values.aval, metadata, layout)), None
+        return sparse_matmul_p.bind(ct, values, metadata, transposed=not transposed, **params), None, None
+    outputs, inputs = (x, ct) if transposed else (ct, x)
+    product = _contract(outputs, inputs, -2, -2, params["precision"]).astype(ct.dtype)
+    return None, gather(product, _canonical(values.aval, metadata, params["layout"])), None
 
 
 def _batch(operands, dims, **params):

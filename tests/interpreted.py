@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsparse import layouts
 from jaxsparse.compress import expand
@@ -14,11 +15,14 @@ def dense(values, metadata):
     return expand(values, layouts.untile(metadata, values.shape[0], values.shape[1] // 8))
 
 
-def hopper_ops(config, values_tiling, x_tiling):
+def hopper_ops(config):
     def step(total, values, x, metadata):
         return total + jnp.dot(dense(values[...], metadata[...]), x[...].T, preferred_element_type=jnp.float32)
 
-    return hopper.Ops(lambda: jnp.zeros((64, config.tile_n), jnp.float32), step, lambda total: total, lambda result: result)
+    def turn(result, out):
+        out[...] = result.T
+
+    return hopper.Ops(lambda: jnp.zeros((64, config.tile_n), jnp.float32), step, lambda total: total, turn)
 
 
 def ampere_ops(config):
@@ -35,30 +39,43 @@ def ampere_ops(config):
 
 
 def decode_ops(config, n, has_bias):
+    warps, share = decode.WARPS * config.warpgroups, config.tile_m // config.warpgroups
+
     def step(total, values_ref, x_ref, metadata_ref, m0, i):
         rows, k = x_ref.shape
-        m0, i = m0[0], i[0]
-        x, metadata = x_ref[...], metadata_ref[...]
-        x = jnp.pad(x, ((0, n - rows), (0, 0)))
-        weight = expand(values_ref[...], layouts.untile(metadata, values_ref.shape[0], k // 16))
+        m0, i, warpgroup = m0[0], i[0], lax.axis_index("warpgroup")
+        x = jnp.pad(x_ref[...], ((0, n - rows), (0, 0)))
+        weight = expand(values_ref[...], layouts.untile(metadata_ref[...], values_ref.shape[0], -(-k // 16)))
+        weight = jnp.pad(weight, ((0, -values_ref.shape[0] % config.tile_m), (0, 0)))
         weight = lax.dynamic_slice_in_dim(weight, m0, config.tile_m).reshape(config.tile_m // 16, 16, k)
         owner = jnp.arange(k) // decode.TILE_K
         parts = []
         for warp in range(decode.WARPS):
-            ours = (owner // (4 * config.unroll) == i) & (owner % 4 == warp)
+            ours = (owner // (warps * config.unroll) == i) & (owner % warps == 4 * warpgroup + warp)
             parts.append(jnp.einsum("pmk,nk->pmn", weight * ours, x, preferred_element_type=jnp.float32))
         return total + jnp.stack(parts, 1).reshape(total.shape)
 
-    def reduce(total, scratch, *rest):
+    def gather(total, place, barrier):
+        place[...] = total
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+
+    def reduce(sums, *rest):
         *bias, m0 = rest
-        scratch[...] = total
-        sums = scratch[...].reshape(config.tile_m // 16, decode.WARPS, 16, n).sum(1).reshape(config.tile_m, n)
-        return (sums + bias[0][pl.ds(m0[0], config.tile_m)][:, None] if has_bias else sums).T
+        parts = sums[...].reshape(config.warpgroups, config.tile_m // 16, decode.WARPS, 16, n).sum((0, 2)).reshape(config.tile_m, n)
+        if has_bias:
+            parts = parts + lax.dynamic_slice_in_dim(jnp.pad(bias[0][...], (0, config.tile_m)), m0[0], config.tile_m)[:, None]
+        return lax.dynamic_slice_in_dim(parts, lax.axis_index("warpgroup") * share, share).T
 
     def store(result, y, m0):
-        y[:, pl.ds(m0[0], config.tile_m)] = result[: y.shape[0]]
+        first = m0[0] + lax.axis_index("warpgroup") * share
+        for feature in range(share):
 
-    return decode.Ops(step, reduce, store)
+            @pl.when(first + feature < y.shape[1])
+            def _(feature=feature):
+                y[:, pl.ds(first + feature, 1)] = result[: y.shape[0], feature : feature + 1]
+
+    return decode.Ops(step, gather, reduce, store, (plgpu.Barrier(num_arrivals=config.warpgroups),))
 
 
 def params():

@@ -5,11 +5,13 @@ With the name of a case, compiles that one. Run by `aot.in_process`.
 
 import functools
 import json
+import re
 import sys
 
 import aot
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 import jaxsparse as js
 
@@ -24,7 +26,10 @@ CASES = {
     "between": ("h200", 512, 4096, 4096, {}, "mma16", "bfloat16"),
     "float32": ("h200", 8192, 4096, 4096, {}, "canonical", "float32"),
     "canonical metadata": ("h200", 8192, 4096, 4096, {}, "canonical", "bfloat16"),
-    "sizes that do not fit": ("h200", 8192, 4104, 4096, {}, "mma16", "bfloat16"),
+    "a weight that would be copied": ("h200", 8192, 4104, 4100, {}, "mma16", "bfloat16"),
+    "a result that would be copied": ("h200", 8192, 4101, 4096, {}, "mma16", "bfloat16"),
+    "sizes that fill no tile": ("h200", 4099, 4104, 4112, {}, "mma16", "bfloat16"),
+    "forced on a weight that is copied": ("h200", 13, 77, 84, {"implementation": "hopper"}, "canonical", "bfloat16"),
     "forced dense": ("h200", 8192, 4096, 4096, {"implementation": "dense"}, "mma16", "bfloat16"),
     "forced hopper": ("h200", 5, 128, 64, {"implementation": "hopper"}, "canonical", "bfloat16"),
     "forced decode": ("h200", 5, 128, 64, {"implementation": "decode"}, "mma16", "bfloat16"),
@@ -32,40 +37,104 @@ CASES = {
     "hopper on Ampere": ("a100", 5, 128, 64, {"implementation": "hopper"}, "mma16", "bfloat16"),
     "ampere on Hopper": ("h200", 5, 128, 64, {"implementation": "ampere"}, "mma16", "bfloat16"),
     "decode forced on Ampere": ("a100", 5, 128, 64, {"implementation": "decode"}, "mma16", "bfloat16"),
+    "gradient": ("h200", 4096, 4096, 8192, {"gradient": True, "transposable": True}, "mma16", "bfloat16"),
+    "gradient, sparse along one axis": ("h200", 4096, 4096, 8192, {"gradient": True}, "mma16", "bfloat16"),
+    "gradient by decode": ("h200", 8, 4096, 14336, {"gradient": True, "transposable": True}, "mma16", "float16"),
+    "gradient of forced hopper": (
+        "h200",
+        5,
+        128,
+        64,
+        {"gradient": True, "transposable": True, "implementation": "hopper"},
+        "canonical",
+        "bfloat16",
+    ),
+    "gradient of sizes that are padded": (
+        *("h200", 5, 132, 68, {"gradient": True, "transposable": True, "implementation": "hopper"}),
+        *("mma16", "bfloat16"),
+    ),
+    "gradient with activation": (
+        *("h200", 4096, 4096, 4096, {"gradient": True, "transposable": True, "bias": True, "activation": "gelu"}),
+        *("mma16", "bfloat16"),
+    ),
+    "stack": ("h200", 4096, 4096, 8192, {"stack": (3, 2), "implementation": "hopper"}, "mma16", "bfloat16"),
+    "stack, none named": ("h200", 4096, 4096, 8192, {"stack": (3,)}, "mma16", "bfloat16"),
+    "gradient of a stack": (
+        *("h200", 4096, 4096, 8192, {"stack": (3,), "gradient": True, "transposable": True, "implementation": "hopper"}),
+        *("mma16", "bfloat16"),
+    ),
 }
 
 
-def arguments(n, m, k, layout, dtype):
+def arguments(n, m, k, layout, dtype, stack):
     words = (-(-m // 128) * 2, -(-k // 128) * 2, 128) if layout == "mma16" else (m, -(-k // 16))
-    words = words, jnp.uint32 if layout == "mma16" else jnp.uint16
-    return [((n, k), dtype), ((m, k // 2), dtype), words]
+    words = (*stack, *words), jnp.uint32 if layout == "mma16" else jnp.uint16
+    return [((*stack, n, k), dtype), ((*stack, m, k // 2), dtype), words]
 
 
-def product(x, values, metadata, *bias, m, k, layout, **options):
-    w = js.Sparse24(values, metadata, (k,), (m,), layout=layout)
+def product(x, values, metadata, *bias, m, k, layout, transposable, **options):
+    w = js.Sparse24(values, metadata, (k,), (m,), layout=layout, transposable=transposable)
     return js.sparse_matmul(x, w, bias=bias[0] if bias else None, **options)
 
 
+def loss(function, *arguments):
+    """Its gradient needs what the function computes, too."""
+    return jnp.sin(function(*arguments).astype(jnp.float32)).sum()
+
+
 def lower(gpu, n, m, k, options, layout, dtype):
-    options = dict(options)
-    shapes = arguments(n, m, k, layout, dtype) + [((m,), jnp.float32)] * options.pop("bias", False)
-    sharding = jax.sharding.SingleDeviceSharding(aot.device(gpu))
-    structs = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+    options = {"stack": (), "transposable": False, "bias": False, "gradient": False, **options}
+    stack = options.pop("stack")
+    shapes = arguments(n, m, k, layout, dtype, stack) + [((*stack, m), jnp.float32)] * options.pop("bias")
+    gradient = options.pop("gradient")
     function = functools.partial(product, m=m, k=k, layout=layout, **options)
-    return jax.jit(function).trace(*structs).lower(lowering_platforms=("cuda",))
+    return lower_for(
+        gpu, jax.grad(functools.partial(loss, function)) if gradient else function, *(jax.ShapeDtypeStruct(*a) for a in shapes)
+    )
 
 
-def found(*case):
+def lower_for(gpu, function, *arguments):
+    sharding = jax.sharding.SingleDeviceSharding(aot.device(gpu))
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(x.shape[-1], dtype=x.dtype, param_dtype=x.dtype)(x), None
+
+
+def lower_scanned_layers():
+    """The gradient of the input of three layers of a model, one after the other by `nn.scan`."""
+    model = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    plan = js.flax.plan(model, {"*kernel": js.TransposableNM(2, 4)}, x, None)
+
+    def packed(key, x):
+        params = model.init(key, x, None)
+        return js.compress(params, js.magnitude_masks(params, plan), plan, layout="mma16")
+
+    def function(x, params):
+        with js.flax.intercept():
+            return model.apply(params, x, None)[0]
+
+    return lower_for("h200", jax.grad(functools.partial(loss, function)), x, jax.eval_shape(packed, jax.random.key(0), x))
+
+
+def found(lowered, *case):
+    """The kernels of the program in their order, and whether there is a dense product."""
     try:
-        text = lower(*case).as_text()
+        text = lowered(*case).as_text()
     except (NotImplementedError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    shown = [name for name in js.kernels.KERNELS if f"sparse_matmul_{name}" in text]
-    return " and ".join(shown + ["dense"] * ("dot_general" in text))
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    return " and ".join([re.search(r"sparse_matmul_(\w+?)_mosaic_gpu", line)[1] for line in calls] + ["dense"] * ("dot_general" in text))
 
 
 if __name__ == "__main__":
     if sys.argv[1:]:
         lower(*CASES[sys.argv[1]]).compile()
     else:
-        print("\n" + json.dumps({name: found(*case) for name, case in CASES.items()}))
+        results = {name: found(lower, *case) for name, case in CASES.items()}
+        print("\n" + json.dumps({**results, "gradient of scanned layers": found(lower_scanned_layers)}))

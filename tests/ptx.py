@@ -1,4 +1,4 @@
-"""Runs the PTX of a block of 128 threads in NumPy, with the sparse instruction from `lanes`: what a kernel that was compiled does.
+"""Runs the PTX of a block of threads in NumPy, with the sparse instruction from `lanes`: what a kernel that was compiled does.
 
 Threads run in step; those that branch forwards wait where they branched to. Asynchronous copies move their data when a wait
 lets them no longer be pending, so a kernel that reads too early reads what was there before.
@@ -11,10 +11,9 @@ import lanes
 import ml_dtypes
 import numpy as np
 
-THREADS = 128
 SHARED, GLOBAL = 1024, 1 << 20  # where the two windows begin in one memory; addresses are the same in all state spaces
 
-_INTEGER = {"add": operator.add, "sub": operator.sub, "and": operator.and_, "or": operator.or_, "xor": operator.xor}
+_INTEGER = {"neg": operator.neg, "add": operator.add, "sub": operator.sub, "and": operator.and_, "or": operator.or_, "xor": operator.xor}
 _COMPARE = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
 
 
@@ -23,18 +22,19 @@ def run(ptx, memory, parameters, block):
     _Block(ptx, memory, parameters, block).run()
 
 
-def product(ptx, x, w, bias, shape, grid):
-    """What the kernel writes to y `[N, M]`, uint16 words; Mosaic orders the kernel's parameters as the operands are here."""
-    operands = [w.metadata, *([] if bias is None else [bias]), np.zeros(shape, np.uint16), w.values, x]
-    memory, parameters = np.zeros(GLOBAL + sum(a.nbytes + 256 for a in operands), np.uint8), []
+def product(ptx, x, w, bias, shape, grid, order="metadata bias y values x"):
+    """What the kernel writes to y `[N, M]`, uint16 words; `order` is that in which Mosaic has made the operands its parameters."""
+    operands = {"metadata": w.metadata, "bias": bias, "y": np.zeros(shape, np.uint16), "values": w.values, "x": x}
+    operands = {name: np.ascontiguousarray(operands[name]).view(np.uint8) for name in order.split() if operands[name] is not None}
+    memory, parameters = np.zeros(GLOBAL + sum(data.size + 256 for data in operands.values()), np.uint8), {}
     at = GLOBAL
-    for data in (np.ascontiguousarray(a).view(np.uint8).ravel() for a in operands):
-        memory[at : at + data.size] = data
-        parameters.append(at)
+    for name, data in operands.items():
+        memory[at : at + data.size] = data.ravel()
+        parameters[name] = at
         at += -(-data.size // 256) * 256
     for block in np.ndindex(*grid):
-        run(ptx, memory, parameters, block)
-    y = parameters[-3]
+        run(ptx, memory, list(parameters.values()), block)
+    y = parameters["y"]
     return memory[y : y + 2 * shape[0] * shape[1]].view(ml_dtypes.bfloat16).reshape(shape)
 
 
@@ -56,6 +56,7 @@ def _bits(value):
 
 class _Block:
     def __init__(self, ptx, memory, parameters, block):
+        self.threads = int(re.search(r"\.(?:req|max)ntid (\d+)", ptx)[1])
         body = re.sub(r"//.*", "", ptx[ptx.index("\n{") :])
         lines = (line.strip() for line in body.splitlines())
         self.program = [line.rstrip(";") for line in lines if re.match(r"[a-z@]|\$L\w+:$", line)]
@@ -63,7 +64,7 @@ class _Block:
         self.memory, self.parameters = memory, parameters
         self.special = {f"%ctaid.{axis}": index for axis, index in zip("xyz", block, strict=True)}
         self.registers = {}
-        self.active = np.ones(THREADS, bool)
+        self.active = np.ones(self.threads, bool)
         self.waiting = {}
         self.groups, self.open = [], []
 
@@ -102,11 +103,11 @@ class _Block:
         if operand in self.registers:
             return self.registers[operand]
         if operand == "%tid.x":
-            return np.arange(THREADS, dtype=np.uint64)
+            return np.arange(self.threads, dtype=np.uint64)
         if operand.startswith("0f"):
-            return np.full(THREADS, int(operand[2:], 16), np.uint64)
+            return np.full(self.threads, int(operand[2:], 16), np.uint64)
         number = self.special.get(operand, SHARED if "shmem" in operand else None)
-        return np.full(THREADS, (int(operand, 0) if number is None else number) % 2**64, np.uint64)
+        return np.full(self.threads, (int(operand, 0) if number is None else number) % 2**64, np.uint64)
 
     def set(self, register, value, bits=64):
         value = np.asarray(value).astype(np.uint64) & np.uint64(2**bits - 1)
@@ -124,7 +125,7 @@ class _Block:
         self.memory[address[self.active][:, None] + np.arange(data.shape[1])] = data[self.active]
 
     def step(self, name, operands):
-        kind, bits = name[-1], 0
+        kind, bits = name[-1], 1
         if re.fullmatch(r"[a-z]+\d+(x2)?", kind):
             bits = _width(kind)
         method = getattr(self, f"do_{name[0]}", None)
@@ -157,15 +158,20 @@ class _Block:
         assert re.fullmatch(r"cvt\.[us]\d+\.u\d+", ".".join(name)), name
         return self.set(operands[0], values[0], _width(name[1]))
 
+    def product(self, name, operands, bits):
+        """The product of two integers, and its width."""
+        a, b = (self.value(o) for o in operands)
+        if name[1] == "lo":
+            return a * b, bits
+        assert name[1] == "wide" and bits == 32, name
+        return (_signed(a, 32) * _signed(b, 32)).astype(np.uint64) if name[2][0] == "s" else a * b, 64
+
     def do_mul(self, name, operands, bits):
-        a, b = (self.value(o) for o in operands[1:])
-        assert name[1] == "lo" or name[1:] == ["wide", "u32"], name
-        self.set(operands[0], a * b, 64 if name[1] == "wide" else bits)
+        self.set(operands[0], *self.product(name, operands[1:], bits))
 
     def do_mad(self, name, operands, bits):
-        a, b, c = (self.value(o) for o in operands[1:])
-        assert name[1] == "lo" or name[1:] == ["wide", "u32"], name
-        self.set(operands[0], a * b + c, 64 if name[1] == "wide" else bits)
+        product, bits = self.product(name, operands[1:3], bits)
+        self.set(operands[0], product + self.value(operands[3]), bits)
 
     def do_shl(self, name, operands, bits):
         self.set(operands[0], self.value(operands[1]) << self.value(operands[2]), bits)
@@ -183,16 +189,19 @@ class _Block:
         self.set(operands[0], np.where(self.registers[operands[3]].astype(bool), self.value(operands[1]), self.value(operands[2])))
 
     def do_setp(self, name, operands, bits):
-        a, b = (self.value(o) for o in operands[1:])
-        if name[2][0] == "s":
+        a, b = (self.value(o) for o in operands[1:3])
+        if name[-1][0] == "s":
             a, b = _signed(a, bits), _signed(b, bits)
         elif bits < 64:
             a, b = (v & np.uint64(2**bits - 1) for v in (a, b))
-        self.set(operands[0], _COMPARE[name[1]](a, b))
+        found = _COMPARE[name[1]](a, b)
+        if len(name) == 4:  # with another predicate
+            found = _INTEGER[name[2]](found, self.value(operands[3]).astype(bool))
+        self.set(operands[0], found)
 
     def do_shfl(self, name, operands, bits):
         assert self.active.all()
-        thread, number = np.arange(THREADS), int(operands[2])
+        thread, number = np.arange(self.threads), int(operands[2])
         source = {"bfly": thread ^ number, "idx": thread // 32 * 32 + number}[name[2]]
         self.set(operands[0], self.value(operands[1])[source])
 
@@ -203,7 +212,7 @@ class _Block:
 
     def do_prmt(self, name, operands, bits):
         a, b, selector = (self.value(o) for o in operands[1:])
-        pool, out = a | b << np.uint64(32), np.zeros(THREADS, np.uint64)
+        pool, out = a | b << np.uint64(32), np.zeros(self.threads, np.uint64)
         for i in range(4):
             place = selector >> np.uint64(4 * i) & np.uint64(15)
             assert (place < 8).all()
@@ -238,9 +247,9 @@ class _Block:
             self.open.append((self.address(operands[0]), self.address(operands[1]), int(operands[2])))
 
     def do_ldmatrix(self, name, operands, bits):
-        rows = self.load(self.address(operands[1]), 16).view("<u4").reshape(THREADS // 32, 4, 8, 4)  # warp, matrix, row, pair
+        rows = self.load(self.address(operands[1]), 16).view("<u4").reshape(self.threads // 32, 4, 8, 4)  # warp, matrix, row, pair
         for i, target in enumerate(operands[0].strip("{}").split(",")):
-            self.set(target.strip(), rows[:, i].reshape(THREADS))
+            self.set(target.strip(), rows[:, i].reshape(self.threads))
 
     def do_mma(self, name, operands, bits):
         assert name[1:6] == ["sp::ordered_metadata", "sync", "aligned", "m16n8k32", "row"], name
@@ -248,7 +257,7 @@ class _Block:
         registers = [np.stack([self.value(o) for o in one], 1).astype(np.uint32) for one in lists[1:]]
         a, b = (r.view(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32) for r in registers[:2])
         c, words = registers[2].view(np.float32), self.value(operands[4])
-        warps = [slice(first, first + 32) for first in range(0, THREADS, 32)]
+        warps = [slice(first, first + 32) for first in range(0, self.threads, 32)]
         d = np.concatenate([lanes.mma_sp_m16n8k32(a[w], b[w], c[w], words[w], int(operands[5], 0)) for w in warps])
         for target, column in zip(lists[0], d.T, strict=True):
             self.set(target, _bits(np.ascontiguousarray(column)))

@@ -1,5 +1,6 @@
 """The Ampere kernel without an Ampere: whole in interpret mode, and what is compiled for one run in emulation."""
 
+import functools
 import re
 
 import aot
@@ -20,14 +21,15 @@ CONFIGS = {
     "several tiles, rows that do not fill them": (100, 256, 192, {}),
     "large tiles, a deep ring": (65, 512, 320, {"tile_m": 256, "stages": 4}),
     "fewer steps than stages": (3, 128, 128, {"stages": 5}),
+    "nothing fills its tile": (13, 77, 84, {}),
 }
 
 
 @pytest.mark.parametrize(("n", "m", "k", "config"), CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_whole_kernel_is_exact(n, m, k, config):
-    x, w, _, exact = problem(n, m, k)
-    y = ampere.matmul(x, w.values, w.metadata, config=ampere.Config(**config), ops=interpreted.ampere_ops, **interpreted.params())
-    np.testing.assert_array_equal(y, jnp.asarray(exact, x.dtype))
+    x, w, bias, exact = problem(n, m, k)
+    run = functools.partial(ampere.matmul, config=ampere.Config(**config), ops=interpreted.ampere_ops, **interpreted.params())
+    np.testing.assert_array_equal(run(x, w.values, w.metadata, bias), jnp.asarray(exact + bias, x.dtype))
 
 
 def test_bias_and_activation_are_applied_before_rounding():
@@ -69,6 +71,7 @@ def test_the_execution_notices_what_is_wrong(compiled, right, wrong):
 AHEAD = {
     "prefill": (4096, 4096, 4096, {}),
     "small tiles": (64, 128, 4096, {"dtype": "float16"}),
+    "a vision transformer's mlp": (1024, 1152, 4304, {"bias": True}),
     "bias and activation": (1024, 1024, 1024, {"bias": True, "activation": "gelu"}),
 }
 

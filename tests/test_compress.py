@@ -156,6 +156,17 @@ def test_compress_under_jit():
     jax.tree.map(np.testing.assert_array_equal, jitted, packed)
 
 
+@pytest.mark.parametrize("layout", ["canonical", "mma16"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_compress_is_elementwise_work_on_the_device(axis, layout):
+    shapes = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16), jax.ShapeDtypeStruct((128, 128), bool)
+    plan = js.plan({"w": shapes[0]}, {"w": js.NM(2, 4, axis=axis)})
+    compiled = jax.jit(lambda w, mask: js.compress({"w": w}, {"w": mask}, plan, layout=layout)).lower(*shapes).compile().as_text()
+    assert not any(
+        name in compiled for name in (" sort(", " gather(", " scatter(", " custom-call(", " while(", "infeed", "outfeed", "callback")
+    )
+
+
 def test_jit_and_device_put_keep_the_static_part():
     dense, packed, _ = example()
     for moved in (jax.jit(lambda p: p)(packed), jax.device_put(packed, jax.devices()[0])):

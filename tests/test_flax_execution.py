@@ -236,6 +236,54 @@ def test_gradients_of_compressed_values_are_the_dense_ones_at_their_places(name)
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+LAYERS = {
+    "Dense": (lambda **options: nn.Dense(24, **options), (4, 16)),
+    "DenseGeneral": (lambda **options: nn.DenseGeneral((4, 6), axis=(-2, -1), **options), (4, 2, 8)),
+}
+DTYPES = {
+    "bfloat16": (jnp.bfloat16, {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}, jnp.bfloat16),
+    "float32 made bfloat16": (jnp.float32, {"dtype": jnp.bfloat16}, jnp.bfloat16),
+    "bfloat16 made float32": (jnp.bfloat16, {"param_dtype": jnp.bfloat16, "dtype": jnp.float32}, jnp.float32),
+    "promoted": (jnp.float32, {"param_dtype": jnp.float16}, jnp.float32),
+    "float16": (jnp.float16, {"param_dtype": jnp.float16}, jnp.float16),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_the_bias_is_added_as_flax_does_or_before_rounding_where_a_kernel_may_run(layer, dtypes):
+    (make, shape), (x_dtype, options, out_dtype) = layer, dtypes
+    random = np.random.default_rng(0)  # integers: sums are exact in float32 and are rounded in 16 bits
+    x = jnp.asarray(random.integers(-40, 41, shape), x_dtype)
+    model = make(**options)
+    params = jax.tree.map(
+        lambda a: jnp.asarray(random.integers(-40, 41, a.shape), a.dtype), jax.eval_shape(model.init, jax.random.key(0), x)
+    )
+    plan = js.flax.plan(model, {"kernel": "2:4"}, x)
+    masks = js.magnitude_masks(params, plan)
+    masked = js.sparse_params(params, masks)
+
+    def run(params):
+        with js.flax.intercept():
+            return model.apply(params, x)
+
+    kernel, bias = (np.asarray(masked["params"][name], np.float64) for name in ("kernel", "bias"))
+    exact = np.asarray(x, np.float64).reshape(4, -1) @ kernel.reshape(16, 24)
+    once = jnp.asarray(exact + bias.reshape(24)).astype(out_dtype)
+    twice = jnp.asarray(exact).astype(out_dtype) + jnp.asarray(bias.reshape(24)).astype(out_dtype)
+    assert (once != twice).any() == (out_dtype != jnp.float32)
+    as_flax = model.apply(masked, x)
+    np.testing.assert_array_equal(as_flax.reshape(4, 24), twice)
+    expected_grads = jax.grad(lambda params: as_numbers(model.apply(params, x)))(masked)["params"]
+    for layout in ("canonical", "mma16")[: 2 if masked["params"]["kernel"].itemsize == 2 else 1]:
+        packed = js.compress(params, masks, plan, layout=layout)
+        found = run(packed)  # outside of jit, where XLA may leave out the rounding in between
+        assert found.dtype == as_flax.dtype == out_dtype and found.shape == as_flax.shape
+        np.testing.assert_array_equal(found.reshape(4, 24), once if layout == "mma16" else twice)
+        grads = jax.grad(lambda packed: as_numbers(run(packed)), allow_int=True)(packed)["params"]
+        np.testing.assert_allclose(grads["bias"].astype(jnp.float32), expected_grads["bias"].astype(jnp.float32), rtol=2e-2)
+
+
 def test_precision_of_the_module_reaches_the_sparse_product():
     model = nn.Dense(8, precision="highest")
     params = model.init(jax.random.key(0), X)

@@ -72,31 +72,66 @@ def test_integers_and_errors_notice_a_missing_step(checks):
     assert checks.wrong_integers(lacks_a_step, 8, 128, 256) > 0 and checks.error(lacks_a_step, 8, 128, 256) > 1
 
 
+def test_a_wrong_gradient_is_noticed(gpu, monkeypatch):
+    right = gpu.x_gradient("dense")
+
+    def found(gradient):
+        monkeypatch.setattr(gpu, "x_gradient", lambda name: gradient)
+        return gpu.checks("dense", {"small": (128, 128), "padded": (133, 132)}, (8, 3))
+
+    assert found(right)["right"] and found(right)["wrong integers of gradients"] == {"8 x 128 x 128": 0}
+    assert not found(lambda ct, w: right(ct.at[:, :4].set(0), w))["right"]
+    assert not found(lambda ct, w: exact(ct, w))["right"]
+
+
 def written(folder):
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.json")
     return json.loads(path.read_text())
 
 
-def test_the_smoke_run_takes_every_step(gpu, tmp_path):
+def test_the_smoke_run_takes_every_step(gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "MASKS", gpu.MASKS[:1])
     gpu.main(["--smoke", "--out", str(tmp_path)])
     found = written(tmp_path)
-    assert found["checks"]["dense"]["right"] and not found["left_out"]
-    assert [(one["M"], one["rows"]) for one in found["timings"]] == [(128, 8), (136, 8), (128, 3), (136, 3)]
+    assert found["checks"]["dense"]["right"] and not found["left_out"] and not found["wrong"]
+    assert [(one["M"], one["rows"]) for one in found["timings"]] == [(128, 8), (133, 8), (128, 3), (133, 3)]
     assert all(one["microseconds"].keys() == {"dense", "jax dense"} for one in found["timings"])
     assert all("needs a CUDA device" in found["kernels"][name] for name in KERNELS)
+    assert [one.keys() for one in found["gradients"]] == [
+        {"shape", "rows", "dense", "dense, turned before", "turning", "decompressing", "jax dense"}
+    ]
+    once = {one["what"]: one for one in found["weights once"]}
+    assert once["read once"]["over reading once"] == 1 and {"2:4 axis 0", "compress, mma16"} < once.keys()
+    assert all(one["GB/s"] > 0 for one in once.values())
+    assert [*tmp_path.glob("*.png")] and "over jax dense" in capsys.readouterr().out
 
 
 def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "weights_once", lambda *_: [])
     monkeypatch.setattr(gpu, "runs_here", lambda name: None)
+    x_gradient = gpu.x_gradient
+    monkeypatch.setattr(gpu, "x_gradient", lambda name: x_gradient("dense"))
     monkeypatch.setattr(gpu, "product", lambda name: exact if name == "decode" else lambda x, w: exact(x, w) + 1)
     gpu.main(["--smoke", "--out", str(tmp_path)])
     found = written(tmp_path)
     assert [found["checks"][name]["right"] for name in KERNELS] == [False, False, True]
-    fitting = [one for one in found["timings"] if one["M"] == 128]
-    assert all(one["best"] == "decode" and one["over jax dense"] > 0 for one in fitting)
-    assert all(one["microseconds"].keys() == {"jax dense"} for one in found["timings"] if one["M"] == 136)
+    assert all(one["best"] == "decode" and one["over jax dense"] > 0 for one in found["timings"])
+    monkeypatch.setattr(gpu, "checks", lambda *_: {"right": True})
     gpu.main(["--smoke", "--out", str(tmp_path), "--seconds", "0"])
-    assert not written(tmp_path)["timings"] and len(written(tmp_path)["left_out"]) == 4
+    assert not written(tmp_path)["timings"] and written(tmp_path)["left_out"][:2] == ["masks and packing", "gradient of small"]
+    assert len(written(tmp_path)["left_out"]) == 6
+
+
+def test_a_kernel_that_is_wrong_for_one_shape_is_not_timed_there(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "runs_here", lambda name: None if name == "decode" else "no")
+    monkeypatch.setattr(gpu, "checks", lambda *_: {"right": True})
+    monkeypatch.setattr(gpu, "weights_once", lambda *_: [])
+    monkeypatch.setattr(gpu, "gradient_turns", lambda *_: {})
+    monkeypatch.setattr(gpu, "product", lambda name: lambda x, w: exact(x, w) + (jnp.nan if w.output == (133,) else 0))
+    gpu.main(["--smoke", "--out", str(tmp_path)])
+    found = written(tmp_path)
+    assert [(one["shape"], one["kernel"]) for one in found["wrong"]] == [("padded", "decode")] * 2
+    assert [one["microseconds"].keys() for one in found["timings"]] == [{"decode", "jax dense"}, {"jax dense"}] * 2
 
 
 def test_variants_tell_configurations_apart(gpu, monkeypatch):
@@ -110,12 +145,13 @@ def test_variants_tell_configurations_apart(gpu, monkeypatch):
     assert first["config"] == "{'unroll': 1}" and first["microseconds"] > 0
 
 
-def test_every_variant_and_shape_is_one_that_the_kernels_take(gpu):
-    for name, (n, m, k, configs) in gpu.VARIANTS.items():
+def test_every_variant_is_one_that_the_kernels_take(gpu):
+    for name, (n, _, _, configs) in gpu.VARIANTS.items():
         module = importlib.import_module(f"jaxsparse.kernels.{name}")
-        assert gpu.fits(name, n, m, k) and all(module.Config(**config) for config in configs)
-    fitting = {name: sum(gpu.fits(name, 1, *shape) for shape in gpu.SHAPES.values()) for name in KERNELS}
-    assert fitting == {"hopper": 15, "ampere": 14, "decode": 15}
+        assert gpu.fits(name, n) and all(module.Config(**config) for config in configs)
+    assert all(config["warpgroups"] <= config["tile_m"] // 16 for config in gpu.VARIANTS["decode"][3])
+    assert set(gpu.MASKS) < gpu.masks.patterns().keys()
+    assert set(gpu.CHECKED) < gpu.SHAPES.keys() and gpu.TIMED_ROWS.keys() == set(KERNELS)
 
 
 def test_without_a_gpu_it_says_so(gpu, capsys):
@@ -126,6 +162,42 @@ def test_without_a_gpu_it_says_so(gpu, capsys):
 
 def test_a_row_of_the_table(gpu):
     seconds = {"decode": 1e-3, "hopper": 2e-3, "jax dense": 1.5e-3, "torch semi-structured": 3e-3}
-    row = gpu.row("some", 1000, 1000, 1000, seconds, (4e12, 1e12))
+    row = gpu.gpu_report.row("some", 1000, 1000, 1000, seconds, (4e12, 1e12))
     assert (row["best"], row["over jax dense"], row["over torch"], row["TFLOP/s"]) == ("decode", 1.5, 3.0, pytest.approx(2.0))
     assert row["GB/s"] == pytest.approx(1.125 + 4) and row["of bound"] == pytest.approx(0.5)
+
+
+def timed(m, k, n, dense, **kernels):
+    return {"shape": f"{m} x {k}", "rows": n, "M": m, "K": k, "microseconds": {"jax dense": dense, **kernels}}
+
+
+def test_choices_are_where_a_kernel_won_at_every_shape(gpu):
+    timings = [
+        *(timed(m, m, n, 10, decode=d) for n in (1, 16) for m, d in ((1024, 11), (2048, 6), (4096, 6))),
+        *(timed(m, m, 64, 10, decode=d, hopper=h) for m, d, h in ((1024, 11, 20), (2048, 8, 20), (4096, 9.9, 20))),
+        *(timed(m, 2048, 4096, 10, hopper=h) for m, h in ((1024, 12), (4096, 9), (8192, 7))),
+        timed(8192, 512, 4096, 10, hopper=9),
+    ]
+    decode = ((9, 0),), "decode", 1, 16, 2048 * 2048, 2048
+    hopper = ((9, 0),), "hopper", 4096, 4096, 8192 * 512, 512
+    assert gpu.gpu_report.choices(timings, (9, 0)) == [hopper, decode]
+    assert gpu.gpu_report.choices([], (9, 0)) == []
+
+
+def test_the_readme_shows_what_was_measured_or_that_nothing_was(gpu, tmp_path, monkeypatch):
+    import readme
+
+    text = "before\n<!-- gpu -->\nold\n<!-- end -->\nafter"
+    monkeypatch.setattr(readme.timing, "RESULTS", tmp_path)
+    assert "no speed is measured" in readme.filled(text) and "old" not in readme.filled(text)
+    peaks = (4e12, 1e12)
+    timings = [gpu.gpu_report.row("some", n, 1000, 1000, {"decode": 1e-3, "jax dense": n * 1e-3}, peaks) for n in (1, 2)]
+    timings.append(gpu.gpu_report.row("other", 2, 500, 1000, {"jax dense": 1e-3}, peaks))
+    kernels = {"hopper": "NotImplementedError: no", "decode": "ran"}
+    timing = readme.timing
+    timing.save("NVIDIA_X", tmp_path, kernels=kernels, checks={"decode": {"right": True}}, timings=timings, wrong=[], left_out=["a"])
+    lines = readme.filled(text).splitlines()
+    assert any("`decode` right" in line and "1 left out" in line for line in lines)
+    assert [line for line in lines if line.startswith("| some")] == ["| some    | 1000 x 1000 | 1.00 | 2.00 |"]
+    assert not any(line.startswith("| other") for line in lines)
+    assert any("NVIDIA_X.png" in line for line in lines)

@@ -20,6 +20,8 @@ CONFIGS = {
     "two blocks share x": (100, 512, 256, {"tile_n": 64, "stages": 3, "cluster": 2}),
     "a group in flight, more tiles than blocks": (40, 192, 320, {"tile_n": 32, "stages": 2, "in_flight": 1, "stripe": 2}),
     "fewer rows than a store, fewer tiles than blocks": (5, 64, 64, {"tile_n": 32, "stages": 2}),
+    "an odd number of output features, part of a step": (13, 77, 80, {"tile_n": 32, "stages": 2}),
+    "a contraction that is padded": (33, 136, 164, {"tile_n": 32, "stages": 3, "cluster": 2}),
 }
 
 
@@ -65,6 +67,8 @@ def product_of(step, values, x, words):
 AHEAD = {
     "prefill": (8192, 8192, 8192, {}),
     "a narrow tile in float16": (40, 4096, 4096, {"dtype": "float16"}),
+    "a vision transformer's mlp": (4096, 1152, 4304, {}),
+    "a vocabulary": (64, 50257, 1600, {}),
     "a group in flight": (128, 4096, 4096, {"config": {"tile_n": 128, "stages": 7, "in_flight": 1}}),
     "bias and activation": (1024, 1024, 1024, {"bias": True, "activation": "gelu"}),
 }

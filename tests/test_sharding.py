@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 PROGRAM = """
+import dataclasses
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxsparse as js
@@ -62,6 +63,23 @@ check((16, 8), js.NM(2, 4, axis=0), rows, True, AxisType.Explicit, sdgf)
 check((64, 4), js.NM(1, 16, axis=0), columns, True)
 check((64, 4), js.NM(1, 16, axis=0), rows, True)
 check((12, 8), js.NM(2, 4, axis=0), rows, False)  # the boundary of the devices cuts a group
+
+w = jax.random.normal(jax.random.key(0), (16, 8))
+plan = js.plan({"w": w}, {"w": js.TransposableNM(2, 4, axes=(0, 1))})
+packed = js.compress({"w": w}, js.magnitude_masks({"w": w}, plan), plan)["w"]
+x, bias = jax.random.normal(jax.random.key(1), (4, 16)), jnp.arange(8.0)
+mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+
+def product(x, values, bias):
+    return js.sparse_matmul(x, dataclasses.replace(packed, values=values), bias=bias, activation="gelu")
+
+def gradients(f):
+    return jax.jit(jax.grad(lambda *operands: jnp.sin(f(*operands)).sum(), (0, 1, 2)))(x, packed.values, bias)
+
+expected = gradients(product)
+for specs in ((rows, PartitionSpec(), PartitionSpec()), (PartitionSpec(),) * 3):
+    found = gradients(jax.shard_map(product, mesh=mesh, in_specs=specs, out_specs=specs[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 print("done")
 """
 

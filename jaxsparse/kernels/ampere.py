@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsparse.kernels import ACTIVATIONS
-from jaxsparse.kernels.mosaic import add, arith, asm, constant, ir, kernel, llvm, load, memref, mma_sp, utils, wait_copies
+from jaxsparse.kernels.mosaic import add, arith, asm, constant, ir, kernel, llvm, load, memref, mma_sp, padded, utils, wait_copies
 
 __all__ = ["Config", "matmul"]
 
@@ -186,8 +186,8 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
     """`activation(x @ W.T + bias)` with W from its compressed values and metadata.
 
     Args:
-      x: `[N, K]`, bfloat16 or float16, K a multiple of 64. N is padded to a multiple of 64, which copies x.
-      values: `[M, K/2]` of the same dtype, M a multiple of 128.
+      x: `[N, K]`, bfloat16 or float16. N and K are padded to multiples of 64, which copies x, and values if K is none.
+      values: `[M, K/2]` of the same dtype. M is padded to a multiple of 128, which copies values and the result.
       metadata: uint32 in the layout `"mma16"`.
       bias: float32 `[M]` or None.
       activation: a name in `ACTIVATIONS`.
@@ -199,9 +199,12 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
     Returns:
       `[N, M]` in the dtype of x.
     """
-    rows, m = x.shape[0], values.shape[0]
-    n = rows + -rows % TILE_N
-    x = jnp.pad(x, ((0, n - rows), (0, 0)))
+    rows, features = x.shape[0], values.shape[0]
+    n, m = rows + -rows % TILE_N, features + -features % 128
+    x, values = padded(x, values, TILE_K)
+    x, values = (jnp.pad(a, ((0, size - a.shape[0]), (0, 0))) for a, size in ((x, n), (values, m)))
+    if bias is not None:
+        bias = jnp.pad(bias, (0, m - features))
     config = config or default_config(n, m, cores)
     call = kernel(
         functools.partial(_body, config=config, activation=activation, ops=ops),
@@ -211,7 +214,7 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
         grid_names=("n", "m"),
         **params,
     )
-    return call(x, values, metadata, *(() if bias is None else (bias,)))[:rows]
+    return call(x, values, metadata, *(() if bias is None else (bias,)))[:rows, :features]
 
 
 def default_config(n: int, m: int, cores: int) -> Config:

@@ -3,7 +3,8 @@
 One block stays on each multiprocessor and walks over output tiles of 128 output features by `tile_n` rows of x. Its third
 warpgroup only issues TMA loads, the first two multiply: 64 output features each, by all rows of the tile. The weight is
 the first operand, since that is the sparse one, so the accumulators hold the transposed tile; it is turned on its
-way through shared memory. TMA fills what lies beyond an array with zeros and does not write there, so tiles may stick out.
+way through shared memory. TMA fills what lies beyond an array with zeros and does not write there, so tiles may stick out; rows
+of all arrays must begin at multiples of 16 bytes.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsparse.kernels import ACTIVATIONS
-from jaxsparse.kernels.mosaic import arith, asm, constant, fragments, ir, kernel, llvm, load, memref, mma_utils, nvvm, utils
+from jaxsparse.kernels.mosaic import arith, asm, constant, fragments, ir, kernel, llvm, load, memref, mma_utils, nvvm, padded, utils
 
 __all__ = ["Config", "matmul"]
 
@@ -25,6 +26,7 @@ TILE_M, TILE_K = 128, 64
 CONSUMERS = 2
 UNROLL = 2  # pending instructions read their metadata registers: with two steps in a loop body the registers alternate
 STORE_SLOTS = 2
+VALUES_SWIZZLE, SWIZZLE = plgpu.SwizzleTransform(64), plgpu.SwizzleTransform(128)  # as long as the rows of the tiles
 # one float32 accumulator a register, as the instruction names them; through a loop other layouts cost moves
 ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
 
@@ -60,7 +62,7 @@ class Ops(NamedTuple):
       zeros: no arguments to an accumulator of 64 by `tile_n`.
       step: accumulator, values `[64, 32]`, x `[tile_n, 64]` and metadata `[1, 1, 128]` in shared memory to the accumulator.
       drain: accumulator to the finished sums.
-      turn: finished results to a layout in which their transpose can be stored.
+      turn: results `[64, store_n]` to their place `[store_n, 64]` in shared memory.
     """
 
     zeros: object
@@ -69,11 +71,9 @@ class Ops(NamedTuple):
     turn: object
 
 
-def _tiled(dtype, columns):
-    """The swizzled arrangement of a tile of so many columns in shared memory, and the bytes of a swizzled row."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = min(128, columns * size)
-    return (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)), swizzle
+def _tiles(ref):
+    """A matrix `[R, C]` in shared memory whose rows are as long as their swizzle, as tiles `[R/8, 1, 8, C]`."""
+    return utils.memref_unsqueeze(utils.memref_unfold(ref, 0, (None, 8)), 1)
 
 
 def _advance(descriptor, nbytes):
@@ -102,10 +102,10 @@ def _multiply(accumulator, values, x, metadata, in_flight):
     lane = arith.index_cast(index, arith.remui(utils.thread_idx(), constant(128)))
     word = memref.load(metadata, [utils.c(0, index), utils.c(0, index), lane])
     (a, a_steps), _, a_order = mma_utils.create_descriptor(
-        values, swizzle=64, large_tile=(64, 32), group_size=(64, 32), logical_k_major=False
+        _tiles(values), swizzle=64, large_tile=(64, 32), group_size=(64, 32), logical_k_major=False
     )
     (b, b_steps), _, b_order = mma_utils.create_descriptor(
-        utils.memref_transpose(x, (1, 0, 3, 2)), swizzle=128, large_tile=(64, 64), group_size=(64, n), logical_k_major=True
+        utils.memref_transpose(_tiles(x), (1, 0, 3, 2)), swizzle=128, large_tile=(64, 64), group_size=(64, n), logical_k_major=True
     )
     if not a_order == b_order == mma_utils.Dim.K:
         raise ValueError("hopper: both operands must be contiguous along the contraction")
@@ -121,7 +121,7 @@ def _multiply(accumulator, values, x, metadata, in_flight):
     return fragments.FragmentedArray(_registers=registers, _layout=accumulator.layout, _is_signed=accumulator.is_signed)
 
 
-def registers(config: Config, values_tiling, x_tiling) -> Ops:
+def registers(config: Config) -> Ops:
     """The blocks that run on a GPU."""
     shape = (64, config.tile_n)
     accumulator = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR)
@@ -132,7 +132,7 @@ def registers(config: Config, values_tiling, x_tiling) -> Ops:
         return fragments.optimization_barrier(zeros)
 
     @plgpu.inline_mgpu(
-        arg_types=(ACCUMULATOR, plgpu.RefType(values_tiling), plgpu.RefType(x_tiling), plgpu.RefType()), return_type=accumulator
+        arg_types=(ACCUMULATOR, plgpu.RefType((VALUES_SWIZZLE,)), plgpu.RefType((SWIZZLE,)), plgpu.RefType()), return_type=accumulator
     )
     def step(_, total, values, x, metadata):
         return _multiply(total, values, x, metadata, config.in_flight)
@@ -142,12 +142,11 @@ def registers(config: Config, values_tiling, x_tiling) -> Ops:
         nvvm.wgmma_wait_group_sync_aligned(0)
         return fragments.optimization_barrier(total).to_layout(fragments.WGMMA_LAYOUT)
 
-    return Ops(
-        lambda: settle(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ACCUMULATOR)),
-        step,
-        drain,
-        lambda result: plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED),
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA_TRANSPOSED, plgpu.RefType((SWIZZLE,))))
+    def turn(_, result, out):
+        result.store_tiled(utils.memref_transpose(_tiles(out), (1, 0, 3, 2)), swizzle=128)
+
+    return Ops(lambda: settle(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ACCUMULATOR)), step, drain, turn)
 
 
 def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, blocks, ops):
@@ -155,20 +154,19 @@ def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, bl
     n, k = x_ref.shape
     m = values_ref.shape[0]
     dtype, stages, cluster = x_ref.dtype, config.stages, config.cluster
-    values_tiling, x_tiling, y_tiling = (_tiled(dtype, columns)[0] for columns in (TILE_K // 2, TILE_K, 64))
     m_tiles, n_tiles = pl.cdiv(m, TILE_M * cluster), pl.cdiv(n, config.tile_n)
     steps = pl.cdiv(k, TILE_K * UNROLL) * UNROLL
     shared = ("cluster",) if cluster > 1 else None
-    zeros, step, drain, turn = ops(config, values_tiling, x_tiling)
+    zeros, step, drain, turn = ops(config)
     free_barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=shared) if shared else plgpu.Barrier
 
     @functools.partial(
         pl.run_scoped,
         collective_axes="warpgroup",
-        values=plgpu.SMEM((stages, TILE_M, TILE_K // 2), dtype, transforms=values_tiling),
-        x=plgpu.SMEM((stages, config.tile_n, TILE_K), dtype, transforms=x_tiling),
+        values=plgpu.SMEM((stages, TILE_M, TILE_K // 2), dtype, transforms=(VALUES_SWIZZLE,)),
+        x=plgpu.SMEM((stages, config.tile_n, TILE_K), dtype, transforms=(SWIZZLE,)),
         metadata=plgpu.SMEM((stages, TILE_M // 64, 1, 128), jnp.uint32),
-        out=plgpu.SMEM((CONSUMERS, STORE_SLOTS, config.store_n, 64), dtype, transforms=y_tiling),
+        out=plgpu.SMEM((CONSUMERS, STORE_SLOTS, config.store_n, 64), dtype, transforms=(SWIZZLE,)),
         filled=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         free=free_barrier(num_arrivals=CONSUMERS, num_barriers=stages),
     )
@@ -242,11 +240,11 @@ def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, bl
                 if bias_ref:
                     bias = load(bias_ref[0].at[pl.ds(m0, 64)], plgpu.Layout.WGMMA.reduce(1))
                     result = result + lax.broadcast_in_dim(bias, result.shape, [0])
-                result = turn(ACTIVATIONS[activation](result).astype(dtype))
+                result = plgpu.layout_cast(ACTIVATIONS[activation](result).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
                 for part in range(config.tile_n // config.store_n):
                     ours = out.at[warpgroup, part % STORE_SLOTS]
                     plgpu.wait_smem_to_gmem(STORE_SLOTS - 1, wait_read_only=True)
-                    ours.transpose((1, 0))[...] = result[:, part * config.store_n : (part + 1) * config.store_n]
+                    turn(result[:, part * config.store_n : (part + 1) * config.store_n], ours)
                     plgpu.commit_smem()
                     rows = pl.ds(n0 + part * config.store_n, config.store_n)
                     plgpu.copy_smem_to_gmem(ours, y_ref.at[rows, pl.ds(m0, 64)])
@@ -260,8 +258,8 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
     """`activation(x @ W.T + bias)` with W from its compressed values and metadata.
 
     Args:
-      x: `[N, K]`, bfloat16 or float16, K a multiple of 64. N is padded to a multiple of 8, which copies x.
-      values: `[M, K/2]` of the same dtype, M a multiple of 64.
+      x: `[N, K]`, bfloat16 or float16. K is padded to a multiple of 16, which copies x and values.
+      values: `[M, K/2]` of the same dtype. The result is cut to M from a multiple of 8, which copies it.
       metadata: uint32 in the layout `"mma16"`.
       bias: float32 `[M]` or None.
       activation: a name in `ACTIVATIONS`.
@@ -273,9 +271,8 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
     Returns:
       `[N, M]` in the dtype of x.
     """
-    rows, m = x.shape[0], values.shape[0]
-    n = rows + -rows % 8
-    x = jnp.pad(x, ((0, n - rows), (0, 0)))
+    n, m = x.shape[0], values.shape[0]
+    x, values = padded(x, values, 16)
     config = config or default_config(n, m)
     if bias is not None:
         bias = jnp.pad(bias, (0, -m % (TILE_M * config.cluster)))
@@ -286,14 +283,14 @@ def matmul(x, values, metadata, bias=None, *, activation=None, config: Config | 
     call = kernel(
         body,
         "sparse_matmul_hopper",
-        jax.ShapeDtypeStruct((n, m), x.dtype),
+        jax.ShapeDtypeStruct((n, m + -m % 8), x.dtype),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         **params,
     )
-    return call(x, values, metadata, *(() if bias is None else (bias,)))[:rows]
+    return call(x, values, metadata, *(() if bias is None else (bias,)))[:, :m]
 
 
 def default_config(n: int, m: int) -> Config:

@@ -7,12 +7,13 @@ import contextlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import core, mma_utils, utils
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, vector
 
 __all__ = [
     "add",
@@ -21,15 +22,16 @@ __all__ = [
     "asm",
     "constant",
     "fragments",
+    "gpu",
     "ir",
     "kernel",
-    "lane",
     "llvm",
     "load",
     "memref",
     "mma_sp",
     "mma_utils",
     "nvvm",
+    "padded",
     "utils",
     "vector",
     "wait_copies",
@@ -49,6 +51,12 @@ def kernel(body, name: str, out, **params):
     output = "out_type" if VERSION >= (0, 11) else "out_shape"
     compiler = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True)
     return plgpu.kernel(body, **{output: out}, kernel_name=name, compiler_params=compiler, **params)
+
+
+def padded(x, values, multiple: int):
+    """x `[N, K]` and values `[M, K/2]` with zeros up to a multiple of the contraction; unless K is one, that copies them."""
+    spare = -x.shape[1] % multiple
+    return (jnp.pad(x, ((0, 0), (0, spare))), jnp.pad(values, ((0, 0), (0, spare // 2)))) if spare else (x, values)
 
 
 @contextlib.contextmanager
@@ -89,13 +97,6 @@ def add(*terms):
     for term in rest:
         total = arith.addi(total, constant(term) if isinstance(term, int) else term)
     return total
-
-
-def lane():
-    """Of this thread: warp in its warpgroup, group of four lanes in the warp, place in the group."""
-    thread = arith.remui(utils.thread_idx(), constant(128))
-    place = arith.andi(thread, constant(31))
-    return arith.shrui(thread, constant(5)), arith.shrui(place, constant(2)), arith.andi(place, constant(3))
 
 
 def mma_sp(total, a, b, word, selector: int, dtype: str):

@@ -1,0 +1,79 @@
+"""What the timings of `gpu.py` say: rows for the automatic choice, a plot, tables."""
+
+import tabulate
+from matplotlib.figure import Figure
+
+from jaxsparse.kernels import KERNELS
+
+MARGIN = 1.05  # by which a kernel must win at every measured product of a row of the table of choices
+
+COLUMNS = ("shape", "rows", "best", "over jax dense", "over torch", "TFLOP/s", "GB/s", "of bound")
+
+
+def row(shape, n, m, k, seconds, peaks):
+    """The timings of one product as a row of the table."""
+    dense = seconds["jax dense"]
+    ours = {name: t for name, t in seconds.items() if name in KERNELS}
+    best = min(ours, key=ours.get) if ours else None
+    flops, bytes_moved = 2 * n * m * k, 1.125 * m * k + 2 * n * (m + k)
+    out = {"shape": shape, "rows": n, "M": m, "K": k, "microseconds": {name: 1e6 * t for name, t in seconds.items()}}
+    if best is None:
+        return out
+    t = ours[best]
+    bound = max(flops / peaks[0], bytes_moved / peaks[1]) if peaks else None
+    return {
+        **out,
+        "best": best,
+        "over jax dense": dense / t,
+        "over torch": seconds["torch semi-structured"] / t if "torch semi-structured" in seconds else None,
+        "TFLOP/s": flops / t / 1e12,
+        "GB/s": bytes_moved / t / 1e9,
+        "of bound": bound / t if bound else None,
+    }
+
+
+def table(timings):
+    return tabulate.tabulate([[one.get(column) for column in COLUMNS] for one in timings], COLUMNS, floatfmt=".2f")
+
+
+def choices(timings, capability):
+    """Rows of `_PREFERENCES` in `jaxsparse/kernels/__init__.py` that measurements on one device imply.
+
+    A row says from how many weights on a kernel beats the dense product by `MARGIN` in every shape that was measured, for
+    neighbouring row counts of which that holds from the same number on. Between and beyond the measured row counts it claims nothing.
+    """
+    rows = []
+    for name in KERNELS:
+        last = None
+        for n in sorted({one["rows"] for one in timings}):
+            measured = [one for one in timings if one["rows"] == n and name in one["microseconds"]]
+            measured.sort(key=lambda one: -one["M"] * one["K"])
+            wins = []
+            for one in measured:
+                if one["microseconds"]["jax dense"] < MARGIN * one["microseconds"][name]:
+                    wins = [w for w in wins if w["M"] * w["K"] > one["M"] * one["K"]]
+                    break
+                wins.append(one)
+            weights = min((one["M"] * one["K"] for one in wins), default=None)
+            if weights is None:
+                last = None
+            elif last is not None and last[4] == weights:
+                last[3] = n
+            else:
+                last = [(capability,), name, n, n, weights, min(min(one["M"], one["K"]) for one in wins)]
+                rows.append(last)
+    return [tuple(one) for one in rows]
+
+
+def plot(timings, device, path):
+    """The ratio to the dense product against the rows of x, one line a shape."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="rows of x", ylabel="times as fast as jax's dense product", xscale="log", title=device)
+    axes.set_xscale("log", base=2)
+    for shape in dict.fromkeys(one["shape"] for one in timings):
+        points = sorted((one["rows"], one["over jax dense"]) for one in timings if one["shape"] == shape and "over jax dense" in one)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=shape) if points else None
+    axes.axhline(1, color="black", linewidth=0.8)
+    if axes.lines[1:]:
+        axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=150)
