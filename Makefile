@@ -1,5 +1,5 @@
 # make demo: train a small language model dense and 2:4 sparse, compress it, run it compressed.
-# make test: the tests and doctests.   make lint: format, lint, types.
+# make test: the tests and doctests.   make lint: format, lint, types.   make notebooks: run them all and keep their outputs.
 # Each makes a virtual environment the first time, the tests one of their own: they need the CUDA plugin, which jax complains
 # of where there is no GPU. PYTHON=... and VENV=... choose others.
 
@@ -8,11 +8,17 @@ VENV ?= .venv
 REQUIRE ?=
 TESTS := $(VENV)-test
 
-.PHONY: demo test lint clean
+.PHONY: demo notebooks test lint clean
 
 # glibc would give the memory of every step back and take it again
 demo: $(VENV)/examples
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=536870912 $(VENV)/bin/python -m jaxsparse.examples.char_lm
+
+# of metadata only the kernel and the language stay, so that a run changes outputs alone
+notebooks: $(VENV)/notebooks
+	$(VENV)/bin/python -m nbconvert --to notebook --execute --inplace --log-level WARN \
+	  --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{'kernelspec', ('language_info', 'name')}" \
+	  --NotebookExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor notebooks/*.ipynb
 
 test: $(TESTS)/test
 	$(TESTS)/bin/python -m pytest -n auto --maxprocesses 8
@@ -22,7 +28,7 @@ lint: $(TESTS)/test
 	$(TESTS)/bin/ruff check .
 	$(TESTS)/bin/mypy
 
-$(VENV)/examples $(TESTS)/test: pyproject.toml
+$(VENV)/examples $(VENV)/notebooks $(TESTS)/test: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(@F)]' $(REQUIRE)
 	touch $@
