@@ -42,7 +42,7 @@ def test_smoke_runs_take_every_step_and_seeds_train_alone_as_together(tmp_path):
             assert (tmp_path / folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
             assert json.loads((tmp_path / folder / f"{name}.json").read_text())["rows"]
     common = alone.keys() & together.keys()
-    assert len(common) > 10
+    assert len(common) >= 12
     assert all(alone[run]["bits"] == pytest.approx(together[run]["bits"], rel=1e-3) for run in common)
     dense = {seed: record["bits"] for (cell, seed), record in alone.items() if cell.recipe == "dense" and cell.task == "characters"}
     assert len({*dense.values()}) == 3  # two seeds and that of the tuning
@@ -169,9 +169,8 @@ def test_workers_report_what_went_wrong_and_stop_in_time(cells):
     assert list(pool.run([(cells("dense", "dense"), [0])], in_this_process, 1, 0.0, print)) == []
 
 
-def test_a_smoke_run_has_something_of_everything(cells):
+def test_a_smoke_run_has_something_of_every_recipe(cells):
     seen = [cell for _, cell, _ in some(runs.matrix(cells))]
     functions = {runs.RECIPES[cell.recipe].function for cell in seen if cell.recipe in runs.RECIPES}
     assert functions == {recipe.function for recipe in runs.RECIPES.values()}
-    assert {cell.pattern.split()[0] for cell in seen} >= {"dense", "2:4", "transposable", "unstructured", "block"}
-    assert len(seen) < 15
+    assert {cell.recipe for cell in seen} >= {*runs.WITHOUT_PLAN} and len(seen) == len(functions) + 2

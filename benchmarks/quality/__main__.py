@@ -32,14 +32,12 @@ def missing(wanted, found):
 
 
 def some(wanted):
-    """Of the matrix the first entry of every function of the library and every kind of pattern."""
-    seen = set()
-    for stage, cell, count in wanted:
-        function = RECIPES[cell.recipe].function if cell.recipe in RECIPES else cell.recipe
-        new = {function, "n:m" if cell.pattern[0].isdecimal() else cell.pattern.split()[0]} - seen
-        seen |= new
-        if new:
-            yield stage, cell, count
+    """Of the matrix the first entry of every function of the library."""
+    first = {}
+    for entry in wanted:
+        _, cell, _ = entry
+        first.setdefault(RECIPES[cell.recipe].function if cell.recipe in RECIPES else cell.recipe, entry)
+    return first.values()
 
 
 def main(argv=None):
