@@ -38,9 +38,8 @@ from benchmarks.quality.runs import (
 
 # Where a finding of the papers does not show at this size, the likely reason; written once the runs have been read.
 REASONS = {
-    "gap": "the model is hundreds of times smaller than those of the papers, is trained briefly, and has few weights to spare",
-    "variances": "under every recipe that lets all weights learn, the gradients of so small a model grow until the end; they grow least under "
-    "MDGF, and fall under the linear one",
+    "gap": "Likely because the model is hundreds of times smaller than those of the papers and is trained briefly.",
+    "variances": "Likely because the gradients of so small a model grow until the end when all its weights learn; they grow least under MDGF.",
 }
 HEADER = ("pattern", "recipe", "metric", "mean", "s.d.", "seeds", "minus", "difference", "s.d. of it", "p")
 
