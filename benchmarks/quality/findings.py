@@ -39,7 +39,7 @@ from benchmarks.quality.runs import (
 # Where a finding of the papers does not show at this size, the likely reason; written once the runs have been read.
 REASONS = {
     "gap": "Likely because the model is hundreds of times smaller than those of the papers and is trained briefly.",
-    "variances": "Likely because the gradients of so small a model grow until the end when all its weights learn; they grow least under MDGF.",
+    "variances": "Likely because in so small a model gradients grow to the end while all weights learn; least so under MDGF.",
 }
 HEADER = ("pattern", "recipe", "metric", "mean", "s.d.", "seeds", "minus", "difference", "s.d. of it", "p")
 
