@@ -13,8 +13,12 @@ imply for the table of automatic choices.
 import argparse
 import functools
 import importlib
+import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -97,6 +101,23 @@ def runs_here(name):
     return None
 
 
+def examined(name, shapes, rows):
+    """Whether a kernel runs on this device and what `checks` finds of it."""
+    reason = runs_here(name) if name in KERNELS else None
+    return {"right": False, "why": reason} if reason else checks(name, shapes, rows)
+
+
+def examined_apart(name, seconds):
+    """The same in a process of its own: a kernel that hangs or faults takes nothing with it."""
+    try:
+        done = subprocess.run([sys.executable, __file__, "--check", name], capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"right": False, "why": f"its checks did not end in {seconds:.0f} seconds"}
+    if done.returncode:
+        return {"right": False, "why": done.stderr[-3000:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @functools.cache
 def product(implementation):
     return jax.jit(functools.partial(js.sparse_matmul, implementation=implementation))
@@ -140,7 +161,7 @@ def checks(name, shapes, rows):
     }
     wrong = [count for check, counts in found.items() if check.startswith("wrong") for count in counts.values()]
     errors = [*found["error"].values(), *found["error of gradients"].values()]
-    return {**found, "right": not any(wrong) and max(errors) < 1}
+    return {**found, "right": not any(wrong) and all(error < 1 for error in errors)}
 
 
 def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
@@ -166,7 +187,8 @@ def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
         try:
             calls["torch semi-structured"] = torch_call(x, kernels)
             calls["torch semi-structured"]()
-        except RuntimeError:  # a shape that it does not take
+        except Exception as error:  # a shape that it does not take, or whatever else: it is not what is measured
+            print(f"torch, {n} x {m} x {k}: {type(error).__name__}: {error}"[:300], flush=True)
             calls.pop("torch semi-structured", None)
     seconds = timing.in_turns(calls, rounds, f"{n} x {m} x {k}")
     return {name: float(np.median(times)) / count for name, times in seconds.items()}, errors
@@ -220,8 +242,8 @@ def torch_products():
         semi = torch.sparse.to_sparse_semi_structured
         if not torch.cuda.is_available():
             return None, "torch sees no GPU"
-    except (ImportError, AttributeError) as error:
-        return None, str(error)
+    except Exception as error:  # it may be there without the libraries that it needs
+        return None, f"{type(error).__name__}: {error}"
 
     def prepare(x, kernels):
         x = [torch.from_dlpack(a) for a in x]
@@ -242,14 +264,18 @@ def variants(name, n, m, k, configs, rounds):
     kernel = importlib.import_module(f"jaxsparse.kernels.{name}")
     x, w = gpu_checks.random_rows(jax.random.key(0), n, k), gpu_checks.random_weight(jax.random.key(1), m, k)
     cores = getattr(jax.devices()[0], "core_count", 1)
-    calls = {}
+    expected = product("dense")(x, w).astype(jnp.float32)
+    calls, differs, found = {}, {}, []
     for config in configs:
         one = functools.partial(kernel.matmul, config=kernel.Config(**config), cores=cores)
-        calls[str(config)] = functools.partial(jax.jit(one), x, w.values, w.metadata)
-    expected = product("dense")(x, w).astype(jnp.float32)
-    differs = {config: float(jnp.abs(call().astype(jnp.float32) - expected).max()) for config, call in calls.items()}
+        call = functools.partial(jax.jit(one), x, w.values, w.metadata)
+        try:
+            differs[str(config)] = float(jnp.abs(call().astype(jnp.float32) - expected).max())
+            calls[str(config)] = call
+        except Exception as error:  # too much shared memory, say; the others go on
+            found.append({"config": str(config), "why": f"{type(error).__name__}: {error}"[:500]})
     seconds = timing.in_turns(calls, rounds, f"{name} variants")
-    return [{"config": config, "microseconds": 1e6 * float(np.median(t)), "differs": differs[config]} for config, t in seconds.items()]
+    return found + [{"config": one, "microseconds": 1e6 * float(np.median(t)), "differs": differs[one]} for one, t in seconds.items()]
 
 
 def main(argv=None):
@@ -258,9 +284,15 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=540, help="after which no further shape is timed")
     parser.add_argument("--out", type=pathlib.Path, default=timing.RESULTS)
+    parser.add_argument("--check", choices=KERNELS, help="only whether one kernel is right, as the last line printed")
     args = parser.parse_args(argv)
+    some = (SMOKE_SHAPES, SMOKE_ROWS) if args.smoke else ({key: SHAPES[key] for key in CHECKED}, CHECKED_ROWS)
+    if args.check:
+        print(json.dumps(examined(args.check, *some)))
+        return
     start = time.monotonic()
     shapes, rows, rounds = (SMOKE_SHAPES, SMOKE_ROWS, 2) if args.smoke else (SHAPES, ROWS, args.rounds)
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the checks run in processes of their own
     device = jax.devices()[0]
     if device.platform != "gpu" and not args.smoke:
         parser.error(f"{device.device_kind} is no GPU; --smoke runs the steps without one")
@@ -269,15 +301,15 @@ def main(argv=None):
     file = re.sub(r"\W+", "_", device.device_kind).strip("_")
     save = functools.partial(timing.save, file, folder)
 
-    why_not = {name: runs_here(name) for name in KERNELS}
-    found = {"kernels": {name: reason or "ran" for name, reason in why_not.items()}, "checks": {}}
-    names = [name for name in KERNELS if why_not[name] is None] or (["dense"] if args.smoke else [])
-    for name in names:
-        some = (shapes, rows) if args.smoke else ({key: shapes[key] for key in CHECKED}, CHECKED_ROWS)
-        found["checks"][name] = checks(name, *some)
-        print(name, "is right" if found["checks"][name]["right"] else f"IS WRONG: {found['checks'][name]}", flush=True)
-        save(**found)  # a fault in the next kernel would end the process
-    names = [name for name in names if found["checks"][name]["right"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = {name: examined(name, *some) if args.smoke else examined_apart(name, args.seconds / 3) for name in KERNELS}
+    if args.smoke and not any(one["right"] for one in seen.values()):
+        seen["dense"] = examined("dense", *some)
+    found = {"checks": seen}
+    save(**found)
+    for name, one in seen.items():
+        print(name, "is right" if one["right"] else f"IS NOT RIGHT: {one.get('why', one)}", flush=True)
+    names = [name for name in seen if seen[name]["right"]]
 
     torch_call, why_no_torch = torch_products()
     peaks = next((peak for kind, peak in PEAKS.items() if kind in device.device_kind), None)
@@ -289,6 +321,7 @@ def main(argv=None):
         "timings": [],
         "wrong": [],
         "left_out": [],
+        "failed": {},
     }
 
     def time_weights():
@@ -311,15 +344,19 @@ def main(argv=None):
 
     jobs = {"masks and packing": time_weights}
     jobs |= {f"variants of {name}": functools.partial(time_variants, name) for name in names if name in VARIANTS and not args.smoke}
-    some = ["small"] if args.smoke else GRADIENTS
-    jobs |= {f"gradient of {shape}": functools.partial(time_gradients, shape, rows[0]) for shape in some}
+    turned_shapes = ["small"] if args.smoke else GRADIENTS
+    jobs |= {f"gradient of {shape}": functools.partial(time_gradients, shape, rows[0]) for shape in turned_shapes}
     jobs |= {f"{shape}, {n} rows": functools.partial(time_products, shape, n) for n in rows for shape in shapes}
     saved = time.monotonic()
     for name, job in jobs.items():
         if time.monotonic() - start > args.seconds:
             found["left_out"].append(name)
             continue
-        job()
+        try:
+            job()
+        except Exception as error:  # the others go on
+            found["failed"][name] = f"{type(error).__name__}: {error}"[:1000]
+            print(f"{name} failed: {found['failed'][name]}", flush=True)
         if time.monotonic() - saved > 60:  # what is measured stays, whatever happens
             save(**found)
             saved = time.monotonic()

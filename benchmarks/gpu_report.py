@@ -1,7 +1,6 @@
 """What the timings of `gpu.py` say: rows for the automatic choice, a plot, tables."""
 
 import tabulate
-from matplotlib.figure import Figure
 
 from jaxsparse.kernels import KERNELS
 
@@ -67,6 +66,8 @@ def choices(timings, capability):
 
 def plot(timings, device, path):
     """The ratio to the dense product against the rows of x, one line a shape."""
+    from matplotlib.figure import Figure  # so that measuring does not need it
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="rows of x", ylabel="times as fast as jax's dense product", xscale="log", title=device)
     axes.set_xscale("log", base=2)

@@ -69,7 +69,10 @@ def gpu(result, name):
     shapes = {one["shape"]: f"{one['M']} x {one['K']}" for one in timings}
     table = [[shape, sizes, *(ratios.get((shape, n), "") for n in rows)] for shape, sizes in shapes.items()]
     wrong = {one["kernel"] for one in result["wrong"]}
-    right = [f"`{kernel}` {'right' if one['right'] and kernel not in wrong else 'WRONG'}" for kernel, one in result["checks"].items()]
+    verdicts = {
+        kernel: "does not run here" if "why" in one else "right" if one["right"] else "WRONG" for kernel, one in result["checks"].items()
+    }
+    right = [f"`{kernel}` {'WRONG' if kernel in wrong else verdict}" for kernel, verdict in verdicts.items()]
     return (
         f"How many times as fast as jax's dense product in bfloat16 the fastest kernel is, by the rows of x ({where(result)}; "
         f"{', '.join(right)}; {len(result['left_out'])} left out when the time was up; `python benchmarks/gpu.py`):\n\n"

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -49,8 +50,14 @@ def environment():
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        **versions("jax", "jaxlib", "flax", "optax"),
     }
+
+
+def versions(*packages):
+    """The versions of those that are installed."""
+    installed = {name for name in packages if importlib.util.find_spec(name)}
+    return {name: importlib.metadata.version(name) for name in packages if name in installed}
 
 
 def _processor():
@@ -63,5 +70,7 @@ def _processor():
 
 def save(name, folder=RESULTS, /, **content):
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({**environment(), **content}, indent=1, default=lambda value: np.asarray(value).tolist()) + "\n")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({**environment(), **content}, indent=1, default=lambda value: np.asarray(value).tolist()) + "\n")
+    unfinished.replace(path)
     print(f"\nWritten to {path}")

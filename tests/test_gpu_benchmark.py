@@ -96,7 +96,7 @@ def test_the_smoke_run_takes_every_step(gpu, tmp_path, capsys, monkeypatch):
     assert found["checks"]["dense"]["right"] and not found["left_out"] and not found["wrong"]
     assert [(one["M"], one["rows"]) for one in found["timings"]] == [(128, 8), (133, 8), (128, 3), (133, 3)]
     assert all(one["microseconds"].keys() == {"dense", "jax dense"} for one in found["timings"])
-    assert all("needs a CUDA device" in found["kernels"][name] for name in KERNELS)
+    assert all("needs a CUDA device" in found["checks"][name]["why"] for name in KERNELS)
     assert [one.keys() for one in found["gradients"]] == [
         {"shape", "rows", "dense", "dense, turned before", "turning", "decompressing", "jax dense"}
     ]
@@ -120,6 +120,27 @@ def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatc
     gpu.main(["--smoke", "--out", str(tmp_path), "--seconds", "0"])
     assert not written(tmp_path)["timings"] and written(tmp_path)["left_out"][:2] == ["masks and packing", "gradient of small"]
     assert len(written(tmp_path)["left_out"]) == 6
+
+
+def test_a_kernel_that_hangs_or_faults_takes_nothing_with_it(gpu, tmp_path, monkeypatch):
+    assert "needs a CUDA device" in gpu.examined_apart("hopper", 300)["why"]
+    assert "did not end in 0 seconds" in gpu.examined_apart("hopper", 0.01)["why"]
+    assert "invalid choice: 'none'" in gpu.examined_apart("none", 300)["why"]
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu, "weights_once", fails)
+    monkeypatch.setattr(gpu, "gradient_turns", lambda *_: {})
+    gpu.main(["--smoke", "--out", str(tmp_path / "new")])
+    assert written(tmp_path / "new")["failed"] == {"masks and packing": "RuntimeError: out of memory"}
+    assert len(written(tmp_path / "new")["timings"]) == 4
+
+
+def test_nan_is_not_right(gpu, monkeypatch):
+    errors = iter([0.1, float("nan")])
+    monkeypatch.setattr(gpu.gpu_checks, "error", lambda *_, **__: next(errors, 0.1))
+    assert not gpu.checks("dense", {"small": (128, 128)}, (8, 3))["right"]
 
 
 def test_a_kernel_that_is_wrong_for_one_shape_is_not_timed_there(gpu, tmp_path, monkeypatch):
