@@ -151,6 +151,9 @@ def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None 
     planned = {path: leaf for one in plans for path, leaf in one.sparse.items()}
     leaves, treedef = jax.tree.flatten(params)
     paths = leaf_paths(params)
+    for path, mask in zip(paths, masks, strict=True):
+        if mask is None and path in planned:
+            raise ValueError(f"compress: the plan makes {path} sparse, but there is no mask of it. Pass its mask, or plan it dense.")
     places = [(0, 0, False) if mask is None else _place(path, mask, planned.get(path)) for path, mask in zip(paths, masks, strict=True)]
     packed = (
         w if mask is None else _pack(w, mask, *place, layout or preferred_layout(w.dtype))

@@ -47,7 +47,8 @@ def rewire(
 
     The state after t updates holds the masks and the decay factor of forward pass t, the first being 0. Its masks are those of
     the weights at the last step that was `begin`, a number of times `every` after it, or the end of an `earlier` plan. The
-    chain inside receives them, as the extra argument `masks`, with the gradient that they produced.
+    chain inside receives them, as the extra argument `masks`, with the gradient that they produced. Nothing may change the updates
+    behind it: the weights that they result in are those that the next masks are made of.
 
     Args:
       inner: the optimizer, usually a chain with the transformations of this module.

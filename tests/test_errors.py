@@ -222,6 +222,11 @@ VALUES = [
     (lambda: js.compress(PARAMS, ONE_OF_FOUR), "compress", "a/w is planned 1:4, .*2:4. Train"),
     (lambda: js.compress(PARAMS, FULL), "compress", "a/w, of shape (8, 4), does not keep exactly 2 of every 4 .* Pass"),
     (lambda: js.compress(PARAMS, FULL, PLAN), "compress", "a/w does not keep exactly 2 of every 4 along axis -2 of shape (8, 4). Pass"),
+    (
+        lambda: js.compress(PARAMS, jax.tree.map(lambda w: jnp.asarray(True), PARAMS), PLAN),
+        "compress",
+        "the plan makes a/w sparse, but there is no mask of it. Pass",
+    ),
     (lambda: js.compress(RESHAPED, MASKS, PLAN), "compress", "a/w has shape (4, 4), .*(8, 4)"),
     (lambda: js.compress({"a": {"w": jnp.ones((6, 4))}}, {"a": {"w": jnp.ones((6, 4), bool)}}, PLAN), "compress", "a/w .*(6, 4), .*(8, 4)"),
     (

@@ -162,8 +162,8 @@ def ties(cells, runs):
     rows = [row(runs, cells("2:4", recipe), reference) for recipe in ("RESET", *RECIPES)]
     figure, (ax,) = plot("Recipes at 2:4: bits per character above RESET")
     bars(ax, {recipe: runs.difference(cells("2:4", recipe), reference) for recipe in RECIPES if recipe != "RESET"}, "bits above RESET")
-    if not tested:
-        return Finding("ties", "Recipes at 2:4: not run.", HEADER, rows, figure, None)
+    if len(tested) < 2:
+        return Finding("ties", "Recipes at 2:4: not enough are run.", HEADER, rows, figure, None)
     adjusted = dict(zip(tested, stats.false_discovery_control([one.p for one in tested.values()]), strict=True))
     apart = [f"{recipe} {tested[recipe]}" for recipe, p in adjusted.items() if p < 0.05]
     low, high = (pick(tested, key=lambda recipe: tested[recipe].mean) for pick in (min, max))
@@ -171,7 +171,9 @@ def ties(cells, runs):
     said += f"; of {len(tested)}, {len(apart)} differ (paired t-tests, false discovery rate 5 %)" + (
         f": {'; '.join(apart)}." if apart else "."
     )
-    return Finding("ties", said, HEADER, rows, figure, not apart)
+    missing = [recipe for recipe in compared if recipe not in tested]
+    said += f" Not run: {', '.join(missing)}." if missing else ""
+    return Finding("ties", said, HEADER, rows, figure, False if apart else None if missing else True)
 
 
 def decaying(cells, runs):
