@@ -11,7 +11,23 @@ import reference
 from jaxsparse import groups, ranking
 
 ALGORITHMS = {"compare_all": 16, "merge": 128, "best": 128, "insert": 128, "bisect": 128}  # the longest group that each is for
-SIZES = [(1, 3), (1, 16), (2, 3), (2, 16), (3, 7), (15, 16), (1, 48), (2, 32), (20, 32), (1, 128), (127, 128)]
+SIZES = [
+    (1, 3),
+    (2, 8),
+    (4, 8),
+    (7, 8),
+    (1, 16),
+    (2, 3),
+    (2, 16),
+    (9, 16),
+    (3, 7),
+    (15, 16),
+    (1, 48),
+    (2, 32),
+    (20, 32),
+    (1, 128),
+    (127, 128),
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
