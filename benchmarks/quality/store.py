@@ -5,7 +5,7 @@ import json
 
 from benchmarks import timing
 from benchmarks.quality import tasks
-from benchmarks.quality.runs import CPU, Cell, Cells, tuned
+from benchmarks.quality.runs import CPU, GPU, Cell, Cells, tuned
 
 FOLDER = timing.RESULTS / "quality"
 
@@ -36,7 +36,7 @@ def where(folder):
 
 def cells(scale, found):
     """The cells of a scale with what its tuning has found; on a GPU recipes keep the settings that were found on the CPU."""
-    return Cells(scale, tuned(scale, found, tuned(CPU, read(FOLDER), {}) if scale.together else {}))
+    return Cells(scale, tuned(scale, found, tuned(CPU, read(FOLDER) if scale == GPU else {}, {}) if scale.together else {}))
 
 
 class Store:
