@@ -38,9 +38,9 @@ from benchmarks.quality.runs import (
 
 # Where a finding of the papers does not show at this size, the likely reason; written once the runs have been read.
 REASONS = {
-    "exploration": "Likely because seeds differ by 0.02 to 0.03 bits, as much as what is to be seen.",
+    "exploration": "Differences of seeds vary by up to 0.03 bits, as much as there is to see: five are too few.",
     "gap": "Likely because the model is hundreds of times smaller than those of the papers and is trained briefly.",
-    "variances": "Likely because in so small a model gradients grow to the end while all weights learn; least so under MDGF.",
+    "variances": "Why second moments rise is not known; MDGF has smaller gradients by construction, since D scales them.",
 }
 HEADER = ("pattern", "recipe", "metric", "mean", "s.d.", "seeds", "minus", "difference", "s.d. of it", "p")
 
