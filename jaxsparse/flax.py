@@ -13,7 +13,7 @@ from flax.linen import dtypes
 from jaxsparse.compress import Sparse24, decompress
 from jaxsparse.contractions import Use, uses
 from jaxsparse.forward import apply_masks, check_gradient
-from jaxsparse.matmul import sparse_matmul
+from jaxsparse.matmul import check_implementation, sparse_matmul
 from jaxsparse.patterns import Pattern, why_not
 from jaxsparse.plan import Leaf, Plan, apply_rules, leaf_paths
 from jaxsparse.state import Forward, forwards, merged_masks
@@ -163,7 +163,7 @@ def _run_length(summed: tuple[int, ...], last: int) -> int:
 
 
 @contextlib.contextmanager
-def intercept(opt_state=None, *, gradient: str | None = None) -> Iterator[None]:
+def intercept(opt_state=None, *, gradient: str | None = None, implementation: str | None = None) -> Iterator[None]:
     """Makes Flax Linen models run with sparse weights while the context lasts, without a change to their code.
 
     With an optimizer state or masks, the outermost module call of each `model.apply` sees the effective parameters,
@@ -184,9 +184,11 @@ def intercept(opt_state=None, *, gradient: str | None = None) -> Iterator[None]:
     Args:
       opt_state: an optimizer state that holds masks, or a pytree of masks; None for compressed leaves alone.
       gradient: `"dense"` or `"masked"`, as for `sparse_params`.
+      implementation: of every product through `sparse_matmul`, as there.
 
     Raises:
-      ValueError: there are no masks in `opt_state`; in a call of a module, they were made for other parameters.
+      ValueError: there are no masks in `opt_state`, or there is no such implementation; in a call of a module, the masks were made
+        for other parameters, or what `sparse_matmul` raises.
 
     Example:
       >>> import jax.numpy as jnp
@@ -205,6 +207,7 @@ def intercept(opt_state=None, *, gradient: str | None = None) -> Iterator[None]:
     treated = forwards(opt_state)
     if gradient is not None:
         check_gradient(gradient, "flax.intercept")
+    check_implementation(implementation, "flax.intercept")
     inside = False
 
     def interceptor(next_fun, args, kwargs, context):
@@ -216,7 +219,7 @@ def intercept(opt_state=None, *, gradient: str | None = None) -> Iterator[None]:
         if not hasattr(type(context.module), context.method_name):  # what a lifted transformation wraps around a method
             return next_fun(*args, **kwargs)
         if inside:
-            return _run_layer(next_fun, args, kwargs, context)
+            return _run_layer(next_fun, args, kwargs, context, implementation)
         inside = True
         try:
             return _with_params(context, _outermost(masks, treated, gradient, context.module), args, kwargs)
@@ -263,7 +266,7 @@ def _is_packed(leaf):
     return isinstance(leaf, Sparse24)
 
 
-def _run_layer(next_fun, args, kwargs, context):
+def _run_layer(next_fun, args, kwargs, context, implementation):
     """Calls a module inside the outermost one: its own compressed kernel runs compressed if it can, else is decompressed."""
     module = context.module
     own = _own_params(module)
@@ -273,7 +276,7 @@ def _run_layer(next_fun, args, kwargs, context):
     if plain and _is_packed(own.get("kernel")) and context.method_name == "__call__" and len(args) == 1:
         axes = _contracted_axes(module, args[0], own["kernel"])
         if axes is not None:
-            return _dense(module, args[0], own, axes)
+            return _dense(module, args[0], own, axes, implementation)
 
     def change(params):
         return {name: decompress(leaf) if _is_packed(leaf) else leaf for name, leaf in params.items()}
@@ -292,12 +295,16 @@ def _contracted_axes(module, x, kernel: Sparse24):
     return axes if fits else None
 
 
-def _dense(module, x, params, axes):
+def _dense(module, x, params, axes, implementation):
     kernel, bias = params["kernel"], params.get("bias")
     x, values, bias = dtypes.promote_dtype(x, kernel.values, bias, dtype=module.dtype)
     rows = [a for a in range(x.ndim) if a not in axes]
     product = functools.partial(
-        sparse_matmul, x.transpose(*rows, *axes), dataclasses.replace(kernel, values=values), precision=module.precision
+        sparse_matmul,
+        x.transpose(*rows, *axes),
+        dataclasses.replace(kernel, values=values),
+        implementation=implementation,
+        precision=module.precision,
     )
     if bias is None or kernel.layout == "mma16":  # a kernel may run, and adds the bias before it rounds
         return product(bias=bias)

@@ -38,10 +38,9 @@ def sparse_matmul(
     trained stay the only truth. Elsewhere it is a dense product.
 
     On a CUDA device a kernel for Sparse Tensor Cores may run, which the lowered program names (`sparse_matmul_hopper`);
-    everywhere else the weight is decompressed for the dense product. The kernels have not run on hardware yet: they are exact
-    in emulation, and their speed is not measured. None chooses one only where arithmetic says that it should win, with
-    metadata in the layout `"mma16"` and no stack, on one device or inside `shard_map`: `"decode"` for up to 16 rows and at least
-    14336 * 4096 weights (compute capability 8.0 and 9.0), `"hopper"` where rows, output and contraction are 4096 and more.
+    everywhere else the weight is decompressed for the dense product. None chooses a kernel only where it is measured to win, with
+    metadata in the layout `"mma16"` and no stack, on one device or inside `shard_map`. The kernels have not run on hardware
+    yet: they are exact in emulation, nothing is measured, and so each runs only where it is named.
     A kernel that is named takes the weights of a stack one after the other, for which XLA copies each with its rows.
 
     Args:
@@ -78,8 +77,7 @@ def sparse_matmul(
     """
     if not isinstance(w, Sparse24):
         raise TypeError(f"sparse_matmul: `w` is a {type(w).__name__}, not a Sparse24. Make one with jaxsparse.compress.")
-    if implementation not in (None, "dense", *KERNELS):
-        raise ValueError(f"sparse_matmul: there is no implementation {implementation!r}. Pass None or one of {('dense', *KERNELS)}.")
+    check_implementation(implementation, "sparse_matmul")
     if activation not in ACTIVATIONS:
         raise ValueError(f"sparse_matmul: there is no activation {activation!r}. Pass one of {tuple(ACTIVATIONS)}.")
     x = array(x, "sparse_matmul: `x`")
@@ -115,6 +113,11 @@ def sparse_matmul(
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
     )
     return y.reshape(*stack, *rows, *w.output)
+
+
+def check_implementation(implementation, call):
+    if implementation not in (None, "dense", *KERNELS):
+        raise ValueError(f"{call}: there is no implementation {implementation!r}. Pass None or one of {('dense', *KERNELS)}.")
 
 
 def _varying_alike(operands):

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import jaxsparse as js
+from jaxsparse import kernels
 
+# what `benchmarks/gpu.py` might print on some day; the library's own table has only rows that it did print
+PREFERENCES = (
+    (((8, 0), (9, 0)), "decode", 1, 16, 14336 * 4096, 4096),
+    (((9, 0),), "hopper", 4096, 1 << 31, 4096 * 4096, 4096),
+)
 # name: gpu, N, M, K, keyword arguments, layout, dtype
 CASES = {
     "decode, many weights": ("h200", 16, 14336, 4096, {}, "mma16", "bfloat16"),
@@ -105,7 +111,7 @@ class Layer(nn.Module):
         return nn.Dense(x.shape[-1], dtype=x.dtype, param_dtype=x.dtype)(x), None
 
 
-def lower_scanned_layers():
+def lower_scanned_layers(**options):
     """The gradient of the input of three layers of a model, one after the other by `nn.scan`."""
     model = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
@@ -116,7 +122,7 @@ def lower_scanned_layers():
         return js.compress(params, js.magnitude_masks(params, plan), plan, layout="mma16")
 
     def function(x, params):
-        with js.flax.intercept():
+        with js.flax.intercept(**options):
             return model.apply(params, x, None)[0]
 
     return lower_for("h200", jax.grad(functools.partial(loss, function)), x, jax.eval_shape(packed, jax.random.key(0), x))
@@ -133,8 +139,17 @@ def found(lowered, *case):
 
 
 if __name__ == "__main__":
+    kernels._PREFERENCES = PREFERENCES
     if sys.argv[1:]:
         lower(*CASES[sys.argv[1]]).compile()
     else:
         results = {name: found(lower, *case) for name, case in CASES.items()}
-        print("\n" + json.dumps({**results, "gradient of scanned layers": found(lower_scanned_layers)}))
+        results["gradient of scanned layers"] = found(lower_scanned_layers)
+        kernels._PREFERENCES = ()
+        results |= {
+            f"{name}, nothing measured": found(lower, *CASES[name]) for name in ("prefill", "decode, many weights", "forced hopper")
+        }
+        for implementation in ("hopper", "decode", "dense"):
+            named = functools.partial(lower_scanned_layers, implementation=implementation)
+            results[f"gradient of scanned layers, {implementation} named"] = found(named)
+        print("\n" + json.dumps(results))

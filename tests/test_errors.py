@@ -259,6 +259,7 @@ VALUES = [
     (flax({"kernel": NM(2, 4, axis=1)}), "flax.plan", "rule 'kernel' names axis 1 for kernel of shape (8, 4), .* axis -2. Leave .*2:4"),
     (flax({"kernel": "5:4"}), "flax.plan", "rule 'kernel': NM: n=5 is not in 1..m=4"),
     (lambda: js.flax.intercept(UNMASKED).__enter__(), "flax.intercept", "tuple .*jaxsparse.rewire"),
+    (lambda: js.flax.intercept(implementation="fast").__enter__(), "flax.intercept", "no implementation 'fast'. Pass None or one of"),
     (intercepted({"kernel": jnp.ones((4, 4)), "bias": V}), "flax.intercept", "kernel has shape (4, 4), .*(8, 4). Pass"),
 ]
 TYPES = [

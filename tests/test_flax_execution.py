@@ -218,6 +218,20 @@ def test_dense_layers_run_the_sparse_product(name):
     assert str(program).count("sparse_matmul[") == SPARSE_PRODUCTS[name]
 
 
+def test_a_named_implementation_is_that_of_every_product():
+    model, x, params, plan, masks = prepared("attention")
+    packed = js.compress(params, masks, plan)
+    for implementation in (None, "dense"):
+        with js.flax.intercept(implementation=implementation):
+            program = jax.make_jaxpr(model.apply)(packed, x)
+        assert str(program).count(f"implementation={implementation}") == 4
+    with pytest.raises(ValueError, match='"hopper" cannot compute this: it takes bfloat16'), js.flax.intercept(implementation="hopper"):
+        model.apply(packed, x)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, packed)
+    with pytest.raises(NotImplementedError, match="it needs a CUDA device"), js.flax.intercept(implementation="hopper"):
+        nn.Dense(8, dtype=jnp.bfloat16).apply({"params": half["params"]["query"]}, x.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("name", ["Dense", "DenseGeneral of two axes", "attention", "Conv", "scan of remat", "own weights below"])
 def test_gradients_of_compressed_values_are_the_dense_ones_at_their_places(name):
     model, x, params, plan, masks = prepared(name)

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from lowered import PREFERENCES
 from problems import problem
 
 import jaxsparse as js
-from jaxsparse import matmul
+from jaxsparse import kernels, matmul
 from jaxsparse.kernels import ACTIVATIONS, KERNELS, misfit, preferred, unavailable
 
 LOWERED = pathlib.Path(__file__).parent / "lowered.py"
+RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 OLD = jax.__version_info__ < (0, 11)
 FOUND = {
     "decode, many weights": "decode",
@@ -52,6 +54,12 @@ FOUND = {
     "stack, none named": "dense",
     "gradient of a stack": "hopper and hopper",
     "gradient of scanned layers": "hopper and hopper",
+    "prefill, nothing measured": "dense",
+    "decode, many weights, nothing measured": "dense",
+    "forced hopper, nothing measured": "hopper",
+    "gradient of scanned layers, hopper named": "hopper and hopper",
+    "gradient of scanned layers, decode named": 'ValueError: sparse_matmul: "decode" cannot compute this: it takes 1 to 64 rows',
+    "gradient of scanned layers, dense named": "dense",
 }
 
 
@@ -130,7 +138,14 @@ def test_other_arguments_that_do_not_fit_are_refused():
         js.sparse_matmul(x, w, bias=bias[:64])
 
 
-def test_guards_on_every_device():
+def test_only_what_was_measured_is_chosen():
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("NVIDIA*.json")]
+    measured = [tuple(row[1:]) for result in results for row in result["choices"]]
+    assert [row for row in kernels._PREFERENCES if row[1:] not in measured] == []
+
+
+def test_guards_on_every_device(monkeypatch):
+    monkeypatch.setattr(kernels, "_PREFERENCES", PREFERENCES)
     fits = {c: [k for k in KERNELS if unavailable(k, c) is None] for c in [None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]}
     before_hopper = [] if OLD else ["ampere", "decode"]
     assert fits == {

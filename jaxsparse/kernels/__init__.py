@@ -17,14 +17,9 @@ KERNELS = ("hopper", "ampere", "decode")
 # multiples of K and M up to which a kernel pads its operands, at every call
 _PADDED = {"hopper": (16, 8), "ampere": (64, 128), "decode": (16, 1)}
 
-# (compute capabilities, kernel, rows of x from, to, least output features times contraction, least of either). `benchmarks/gpu.py`
-# prints the rows that its timings imply, to be put here. Until one is measured, the rows are those where arithmetic on bytes and
-# clocks leaves a margin over the dense product after what others measured of such kernels; on Ampere at many rows it leaves
-# none (1.1x at 4096 x 4096 x 4096 for a tuned one), so `"ampere"` runs only where it is named.
-_PREFERENCES = (
-    (((8, 0), (9, 0)), "decode", 1, 16, 14336 * 4096, 4096),
-    (((9, 0),), "hopper", 4096, 1 << 31, 4096 * 4096, 4096),
-)
+# What is measured faster than the dense product, as `benchmarks/gpu.py` prints it, with the result file it printed it from:
+# (compute capabilities, kernel, rows of x from, to, least output features times contraction, least of either). Nothing is yet.
+_PREFERENCES: tuple[tuple[tuple[tuple[int, int], ...], str, int, int, int, int], ...] = ()
 
 
 def misfit(name: str, n, dtype) -> str | None:
@@ -59,7 +54,7 @@ def unavailable(name: str, capability: tuple[int, int] | None) -> str | None:
 
 
 def preferred(n, m: int, k: int, dtype, capability: tuple[int, int] | None) -> str:
-    """The kernel that should beat the dense product on a device, or `"dense"`; none that would have to copy the weight or y."""
+    """The kernel that is measured to beat the dense product on a device, or `"dense"`; none that would have to copy the weight or y."""
     if capability is None:
         return "dense"
     for capabilities, name, least_n, most_n, least_weights, least_side in _PREFERENCES:
