@@ -22,11 +22,11 @@ from benchmarks.quality.runs import (
     DECAYING,
     DENSITIES,
     EXPLOITING,
+    FULL,
     GPU,
     LENGTHS,
     ON_DIGITS,
     RECIPES,
-    SWEPT_AT,
     TUNED_AT,
     WIDTHS,
     at_density,
@@ -212,7 +212,7 @@ def exploration(cells, runs):
         found[pattern] = {recipe: runs.difference(cells(pattern, recipe), reference) for recipe in others}
         seen = [f"{recipe} {one}" for recipe, one in found[pattern].items() if one]
         lines += [f"{pattern}: {', '.join(seen)}"] if seen else []
-        if pattern in SWEPT_AT:
+        if pattern in FULL:
             holds += map(worse, found[pattern].values())
     figure, (ax,) = plot("Without exploitation or exploration: bits per character above RESET", 7)
     for recipe in others:
@@ -229,27 +229,22 @@ def exploration(cells, runs):
 def sweeps(cells, runs):
     """Whether error depends on r, s and z as in figure 2 of the first paper."""
     names = {"every": "r, steps between rewirings", "grad_scale": "s, gradient scale", "reset_every": "z, steps between resets"}
-    figure, axes = plot("RESET, swept: bits per character above dense", 10, 3)
-    dense = cells("dense", "dense")
+    figure, axes = plot(f"RESET at {TUNED_AT}, swept: bits per character above dense", 10, 3)
+    dense, usual = cells("dense", "dense"), cells(TUNED_AT, "RESET")
     rows, lines, holds = [], [], []
     for (name, label), ax in zip(names.items(), axes, strict=True):
-        for pattern in SWEPT_AT:
-            swept = sweep(cells, pattern, name)
-            usual = cells(pattern, "RESET")
-            rows += [row(runs, cell, usual, f"{label.split(',')[0]} = {value:g}") for value, cell in swept.items()]
-            points = {value: runs.difference(cell, dense) for value, cell in swept.items()}
-            xs = [max(value, 3e-3) for value in points]  # s = 0 stands at the left end of the logarithmic axis
-            line(ax, xs, points.values(), pattern)
-            values = list(swept)
-            # the papers' worst value against the best: r large, s = 0, z = 1
-            bad, good = (values[-1], values[0]) if name == "every" else (values[0], values[-1])
-            effect = runs.difference(swept[bad], swept[good])
-            lines += [f"{label[0]} = {bad:g} rather than {good:g} costs {effect} at {pattern}"] if effect else []
-            if not (name == "every" and pattern == "2:4"):  # where the paper finds that r hardly matters
-                holds.append(worse(effect))
+        swept = sweep(cells, name)
+        rows += [row(runs, cell, usual, f"{label.split(',')[0]} = {value:g}") for value, cell in swept.items()]
+        xs = [max(value, 3e-3) for value in swept]  # s = 0 stands at the left end of the logarithmic axis
+        line(ax, xs, [runs.difference(cell, dense) for cell in swept.values()], TUNED_AT)
+        values = list(swept)
+        # the papers' worst value against the best: r large, s = 0, z = 1
+        bad, good = (values[-1], values[0]) if name == "every" else (values[0], values[-1])
+        effect = runs.difference(swept[bad], swept[good])
+        lines += [f"{label[0]} = {bad:g} rather than {good:g} costs {effect}"] if effect else []
+        holds.append(worse(effect))
         ax.set(xlabel=label, xscale="log")
-        ax.legend(fontsize=8)
-    return Finding("sweeps", f"In bits: {'; '.join(lines) or 'not run'}.", HEADER, rows, figure, verdict(*holds))
+    return Finding("sweeps", f"At {TUNED_AT}, in bits: {'; '.join(lines) or 'not run'}.", HEADER, rows, figure, verdict(*holds))
 
 
 def structures(cells, runs):
@@ -267,7 +262,7 @@ def structures(cells, runs):
         found[pattern] = {name: runs.difference(cell, reference) for name, cell in others.items()}
         seen = [f"{name} {one}" for name, one in found[pattern].items() if one]
         lines += [f"{pattern}: {', '.join(seen)}"] if seen else []
-        if pattern in SWEPT_AT:
+        if pattern in FULL:
             holds.append(worse(found[pattern]["block 4x4"]))
     figure, axes = plot("Other structures at the density of N:M: bits per character above it", 12, len(found))
     for ax, (pattern, differences) in zip(axes, found.items(), strict=True):

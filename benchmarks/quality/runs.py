@@ -215,17 +215,17 @@ def tuned(scale, found, start):
     return settings
 
 
+FULL = ("2:4", "1:16")  # the patterns at which every recipe and structure is run
 DENSITIES = {"2:4": "1/2", "1:8": "1/8", "1:16": "1/16", "1:32": "1/32"}
 SWEPT = {"every": (1, 10, 100, 1000), "grad_scale": (0.0, 0.01, 0.1, 1.0), "reset_every": (1, 10, 100, 1000)}
-SWEPT_AT = ("2:4", "1:16")
 LENGTHS = (1 / 3, 1, 3)  # of the scale's steps
 WIDTHS = (1 / 2, 1, 2)
 COMPARED_WITH_DENSE = ("dense", "2:4", "transposable 2:4")
 ON_DIGITS = {
     "dense": ("dense",),
-    "2:4": ("RESET", "no exploitation", "SR-STE", "MDGF exponential", "SMALL", "fixed initial mask"),
+    "2:4": ("RESET", "SR-STE", "MDGF exponential", "SMALL"),
     "transposable 2:4": ("RESET",),
-    "1:16": ("RESET", "no exploitation", "SR-STE", "SR-STE, dense start", *DECAYING[:3], "SMALL", "fixed initial mask"),
+    "1:16": ("RESET", "SR-STE", "SR-STE, dense start", "MDGF exponential", "SMALL"),
 }
 
 
@@ -234,11 +234,11 @@ def resets(cells, pattern, **changes):
     return cells(pattern, "dense" if pattern == "dense" else "RESET", **changes)
 
 
-def sweep(cells, pattern, argument):
+def sweep(cells, argument):
     """The cells of one sweep of RESET, by the value of the argument; a value that is the usual one is the usual cell."""
-    usual = {"every": 1, "grad_scale": 1.0, "reset_every": dict(cells(pattern, "RESET").options)["reset_every"]}
+    usual = {"every": 1, "grad_scale": 1.0, "reset_every": dict(cells(TUNED_AT, "RESET").options)["reset_every"]}
     values = sorted({*SWEPT[argument], usual[argument]})
-    return {value: cells(pattern, "RESET", **({} if value == usual[argument] else {argument: value})) for value in values}
+    return {value: cells(TUNED_AT, "RESET", **({} if value == usual[argument] else {argument: value})) for value in values}
 
 
 def matrix(cells):
@@ -254,8 +254,8 @@ def matrix(cells):
         return
     yield from ((f"recipes at {pattern}", cells(pattern, recipe), every) for pattern in ("1:8", "1:32") for recipe in fewer)
     yield from (("recipes at 1:16", cells("1:16", recipe), every) for recipe in RECIPES)
-    yield from (("structures", cell, every) for pattern in SWEPT_AT for cell in at_density(cells, pattern).values())
-    yield from (("sweeps", cell, some) for name in SWEPT for pattern in SWEPT_AT for cell in sweep(cells, pattern, name).values())
+    yield from (("structures", cell, every) for pattern in FULL for cell in at_density(cells, pattern).values())
+    yield from (("sweeps", cell, some) for name in SWEPT for cell in sweep(cells, name).values())
     steps, width = cells.scale.steps, cells.scale.width
     for pattern in COMPARED_WITH_DENSE:
         yield from (("length and size", resets(cells, pattern, steps=round(steps * factor)), some) for factor in LENGTHS if factor != 1)
@@ -264,7 +264,6 @@ def matrix(cells):
         yield from (("digits", cells(pattern, recipe, task), every) for pattern, recipes in ON_DIGITS.items() for recipe in recipes)
     yield from (("recipes at 2:4", cells("2:4", recipe), some) for recipe in RECIPES)
     yield from (("structures", cell, some) for pattern in ("1:8", "1:32") for cell in at_density(cells, pattern).values())
-    yield from ((f"recipes at {pattern}", cells(pattern, recipe), some) for pattern in ("1:8", "1:32") for recipe in (*first, *DECAYING))
 
 
 def at_density(cells, pattern):
