@@ -235,6 +235,8 @@ def gradual(
             raise ValueError(f"{call}: {leaf.path} is planned {pattern}, which has no density to change. Use recipes.sdgf.")
         if pattern.schedule is not None:
             raise ValueError(f"{call}: the density of {leaf.path} follows a schedule. Plan it with the number to end at.")
+        if initial < pattern.density:
+            raise ValueError(f"{call}: initial={initial} is below {pattern.density}, the density planned for {leaf.path}. Pass more.")
         if pattern.density not in schedules:
             schedules[pattern.density] = gradual_density(pattern.density, begin=begin, end=end, initial=initial)
         return dataclasses.replace(pattern, density=schedules[pattern.density])  # type: ignore[arg-type]

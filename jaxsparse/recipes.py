@@ -10,7 +10,7 @@ import optax
 
 from jaxsparse.forward import masks_by_path
 from jaxsparse.phases import as_step
-from jaxsparse.plan import Plan, leaf_paths
+from jaxsparse.plan import Plan, check_plan, leaf_paths
 from jaxsparse.progressive import gradual, mdgf, sdgf
 from jaxsparse.scores import Score
 from jaxsparse.state import merged_masks, packed
@@ -68,6 +68,7 @@ def rewired(
     References:
       Advances in Sparse Neural Model Training, Algorithm 1.
     """
+    check_plan("recipes.rewired", plan)
     chain = [
         None if _is(grad_scale, 1) else scale_nonparticipating(grad_scale),
         inner,
@@ -124,6 +125,7 @@ def sr_ste(
       Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch; the dense phase as in Bambhaniya
       et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, table 12.
     """
+    check_plan("recipes.sr_ste", plan)
     begin = as_step("recipes.sr_ste", "dense_until", dense_until, total_steps)
     if begin == total_steps:
         raise ValueError(f"recipes.sr_ste: the sparse phase has no step: dense_until is step {begin} of {total_steps}. Begin it earlier.")
@@ -165,6 +167,7 @@ def static(
     References:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.1.
     """
+    check_plan("recipes.static", plan)
     tx = rewire(optax.chain(inner, fix_nonparticipating(0)), plan, until=0, gradient="masked", score=score)
     if masks is None:
         return tx

@@ -6,6 +6,7 @@ Order matters. `rewire` is outermost and hands the masks that produced the gradi
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -187,7 +188,7 @@ def scale_nonparticipating(s: float) -> optax.GradientTransformationExtraArgs:
       A transformation without state. Its `update` needs the extra argument `masks`, which `rewire` provides.
 
     Raises:
-      ValueError: in `update`, there are no masks, or they are of other parameters.
+      ValueError: `s` is below 0 or not finite; in `update`, there are no masks, or they are of other parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -199,6 +200,7 @@ def scale_nonparticipating(s: float) -> optax.GradientTransformationExtraArgs:
     References:
       Advances in Sparse Neural Model Training, section 3.2.
     """
+    _check_factor("scale_nonparticipating", s=s)
     return _stateless("scale_nonparticipating", lambda g, w: (g * s).astype(g.dtype))
 
 
@@ -212,7 +214,7 @@ def sr_ste(decay: float) -> optax.GradientTransformationExtraArgs:
       A transformation without state. Its `update` needs `params` and the extra argument `masks`, which `rewire` provides.
 
     Raises:
-      ValueError: in `update`, there are no masks or no parameters, or they do not belong together.
+      ValueError: `decay` is below 0 or not finite; in `update`, there are no masks or no parameters, or they do not belong together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -225,6 +227,7 @@ def sr_ste(decay: float) -> optax.GradientTransformationExtraArgs:
     References:
       Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch.
     """
+    _check_factor("sr_ste", decay=decay)
     return _stateless("sr_ste", lambda g, w: (g + decay * w).astype(g.dtype), needs_params=True)
 
 
@@ -238,7 +241,7 @@ def decay_nonparticipating(beta: float) -> optax.GradientTransformationExtraArgs
       A transformation without state. Its `update` needs `params` and the extra argument `masks`, which `rewire` provides.
 
     Raises:
-      ValueError: in `update`, there are no masks or no parameters, or they do not belong together.
+      ValueError: `beta` is not in [0, 1]; in `update`, there are no masks or no parameters, or they do not belong together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -251,6 +254,7 @@ def decay_nonparticipating(beta: float) -> optax.GradientTransformationExtraArgs
     References:
       Advances in Sparse Neural Model Training, Algorithm 1, line 11.
     """
+    _check_factor("decay_nonparticipating", most=1, beta=beta)
     return _stateless("decay_nonparticipating", lambda u, w: (u - beta * (w + u)).astype(u.dtype), needs_params=True)
 
 
@@ -324,6 +328,14 @@ def _check_steps(call, *, least=1, **steps):
         return
     if integer(value, f"{call}: `{name}`") < least:
         raise ValueError(f"{call}: {name}={value} is below {least}. Pass a number of optimizer steps.")
+
+
+def _check_factor(call, *, most=math.inf, **factors):
+    ((name, value),) = factors.items()
+    if isinstance(value, jax.Array):  # as optax.inject_hyperparams passes it
+        return
+    if not 0 <= value <= most or math.isinf(value):
+        raise ValueError(f"{call}: {name}={value} is not in [0, {most}{']' if most == 1 else ')'}. Pass a number that is.")
 
 
 def _on_nonparticipating(call, f, updates, params, masks, needs_params):

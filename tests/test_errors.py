@@ -67,7 +67,7 @@ def density(final=0.5, begin=0, end=10, **kwargs):
 
 
 def recipe(name, plan=PLAN, **kwargs):
-    steps = {} if name in ("sr_ste", "static") else {"total_steps": 20}
+    steps = {} if name in ("rewired", "sr_ste", "static") else {"total_steps": 20}
     return lambda: getattr(js.recipes, name)(optax.sgd(0.1), plan, **{**steps, **kwargs})
 
 
@@ -162,6 +162,11 @@ VALUES = [
     (lambda: js.reset_nonparticipating(0), "reset_nonparticipating", "every=0 is below 1. Pass"),
     (lambda: js.fix_nonparticipating(-1), "fix_nonparticipating", "after=-1 is below 0. Pass"),
     (lambda: js.recipes.rewired(optax.sgd(0.1), PLAN, reset_every=0), "reset_nonparticipating", "every=0 is below 1"),
+    (recipe("rewired", grad_scale=-1), "scale_nonparticipating", "s=-1 is not in [0, inf). Pass"),
+    (recipe("rewired", grad_scale=float("nan")), "scale_nonparticipating", "s=nan is not in [0, inf). Pass"),
+    (recipe("rewired", decay=1.5), "decay_nonparticipating", "beta=1.5 is not in [0, 1]. Pass"),
+    (recipe("sr_ste", decay=-2e-4), "sr_ste", "decay=-0.0002 is not in [0, inf). Pass"),
+    (recipe("gradual", FREE, initial=0.25), "recipes.gradual", "initial=0.25 is below 0.5, the density planned for a/w. Pass"),
     (lambda: js.recipes.rewired(optax.sgd(0.1), PLAN, fix_after=-1), "fix_nonparticipating", "after=-1 is below 0"),
     (lambda: js.rewire(optax.sgd(0.1), PLAN, begin=-1), "rewire", "begin=-1 is below 0"),
     (lambda: js.rewire(optax.sgd(0.1), PLAN, begin=5, until=5), "rewire", "[5, 5], not in ascending order"),
@@ -305,7 +310,10 @@ TYPES = [
     (lambda: js.rewire(optax.sgd(0.1), PLAN, every=1.5), "rewire", "`every` must be an integer, not 1.5"),
     (update(TX, state=UNMASKED), "rewire", "tuple is not a RewireState. Pass"),
     (lambda: js.reset_nonparticipating(2.5), "reset_nonparticipating", "`every` must be an integer, not 2.5"),
-    (lambda: js.recipes.rewired(optax.sgd(0.1), None), "rewire", "`plan` is a NoneType. Make"),
+    (lambda: js.recipes.rewired(PLAN, optax.sgd(0.1)), "recipes.rewired", "`plan` is a GradientTransformation.* Make"),
+    (lambda: js.recipes.sr_ste(PLAN, optax.sgd(0.1)), "recipes.sr_ste", "`plan` is a GradientTransformation.* Make"),
+    (lambda: js.recipes.static(PLAN, optax.sgd(0.1)), "recipes.static", "`plan` is a GradientTransformation.* Make"),
+    (lambda: js.recipes.rewired(optax.sgd(0.1), None), "recipes.rewired", "`plan` is a NoneType. Make"),
     (lambda: js.rewire(optax.sgd(0.1), PLAN, begin=0.5), "rewire", "`begin` must be an integer, not 0.5"),
     (lambda: js.rewire(optax.sgd(0.1), PLAN, earlier=[("3:4", 3)]), "rewire", "`plan` is a str. Make"),
     (update(TX, state=recipe("mdgf")().init(PARAMS)), "rewire", "this RewireState is of another recipe. Pass"),
@@ -313,7 +321,7 @@ TYPES = [
     (recipe("mdgf", None), "rewire", "`plan` is a NoneType. Make"),
     (recipe("sdgf", None), "recipes.sdgf", "`plan` is a NoneType. Make"),
     (recipe("gradual", None), "recipes.gradual", "`plan` is a NoneType. Make"),
-    (recipe("static", None), "rewire", "`plan` is a NoneType. Make"),
+    (recipe("static", None), "recipes.static", "`plan` is a NoneType. Make"),
     (recipe("mdgf", total_steps=9.5), "recipes.mdgf", "`total_steps` must be an integer, not 9.5"),
     (recipe("mdgf", dense_until="5%"), "recipes.mdgf", "`dense_until` must be a step or a fraction of total_steps, not '5%'"),
     (recipe("sr_ste", dense_until=None), "recipes.sr_ste", "`dense_until` must be a step or a fraction"),
