@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.ranking import once, order_keys
+from jaxsparse.ranking import once
 
 __all__ = ["algorithm", "mask_groups"]
 
@@ -17,7 +17,7 @@ __all__ = ["algorithm", "mask_groups"]
 def algorithm(n, m: int, key_bits: int):
     """The fastest for n of m, as measured by benchmarks/masks.py on XLA:CPU; each is natural XLA on a GPU or TPU."""
     few = isinstance(n, int) and n <= 2
-    if few and key_bits <= 16 and m <= 1 << 15 and (n == 1 or m > 4):
+    if few and key_bits <= 16 and m <= 1 << 15 and m > (4 if n == 1 else 8):
         return _merge
     if m <= 8 or (m <= 16 and not (few and n == 1)):
         return _compare_all
@@ -28,11 +28,7 @@ def algorithm(n, m: int, key_bits: int):
 
 def mask_groups(groups, keys_of, n, m: int, axis: int):
     """The mask of `groups`, whose `axis` has size m, ranked by the integers `keys_of(groups)`."""
-    chosen = algorithm(n, m, jnp.iinfo(jax.eval_shape(keys_of, groups).dtype).bits)
-    if chosen in (_merge, _best) and keys_of is order_keys and groups.dtype.itemsize < 4:
-        # no reduction is vectorised into which 16-bit arithmetic is fused: XLA:CPU rounds that in software
-        groups, keys_of = once(order_keys(groups)), lambda keys: keys
-    return chosen(groups, keys_of, n, m, axis)
+    return algorithm(n, m, jnp.iinfo(jax.eval_shape(keys_of, groups).dtype).bits)(groups, keys_of, n, m, axis)
 
 
 def _compare_all(groups, keys_of, n, m, axis):
@@ -63,7 +59,8 @@ def _runs(m):
 
 def _merge(groups, keys_of, n, m, axis):
     """The n highest of keys that hold their place in the low bits, by merging sorted lists of them."""
-    run, bits = _runs(m), (m - 1).bit_length()
+    contiguous = axis == groups.ndim - 1
+    run, bits = 32 if n == 1 and contiguous and m % 32 == 0 else _runs(m), (m - 1).bit_length()  # as measured
     last = (1 << bits) - 1
     lowest = jnp.int32(jnp.iinfo(jnp.int32).min)
 
