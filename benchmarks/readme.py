@@ -55,10 +55,14 @@ def mask_peers(result):
 
 def quality(result):
     lines = [f"- [{name}](benchmarks/results/quality/{name}.png): {line}" for name, line in result["findings"]]
+    mean, spread = result["dense"]
     return (
-        f"{result['runs']} runs, {result['core_hours']:.1f} hours of one core (`python -m benchmarks.quality`; Python {result['python']}, "
-        f"{where(result)}). Means ± standard deviations over seeds of differences paired by seed, with p of paired t-tests.\n\n"
-        + "\n".join(lines)
+        f"Bits per character above those of the dense model, {mean:.3f} ± {spread:.3f}: means ± standard deviations over seeds, "
+        f"paired by seed ({result['runs']} runs, {result['core_hours']:.1f} hours of one core; `python -m benchmarks.quality`; "
+        f"Python {result['python']}, {where(result)}).\n\n"
+        + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", disable_numparse=True)
+        + "\n\n![Recipes by sparsity](benchmarks/results/quality/decaying.png)\n\n"
+        "The papers' findings, with p of paired t-tests; each name is its plot:\n\n" + "\n".join(lines)
     )
 
 

@@ -16,6 +16,7 @@ from scipy import stats
 
 from benchmarks.quality import store
 from benchmarks.quality.compare import UNITS, Runs, difference, p_text, significant
+from benchmarks.quality.figures import bars, line, plot
 from benchmarks.quality.runs import (
     COMPARED_WITH_DENSE,
     CPU,
@@ -38,9 +39,12 @@ from benchmarks.quality.runs import (
 
 # Where a finding of the papers does not show at this size, the likely reason; written once the runs have been read.
 REASONS = {
-    "exploration": "Differences of seeds vary by up to 0.03 bits, as much as there is to see: five are too few.",
-    "gap": "Likely because the model is hundreds of times smaller than those of the papers and is trained briefly.",
+    "exploration": "All but one point as in the papers, by as much as seeds differ: five are too few.",
+    "gap": "That there is a gap is likely the size of the model, hundreds of times smaller than those of the papers: it closes with width.",
+    "structures": "Blocks are worse beyond chance at 1:16 alone; elsewhere seeds differ by as much as there is to see.",
+    "sweeps": "All three point as in the papers, by as much as seeds differ: three are too few.",
     "variances": "Why second moments rise is not known; MDGF has smaller gradients by construction, since D scales them.",
+    "digits": "In the convolutional network all recipes at 1:16 lie within half a per cent of each other.",
 }
 HEADER = ("pattern", "recipe", "metric", "mean", "s.d.", "seeds", "minus", "difference", "s.d. of it", "p")
 
@@ -89,34 +93,6 @@ def worse(found):
 
 def text(found):
     return "not run" if found is None else str(found)
-
-
-def plot(title, width=6.0, panels=1):
-    figure = Figure(figsize=(width, 3.8), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    figure.suptitle(title, fontsize=10)
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    return figure, axes
-
-
-def bars(ax, found, unit):
-    """Horizontal bars of differences `{name: Difference}` with their standard deviations."""
-    found = {name: one for name, one in found.items() if one is not None}
-    places = np.arange(len(found))
-    ax.barh(places, [one.mean for one in found.values()], xerr=[np.nan_to_num(one.spread) for one in found.values()], height=0.6, capsize=2)
-    ax.set_yticks(places, list(found), fontsize=8)
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.invert_yaxis()
-    ax.set_xlabel(unit, fontsize=8)
-
-
-def line(ax, xs, points, label):
-    """A line with error bars through `[(mean, spread)]`, some of them None or NaN."""
-    points = [(x, *point[:2]) for x, point in zip(xs, points, strict=True) if point is not None and not math.isnan(point[0])]
-    if points:
-        x, mean, spread = zip(*points, strict=True)
-        ax.errorbar(x, mean, np.nan_to_num(spread), marker="o", markersize=4, linewidth=1.2, capsize=2, label=label)
 
 
 def gap(cells, runs):
@@ -371,6 +347,21 @@ def tuning_table(cells, runs):
     return ("task", "recipe", "argument", "value", "bits on the tuning seed", "chosen"), rows
 
 
+def overview(cells, runs):
+    """What every recipe and structure costs at every density: bits per character above dense."""
+    dense = cells("dense", "dense")
+
+    def entry(cell):
+        found = runs.difference(cell, dense)
+        return f"{found.mean:+.3f} ± {found.spread:.3f}" if found else ""
+
+    rows = [(recipe, *(entry(cells(pattern, recipe)) for pattern in DENSITIES)) for recipe in ("SMALL", *RECIPES)]
+    structures = [at_density(cells, pattern) for pattern in DENSITIES]
+    rows += [(f"RESET, {kind}", *(entry(one[kind]) for one in structures)) for kind in structures[0]]
+    rows.append(("RESET, transposable", entry(cells("transposable 2:4", "RESET")), *[""] * (len(DENSITIES) - 1)))
+    return ("recipe", *DENSITIES), rows
+
+
 def report(scale, folder):
     """Writes the tables and plots of the runs in a folder, and prints them."""
     where, found = store.where(folder), store.read(folder)
@@ -387,7 +378,9 @@ def report(scale, folder):
         one.figure.savefig(folder / f"{one.name}.png", dpi=120)
         print(f"\n{one.name}: {whole}\n{tabulate.tabulate(one.rows, one.header, floatfmt='.3g')}")
     hours = sum(record["seconds"] for record in found.values()) / 3600
-    save(folder, "findings", where, runs=len(found), core_hours=hours, findings=summary)
+    header, rows = overview(cells, runs)
+    mean, spread = runs.mean(cells("dense", "dense"))
+    save(folder, "findings", where, runs=len(found), core_hours=hours, dense=(mean, spread), header=header, rows=rows, findings=summary)
 
 
 def save(folder, name, where, **content):

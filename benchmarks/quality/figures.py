@@ -1,0 +1,34 @@
+"""Plots of differences and their spread."""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def plot(title, width=6.0, panels=1):
+    figure = Figure(figsize=(width, 3.8), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure.suptitle(title, fontsize=10)
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    return figure, axes
+
+
+def bars(ax, found, unit):
+    """Horizontal bars of differences `{name: Difference}` with their standard deviations."""
+    found = {name: one for name, one in found.items() if one is not None}
+    places = np.arange(len(found))
+    ax.barh(places, [one.mean for one in found.values()], xerr=[np.nan_to_num(one.spread) for one in found.values()], height=0.6, capsize=2)
+    ax.set_yticks(places, list(found), fontsize=8)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.invert_yaxis()
+    ax.set_xlabel(unit, fontsize=8)
+
+
+def line(ax, xs, points, label):
+    """A line with error bars through `[(mean, spread)]`, some of them None or NaN."""
+    points = [(x, *point[:2]) for x, point in zip(xs, points, strict=True) if point is not None and not math.isnan(point[0])]
+    if points:
+        x, mean, spread = zip(*points, strict=True)
+        ax.errorbar(x, mean, np.nan_to_num(spread), marker="o", markersize=4, linewidth=1.2, capsize=2, label=label)
