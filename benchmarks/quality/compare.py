@@ -72,3 +72,17 @@ def deviation(values):
 
 def significant(difference, level=0.05):
     return difference is not None and difference.p < level
+
+
+def verdict(*conditions):
+    """Whether all hold; None where one of them could not be told."""
+    return None if any(condition is None for condition in conditions) else all(conditions)
+
+
+def worse(found):
+    """Whether a difference is above 0 beyond chance; None where it was not tested."""
+    return None if found is None or math.isnan(found.p) else found.mean > 0 and significant(found)
+
+
+def text(found):
+    return "not run" if found is None else str(found)

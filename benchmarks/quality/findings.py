@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks.quality import store
-from benchmarks.quality.compare import UNITS, Runs, difference, p_text, significant
+from benchmarks.quality.compare import UNITS, Runs, difference, p_text, significant, text, verdict, worse
 from benchmarks.quality.figures import bars, line, plot
 from benchmarks.quality.runs import (
     COMPARED_WITH_DENSE,
@@ -81,20 +81,6 @@ def known(number):
     return None if math.isnan(number) else number
 
 
-def verdict(*conditions):
-    """Whether all hold; None where one of them could not be told."""
-    return None if any(condition is None for condition in conditions) else all(conditions)
-
-
-def worse(found):
-    """Whether a difference is above 0 beyond chance; None where it was not tested."""
-    return None if found is None or math.isnan(found.p) else found.mean > 0 and significant(found)
-
-
-def text(found):
-    return "not run" if found is None else str(found)
-
-
 def gap(cells, runs):
     """How far 2:4 is from dense, and whether the gap closes with length and size."""
     patterns = COMPARED_WITH_DENSE[1:]
@@ -115,6 +101,8 @@ def gap(cells, runs):
             now[pattern] = runs.difference(cells(pattern, "RESET"), cells("dense", "dense"))
             line(ax, found, found.values(), pattern)
             ax.set(xlabel=axis, xscale="log")
+            ax.set_xticks(list(found), list(map(str, found)))
+            ax.minorticks_off()
             first, *_, last = gaps.values()
             change = difference([last[seed] - first[seed] for seed in first.keys() & last.keys()])
             seen = [f"{one.mean:+.3f} at {size}" for size, one in found.items() if one]
