@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import jaxsparse as js
 
-CONTEXT, BATCH, STEPS = 128, 8, 500
+CONTEXT, BATCH, STEPS = 128, 8, 400
 
 
 class Block(nn.Module):
