@@ -57,7 +57,7 @@ def _nm_mask(values, keys_of, n, m, axis):
         return jnp.ones(values.shape, bool)
     if values.dtype.itemsize < 4:  # XLA:CPU reshapes and cuts a bfloat16 by way of float32: integers before all else
         keys = keys_of(values)
-        # XLA:CPU does not vectorise the search of 2:16 together with more than a magnitude, and takes 4 times as long
+        # XLA:CPU does not vectorise the search of 2:16 together with more than a magnitude, and takes 3 times as long
         values = once(keys) if keys_of is order_keys and isinstance(n, int) and n == 2 and m > 8 else keys
         keys_of = lambda keys: keys  # noqa: E731
     groups = values.reshape(*values.shape[:axis], values.shape[axis] // m, m, *values.shape[axis + 1 :])

@@ -21,7 +21,7 @@ class Block(nn.Module):
     def __call__(self, x, mask=None):
         width = x.shape[-1]
         x += nn.MultiHeadDotProductAttention(self.heads, use_bias=False)(nn.LayerNorm()(x), mask=mask)
-        h = nn.LayerNorm()(x).reshape(-1, width)  # of a matrix XLA:CPU computes the gradients of weights twice as fast
+        h = nn.LayerNorm()(x).reshape(-1, width)  # of a matrix XLA:CPU computes the gradients of weights faster
         h = nn.Dense(narrowed(4 * width, self.density), name="hidden_in")(h)
         return x + nn.Dense(width, name="hidden_out")(nn.gelu(h)).reshape(x.shape)
 
