@@ -35,7 +35,7 @@ def some(wanted):
     """Of the matrix the first entry of every function of the library."""
     first = {}
     for entry in wanted:
-        _, cell, _ = entry
+        _, cell = entry
         first.setdefault(RECIPES[cell.recipe].function if cell.recipe in RECIPES else cell.recipe, entry)
     return first.values()
 
@@ -69,7 +69,7 @@ def main(argv=None):
             cells = store.cells(scale, found)
             run(stage, [(cell, [TUNING_SEED]) for grid in tuning(cells)[part].values() for cell in grid])
         wanted = matrix(store.cells(scale, found))
-        run("tables", [(cell, scale.seeds[:count]) for _, cell, count in (some(wanted) if args.smoke else wanted)])
+        run("tables", [(cell, scale.seeds) for _, cell in (some(wanted) if args.smoke else wanted)])
     findings.report(scale, folder)
 
 

@@ -27,8 +27,7 @@ def bars(ax, found, unit):
 
 
 def line(ax, xs, points, label):
-    """A line with error bars through `[(mean, spread)]`, some of them None or NaN."""
-    points = [(x, *point[:2]) for x, point in zip(xs, points, strict=True) if point is not None and not math.isnan(point[0])]
-    if points:
-        x, mean, spread = zip(*points, strict=True)
-        ax.errorbar(x, mean, np.nan_to_num(spread), marker="o", markersize=4, linewidth=1.2, capsize=2, label=label)
+    """Points `[(mean, spread)]` with error bars; a line joins those that have none between them that is None or NaN."""
+    mean, spread = np.array([(math.nan, math.nan) if point is None else point[:2] for point in points]).T
+    if not np.isnan(mean).all():
+        ax.errorbar(list(xs), mean, np.nan_to_num(spread), marker="o", markersize=4, linewidth=1.2, capsize=2, label=label)
