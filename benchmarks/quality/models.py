@@ -1,7 +1,7 @@
 """A character language model, a vision transformer and a convolutional network, each small; patterns apply to the kernels `SPARSE`.
 
-`density` cuts the hidden width, so that as many weights are left as a pattern of that density keeps (SMALL). On a CPU the forms of
-products and attention that are chosen here take a tenth less time than those of Flax.
+`density` cuts the hidden width, so that as many weights are left as a pattern of that density keeps (SMALL). Products and
+attention are in forms that suit XLA:CPU.
 """
 
 import jax
