@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.ranking import once, order_keys
+from jaxsparse.ranking import once, order_keys, wide
 
 __all__ = ["block_keys", "expand_blocks"]
 
@@ -12,7 +12,7 @@ def block_keys(values, keys_of, shape: tuple[int, ...], axes: tuple[int, ...], s
     """Integers that rank the blocks of `values`, in an array that has blocks where values has weights."""
     if score == "max":
         return _reduce(keys_of(values), shape, axes, jnp.max)
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    values = wide(values)
     if score == "l2":
         return order_keys(_reduce(values * values, shape, axes, jnp.sum))  # the root keeps the order
     total = _reduce(jnp.abs(values) if magnitude else values, shape, axes, jnp.sum)

@@ -136,7 +136,8 @@ def costs(fn: Callable, plan: Plan, params, *args) -> Costs:
 
     Args:
       fn: the model, a function of (params, *args): `model.apply` of Flax, or your own. Its output is any pytree; the
-        gradient is that of its sum. It may mask its weights and costs the same. Bind what is no array with `functools.partial`.
+        gradient is that of its sum. It may mask its weights, by `participate` or `jnp.where`, and costs the same.
+        Bind what is no array with `functools.partial`.
       plan: which leaf follows which pattern; of a density that follows a schedule its last value.
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
       *args: what else `fn` takes, arrays or `jax.ShapeDtypeStruct`.

@@ -44,7 +44,7 @@ def plan(model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args
     be followed is grouped along the innermost axis that the product sums over (for Conv the input channels), and by
     `TransposableNM` and `Block` along the innermost output axis too (for Conv the output channels), whether or not
     `nn.scan`, `nn.vmap` or `nn.remat` stacks or wraps it, and however many submodules share it. In a stack every weight is
-    masked for itself.
+    masked for itself, unless all take the same input, as under `nn.vmap(..., in_axes=None)`: then they are one weight.
 
     Args:
       model: an unbound module.
@@ -248,12 +248,16 @@ def _outermost(masks, treated, gradient, module):
     def settle(path, leaf):
         # a layer of flax.linen keeps its weight as "kernel" and is met again in _run_layer; others could read theirs in `setup`
         layer = len(path) > 1 or isinstance(module, (nn.Dense, nn.DenseGeneral))
-        return leaf if layer and getattr(path[-1], "key", None) == "kernel" else decompress(leaf)
+        boxed = _is_boxed(leaf)
+        packed = leaf.value if boxed else leaf
+        if layer and getattr(path[-1], "key", None) == "kernel":
+            return packed
+        return leaf.replace_boxed(decompress(packed)) if boxed else decompress(packed)
 
     def change(params):
         if masks is not None:
             params = apply_masks(params, masks, treated, "flax.intercept", prefix=prefix, gradient=gradient)
-        return jax.tree.map_with_path(settle, params, is_leaf=_is_packed)
+        return jax.tree.map_with_path(settle, params, is_leaf=lambda leaf: _is_packed(leaf) or _is_boxed(leaf))
 
     return change
 
@@ -266,6 +270,10 @@ def _is_packed(leaf):
     return isinstance(leaf, Sparse24)
 
 
+def _is_boxed(leaf):
+    return isinstance(leaf, nn.meta.AxisMetadata) and _is_packed(getattr(leaf, "value", None))
+
+
 def _run_layer(next_fun, args, kwargs, context, implementation):
     """Calls a module inside the outermost one: its own compressed kernel runs compressed if it can, else is decompressed."""
     module = context.module
@@ -273,10 +281,11 @@ def _run_layer(next_fun, args, kwargs, context, implementation):
     if not any(map(_is_packed, own.values())):
         return next_fun(*args, **kwargs)
     plain = type(module) in (nn.Dense, nn.DenseGeneral)  # a subclass may do more than they
-    if plain and _is_packed(own.get("kernel")) and context.method_name == "__call__" and len(args) == 1:
-        axes = _contracted_axes(module, args[0], own["kernel"])
+    inputs = [*args, *kwargs.values()] if kwargs.keys() <= {"inputs"} else []
+    if plain and _is_packed(own.get("kernel")) and context.method_name == "__call__" and len(inputs) == 1:
+        axes = _contracted_axes(module, inputs[0], own["kernel"])
         if axes is not None:
-            return _dense(module, args[0], own, axes, implementation)
+            return _dense(module, inputs[0], own, axes, implementation)
 
     def change(params):
         return {name: decompress(leaf) if _is_packed(leaf) else leaf for name, leaf in params.items()}
@@ -286,7 +295,8 @@ def _run_layer(next_fun, args, kwargs, context, implementation):
 
 def _contracted_axes(module, x, kernel: Sparse24):
     """The axes of x that a Dense or DenseGeneral sums over, where `kernel` is packed for just that; else None."""
-    if module.dot_general is not None or module.dot_general_cls is not None or getattr(module, "batch_dims", None):
+    plain = module.dot_general is None and module.dot_general_cls is None and module.promote_dtype is dtypes.promote_dtype
+    if not plain or getattr(module, "batch_dims", None):
         return None
     axis = getattr(module, "axis", -1)
     axes = tuple(sorted(a % x.ndim for a in (axis if isinstance(axis, Iterable) else (axis,))))  # as DenseGeneral does

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.ranking import once
+from jaxsparse.ranking import once, wide_keys
 
 __all__ = ["algorithm", "mask_groups"]
 
@@ -21,7 +21,7 @@ def algorithm(n, m: int, key_bits: int):
         return _merge
     if m <= 8 or (m <= 16 and not (few and n == 1)):
         return _compare_all
-    if few:
+    if few and (n == 1 or m <= 1 << 8):
         return _best if n == 1 else _insert
     return _bisect
 
@@ -91,11 +91,11 @@ def _best(groups, keys_of, n, m, axis):
     place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
     if run < m:
         split = (*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
-        best = _first_highest((keys_of(groups.reshape(split)).astype(jnp.int32), place.reshape(split)), axis + 1)
+        best = _first_highest((wide_keys(keys_of(groups.reshape(split))), place.reshape(split)), axis + 1)
         best = _first_highest(lax.optimization_barrier(best), axis)
     else:
-        best = _first_highest((keys_of(groups).astype(jnp.int32), place), axis)
-    best = once(jnp.expand_dims(best[1].astype(jnp.uint8), axis))
+        best = _first_highest((wide_keys(keys_of(groups)), place), axis)
+    best = once(jnp.expand_dims(best[1].astype(jnp.uint8 if m <= 1 << 8 else jnp.int32), axis))
     return lax.broadcasted_iota(best.dtype, groups.shape, axis) == best
 
 
@@ -105,16 +105,18 @@ def _first_highest(keys_and_places, axis):
         first = (key_a > key_b) | ((key_a == key_b) & (place_a < place_b))
         return jnp.where(first, key_a, key_b), jnp.where(first, place_a, place_b)
 
-    return lax.reduce(keys_and_places, (jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max), better, (axis,))
+    dtype = keys_and_places[0].dtype
+    worst = jnp.array(jnp.iinfo(dtype).min, dtype), jnp.int32(jnp.iinfo(jnp.int32).max)
+    return lax.reduce(keys_and_places, worst, better, (axis,))
 
 
 def _insert(groups, keys_of, n, m, axis):
-    """Goes through the members once and keeps the n best so far in order."""
+    """Goes through the members, at most 256, once and keeps the n best so far in order."""
 
     members = _members(keys_of, groups, m, axis)
-    keys, found = members[:1], [jnp.zeros(members[0].shape, members[0].dtype)]
+    keys, found = members[:1], [jnp.zeros(members[0].shape, jnp.int32)]
     for i, key in enumerate(members[1:], 1):
-        place, wins = jnp.full(key.shape, i, key.dtype), False
+        place, wins = jnp.full(key.shape, i, jnp.int32), False
         for j in range(min(n, len(keys))):
             wins |= key > keys[j]  # and from there on each moves one down
             keys[j], key = jnp.where(wins, key, keys[j]), jnp.where(wins, keys[j], key)
@@ -134,7 +136,7 @@ def _bisect(groups, keys_of, n, m, axis):
     """Finds the n-th highest key of each group bit by bit, then the place up to which its equals stay."""
     keys = keys_of(groups)
     lowest, bits = jnp.iinfo(keys.dtype).min, jnp.iinfo(keys.dtype).bits
-    keys = keys.astype(jnp.promote_types(keys.dtype, jnp.int32))
+    keys = wide_keys(keys)
 
     def count(members):
         return members.sum(axis, dtype=jnp.int32, keepdims=True)
@@ -143,8 +145,8 @@ def _bisect(groups, keys_of, n, m, axis):
         higher = key + (jnp.ones((), keys.dtype) << (bits - 1 - i))
         return jnp.where(count(keys >= higher) >= n, higher, key)
 
-    some = (*keys.shape[:axis], 1, *keys.shape[axis + 1 :])
-    key = lax.fori_loop(0, bits, raise_key, jnp.full(some, lowest, keys.dtype))
+    start = jnp.full_like(lax.slice_in_dim(keys, 0, 1, axis=axis), lowest)
+    key = lax.fori_loop(0, bits, raise_key, start)
     equal, place = keys == key, lax.broadcasted_iota(jnp.int32, keys.shape, axis)
     room = n - count(keys > key)
 
@@ -152,7 +154,7 @@ def _bisect(groups, keys_of, n, m, axis):
         later = last + (1 << (m.bit_length() - 1 - i))
         return jnp.where(count(equal & (place < later)) < room, later, last)
 
-    last = lax.fori_loop(0, m.bit_length(), raise_place, jnp.zeros(some, jnp.int32))
+    last = lax.fori_loop(0, m.bit_length(), raise_place, jnp.zeros_like(room))
     return (keys > key) | (equal & (place <= last) & (room > 0))
 
 

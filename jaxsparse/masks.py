@@ -8,7 +8,7 @@ from jaxsparse.blocks import block_keys, expand_blocks
 from jaxsparse.groups import mask_groups
 from jaxsparse.patterns import NM, Block, Pattern, TransposableNM, Unstructured, array, axes_in, density, integer, why_not
 from jaxsparse.plan import Leaf, Plan, leaf_paths, match
-from jaxsparse.ranking import magnitude_keys, once, order_keys
+from jaxsparse.ranking import magnitude_keys, once, order_keys, wide
 from jaxsparse.topk import how_many, top_masks
 from jaxsparse.transposable import transposable_mask
 
@@ -288,19 +288,20 @@ def _mask(values, leaf, step, magnitude):
         keys_of = magnitude_keys if magnitude else order_keys
         return _nm_mask(values, keys_of, pattern.n, pattern.m, *axes_in(pattern, values.ndim))
     if isinstance(pattern, TransposableNM):
-        return transposable_mask(_wide_magnitude(values) if magnitude else values, pattern.n, axes_in(pattern, values.ndim))
+        return transposable_mask(jnp.abs(wide(values)) if magnitude else values, pattern.n, axes_in(pattern, values.ndim))
     return _ranked([values], [leaf], step, magnitude)[0]
 
 
 def _ranked(values, leaves, step, magnitude):
     """The masks of leaves that share one density."""
     pattern = leaves[0].pattern
-    dtype = jnp.result_type(*values)
+    dtypes = {x.dtype for x in values}
+    if len(dtypes) > 1:  # 8-bit floats promote to no other type by themselves
+        dtypes = {jnp.result_type(*(wide(x) if x.dtype.itemsize == 1 else x for x in values))}
+        values = [x.astype(*dtypes) for x in values]
     density = pattern.density if pattern.schedule is None else jnp.asarray(pattern.schedule(step), jnp.float32)
 
-    def keys_of(x):
-        return (magnitude_keys if magnitude else order_keys)(x.astype(dtype))
-
+    keys_of = magnitude_keys if magnitude else order_keys
     if not isinstance(pattern, Block):
         return _top(values, keys_of, density, leaves)
     axes = [axes_in(leaf.pattern, len(leaf.shape)) for leaf in leaves]
@@ -317,7 +318,3 @@ def _top(arrays, keys_of, density, leaves):
         for axis in reversed(leaves[0].stack):  # each weight of a stack for itself
             top = jax.vmap(top, axis, axis)
     return top(*arrays)
-
-
-def _wide_magnitude(weights):
-    return jnp.abs(weights.astype(jnp.promote_types(weights.dtype, jnp.float32)))

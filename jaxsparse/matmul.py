@@ -110,9 +110,18 @@ def sparse_matmul(
         layout=w.layout,
         transposable=w.transposable,
         transposed=False,
-        precision=lax.Precision(precision) if isinstance(precision, str) else precision,
+        precision=_precision(precision),
     )
     return y.reshape(*stack, *rows, *w.output)
+
+
+def _precision(precision):
+    """What is asked for here; inside a compiled function that is no longer known when the product is lowered."""
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if not isinstance(precision, str):
+        return precision
+    return lax.DotAlgorithmPreset[precision] if precision in lax.DotAlgorithmPreset.__members__ else lax.Precision(precision)
 
 
 def check_implementation(implementation, call):
@@ -262,7 +271,8 @@ def _jvp(primals, tangents, **params):
 
     def finish(y, *bias):
         wide = y.astype(_sum_dtype(y.dtype))
-        return ACTIVATIONS[activation](wide + bias[0][..., None, :] if bias else wide).astype(y.dtype)
+        activate = jax.nn.relu if activation == "relu" else ACTIVATIONS[activation]  # whose gradient at 0 is 0
+        return activate(wide + bias[0][..., None, :] if bias else wide).astype(y.dtype)
 
     bias_dot = map(ad.instantiate_zeros, bias_dot)
     return jax.jvp(finish, (y, *bias), (y_dot, *bias_dot))

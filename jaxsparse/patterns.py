@@ -360,6 +360,8 @@ def why_not(pattern: Pattern, shape: tuple[int, ...], dtype) -> str | None:
         return f"{getattr(dtype, 'name', dtype)} has no order to rank by"
     if 0 in shape:
         return "it is empty"
+    if not shape:
+        return "it is a scalar"
     try:
         axes = axes_in(pattern, len(shape))
     except ValueError as error:

@@ -21,9 +21,8 @@ def as_step(call: str, name: str, value, total_steps: int | None) -> int:
     if isinstance(value, numbers.Integral):
         step = int(value)
         if step < 0 or (total_steps is not None and step > total_steps):
-            raise ValueError(
-                f"{call}: {name}={step} is not in 0..total_steps={total_steps}. Pass a step as an int, or a fraction as a float."
-            )
+            bound = "below 0" if step < 0 else f"above total_steps={total_steps}"
+            raise ValueError(f"{call}: {name}={step} is {bound}. Pass a step as an int, or a fraction as a float.")
         return step
     if not isinstance(value, numbers.Real):
         raise TypeError(

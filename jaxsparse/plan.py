@@ -1,5 +1,6 @@
 """Rules to a plan: which leaf follows which pattern, and why the others stay dense."""
 
+import collections
 import dataclasses
 import fnmatch
 import functools
@@ -73,6 +74,9 @@ class Plan:
     def __hash__(self):
         return self._hash
 
+    def __getstate__(self):
+        return {"leaves": self.leaves}  # strings hash otherwise in another process
+
     def __str__(self):
         import tabulate  # only those who print a plan pay for it
 
@@ -97,13 +101,16 @@ class Plan:
 
 def leaf_paths(tree) -> list[str]:
     """The path of every leaf, in tree order, without a leading `params/`; a box around it, as Flax makes, adds nothing."""
-    return [_keys(path).removeprefix("params/") for path, _ in jax.tree.leaves_with_path(tree)]
+    paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
+    children = collections.defaultdict(set)
+    for path in paths:
+        for i, key in enumerate(path):
+            children[path[:i]].add(key)
 
+    def unboxed(path):  # out of nnx.Variable, nn.Partitioned, whose one child is `value`
+        return unboxed(path[:-1]) if path and children[path[:-1]] == {jax.tree_util.GetAttrKey("value")} else path
 
-def _keys(path):
-    while path and path[-1] == jax.tree_util.GetAttrKey("value"):  # nnx.Variable, nn.Partitioned
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return [jax.tree_util.keystr(unboxed(path), simple=True, separator="/").removeprefix("params/") for path in paths]
 
 
 def plan(params, rules: Mapping[str, Pattern | str | None]) -> Plan:

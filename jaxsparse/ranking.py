@@ -1,14 +1,24 @@
 """Scores to integers that order as they do, and how XLA:CPU is kept from computing a thing again for each of its readers."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["magnitude_keys", "once", "order_keys"]
+__all__ = ["magnitude_keys", "once", "order_keys", "wide", "wide_keys"]
+
+
+def wide(x):
+    """Numbers as floats of 32 bits, or of the 64 that they have."""
+    return x if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+
+
+def wide_keys(keys):
+    """Integers of 32 bits, or of the 64 that they have."""
+    return keys if keys.dtype.itemsize >= 4 else keys.astype(jnp.int32)
 
 
 def order_keys(scores):
     """Signed integers that order as the scores do: -0 equals 0, every NaN is the same and above infinity."""
+    scores = _bytes(scores)
     if jnp.issubdtype(scores.dtype, jnp.signedinteger):
         return scores
     if jnp.issubdtype(scores.dtype, jnp.integer):
@@ -22,12 +32,18 @@ def order_keys(scores):
 
 def magnitude_keys(weights):
     """Signed integers, 0 or more for floats, that order as the magnitudes of the weights do."""
+    weights = _bytes(weights)
     if jnp.issubdtype(weights.dtype, jnp.unsignedinteger):
         return order_keys(weights)
     if jnp.issubdtype(weights.dtype, jnp.integer):
         return ~jnp.where(weights < 0, weights, -weights)  # |w| - 1, which the lowest integer has too
     bits = _bits(weights)
     return jnp.minimum(bits & jnp.iinfo(bits.dtype).max, _infinity(bits.dtype, weights.dtype) + 1)
+
+
+def _bytes(x):
+    """Integers of fewer than 8 bits as ones of 8."""
+    return x.astype(jnp.int8) if jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8 else x
 
 
 def _bits(x):
@@ -52,7 +68,6 @@ def once(x, f=lambda x: x):
     """
 
     def written_first(x):
-        result = jax.eval_shape(f, x)
-        return lax.cond(lax.optimization_barrier(jnp.bool_(True)), f, lambda _: jnp.zeros(result.shape, result.dtype), x)
+        return lax.cond(lax.optimization_barrier(jnp.bool_(True)), f, lambda x: jnp.zeros_like(f(x)), x)  # as sharded as f(x)
 
     return lax.platform_dependent(x, cpu=written_first, default=f)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse.forward import masks_by_path
+from jaxsparse.patterns import integer
 from jaxsparse.phases import as_step
 from jaxsparse.plan import Plan, check_plan, leaf_paths
 from jaxsparse.progressive import gradual, mdgf, sdgf
-from jaxsparse.scores import Score
+from jaxsparse.scores import BY_GRADIENT, Score
 from jaxsparse.state import merged_masks, packed
 from jaxsparse.transforms import (
     decay_nonparticipating,
@@ -33,7 +34,8 @@ def rewired(
     every: int = 1,
     grad_scale: float = 1.0,
     reset_every: int | None = 1000,
-    fix_after: int | None = None,
+    fix_after: int | float | None = None,
+    total_steps: int | None = None,
     decay: float = 0.0,
     score: str | Score = "magnitude",
 ) -> optax.GradientTransformationExtraArgs:
@@ -45,7 +47,9 @@ def rewired(
       every: the steps between two rewirings (`r`).
       grad_scale: the factor on the gradient of non-participating weights (`s`).
       reset_every: the steps between two resets of non-participating weights to 0 (`z`); None for no RESET.
-      fix_after: the step from which on masks stay and non-participating weights are 0 (`v`); None for no FIX.
+      fix_after: the step from which on masks stay and non-participating weights are 0 (`v`, half of training in the paper); None for
+        no FIX.
+      total_steps: the optimizer steps of the whole run; needed where `fix_after` is a fraction.
       decay: what non-participating weights lose each step (`beta`, 2e-4 in the paper); 0 for no REGULARIZE.
       score: what masks rank, as for `rewire`.
 
@@ -53,8 +57,8 @@ def rewired(
       The transformation to use in place of `inner`; `masks` finds its masks.
 
     Raises:
-      TypeError: `plan` is no plan.
-      ValueError: no leaf of the plan is sparse, or an argument is out of range.
+      TypeError: `plan` is no plan, or an argument is no number.
+      ValueError: no leaf of the plan is sparse, an argument is out of range, or no step is left after `fix_after`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +72,14 @@ def rewired(
     References:
       Advances in Sparse Neural Model Training, Algorithm 1.
     """
-    check_plan("recipes.rewired", plan)
+    call = "recipes.rewired"
+    check_plan(call, plan)
+    if not (reset_every is None or isinstance(reset_every, jax.Array)):  # as optax.inject_hyperparams passes it
+        integer(reset_every, f"{call}: `reset_every`")
+    if not (fix_after is None or isinstance(fix_after, jax.Array)):
+        fix_after = as_step(call, "fix_after", fix_after, total_steps)
+        if fix_after == total_steps:
+            raise ValueError(f"{call}: the fixed phase has no step: fix_after is step {fix_after} of {total_steps}. Fix earlier.")
     chain = [
         None if _is(grad_scale, 1) else scale_nonparticipating(grad_scale),
         inner,
@@ -145,14 +156,16 @@ def static(
       plan: which leaf follows which pattern.
       masks: a pytree of masks, or an optimizer state that holds some, for the sparse leaves of the plan, of any density; None for
         those of the weights that `init` is called with.
-      score: what masks rank, as for `rewire`.
+      score: what masks rank, as for `rewire`, but for what needs a gradient, of which there is none yet. To prune by such scores
+        pass `masks=jaxsparse.magnitude_masks(scores, plan)`, with scores of 0 and above like the parameters.
 
     Returns:
       The transformation to use in place of `inner`; `masks` finds its masks.
 
     Raises:
       TypeError: `plan` is no plan.
-      ValueError: no leaf of the plan is sparse, or `masks` are none, or of other leaves or shapes than those of the plan.
+      ValueError: no leaf of the plan is sparse, `masks` are none, or of other leaves or shapes than those of the plan, or `score`
+        needs a gradient.
 
     Example:
       >>> import jax.numpy as jnp
@@ -168,6 +181,11 @@ def static(
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.1.
     """
     check_plan("recipes.static", plan)
+    if isinstance(score, str) and score in BY_GRADIENT:
+        raise ValueError(
+            f"recipes.static: score={score!r} needs a gradient, and masks are made before there is one. Compute the scores and pass "
+            "masks=jaxsparse.magnitude_masks(scores, plan)."
+        )
     tx = rewire(optax.chain(inner, fix_nonparticipating(0)), plan, until=0, gradient="masked", score=score)
     if masks is None:
         return tx

@@ -189,11 +189,11 @@ def recordings(opt_state) -> Recordings:
             f"recordings: this {type(opt_state).__name__} holds {len(found)} RecordState, not one. Wrap the optimizer in "
             "jaxsparse.analysis.record and pass the state that its update returned, or pass the part of the state that holds one."
         )
-    state = jax.tree.map(np.asarray, found[0])
-    taken = np.count_nonzero(state.steps)
+    steps, samples = jax.tree.map(np.asarray, (found[0].steps, found[0].samples))
+    taken = np.count_nonzero(steps)
     names = Recordings._fields[1:]
-    kept = ({path: sample[name][:taken] for path, sample in state.samples.items() if name in sample} for name in names)
-    return Recordings(state.steps[:taken], *kept)
+    kept = ({path: sample[name][:taken] for path, sample in samples.items() if name in sample} for name in names)
+    return Recordings(steps[:taken], *kept)
 
 
 def _places(leaf: Leaf, count: int) -> tuple[np.ndarray, ...]:

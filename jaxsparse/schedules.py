@@ -23,6 +23,7 @@ def linear_decay(beta: float, begin: int = 0) -> Schedule:
       A function from an optimizer step, int or traced, to D, a float32 scalar.
 
     Raises:
+      TypeError: `begin` is no integer.
       ValueError: `beta` is not above 0, or `begin` is below 0.
 
     Example:
@@ -56,6 +57,7 @@ def exponential_decay(beta: float, begin: int = 0, end: int | None = None) -> Sc
       A function from an optimizer step, int or traced, to D, a float32 scalar.
 
     Raises:
+      TypeError: `begin` or `end` is no integer.
       ValueError: `beta` is not above 0, `begin` is below 0, or `end` is not above `begin`.
 
     Example:
@@ -69,7 +71,7 @@ def exponential_decay(beta: float, begin: int = 0, end: int | None = None) -> Sc
       Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, section 3.
     """
     _check_decay("exponential_decay", beta, begin)
-    if end is not None and end <= begin:
+    if end is not None and integer(end, "exponential_decay: `end`") <= begin:
         raise ValueError(f"exponential_decay: end={end} is not above begin={begin}. Fine-tuning follows the decay.")
 
     def factor(step):
@@ -87,7 +89,7 @@ def _since(begin, step):
 def _check_decay(call, beta, begin):
     if not beta > 0:
         raise ValueError(f"{call}: beta={beta} is not above 0. D loses it every step.")
-    if begin < 0:
+    if integer(begin, f"{call}: `begin`") < 0:
         raise ValueError(f"{call}: begin={begin} is below 0. Pass the optimizer step at which sparsification begins.")
 
 
@@ -170,6 +172,7 @@ def gradual_density(final: float, *, begin: int, end: int, every: int = 1, initi
       A function from an optimizer step, int or traced, to the density, a float32 scalar.
 
     Raises:
+      TypeError: a step is no integer.
       ValueError: a density is not in (0, 1], `end` is not above `begin`, or `every` does not divide the steps between.
 
     Example:
@@ -183,6 +186,7 @@ def gradual_density(final: float, *, begin: int, end: int, every: int = 1, initi
     for name, value in (("final", final), ("initial", initial)):
         if not 0 < value <= 1:
             raise ValueError(f"gradual_density: {name}={value} is not in (0, 1]. A density is the fraction kept.")
+    begin, end, every = (integer(value, f"gradual_density: `{name}`") for name, value in (("begin", begin), ("end", end), ("every", every)))
     if not 0 <= begin < end:
         raise ValueError(f"gradual_density: begin={begin} and end={end} are not in order. Pass 0 <= begin < end.")
     if every < 1 or (end - begin) % every:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.plan import Plan, leaf_paths
+from jaxsparse.ranking import wide
 
 __all__ = ["Score", "as_score", "diagonal_fisher", "random_score", "score_tree"]
 
@@ -52,7 +53,7 @@ def diagonal_fisher(loss: Callable[..., jax.Array], params, *batch):
       *batch: pytrees of arrays whose leading axis runs over the examples.
 
     Returns:
-      A pytree of the structure of `params`.
+      A pytree of the structure of `params`, in float32 where these are narrower.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,24 +66,25 @@ def diagonal_fisher(loss: Callable[..., jax.Array], params, *batch):
     """
 
     def add(total, example):
-        return jax.tree.map(lambda t, g: t + g * g, total, jax.grad(loss)(params, *example)), None
+        return jax.tree.map(lambda t, g: t + wide(g) ** 2, total, jax.grad(loss)(params, *example)), None
 
-    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda w: jnp.zeros_like(wide(w)), params), batch)
     count = jax.tree.leaves(batch)[0].shape[0]
     return jax.tree.map(lambda t: t / count, total)
 
 
 def _first_order(path, w, g):
     del path
-    return jnp.abs(w * g)
+    return jnp.abs(wide(w) * wide(g))
 
 
 def _fisher(path, w, fisher):
     del path
-    return w * w * fisher
+    return wide(w) ** 2 * wide(fisher)
 
 
 NAMED: dict[str, Score | None] = {"magnitude": None, "first_order": _first_order, "fisher": _fisher, "random": random_score(0)}
+BY_GRADIENT = ("first_order", "fisher")
 
 
 def as_score(score: str | Score, call: str) -> Score | None:

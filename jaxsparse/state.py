@@ -125,7 +125,7 @@ def merged_masks(source, call: str):
     if rewire_states(source):
         return masks(source)
     leaves = jax.tree.leaves(source)
-    if not leaves or any(not isinstance(leaf, bool) and getattr(leaf, "dtype", None) is not jnp.dtype(bool) for leaf in leaves):
+    if not leaves or any(not isinstance(leaf, bool) and getattr(leaf, "dtype", None) != jnp.dtype(bool) for leaf in leaves):
         raise ValueError(
             f"{call}: this {type(source).__name__} is neither masks nor an optimizer state that holds them. Wrap the optimizer in "
             "jaxsparse.rewire or a recipe of jaxsparse.recipes, or pass a pytree of boolean masks."

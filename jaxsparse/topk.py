@@ -4,12 +4,13 @@ A threshold is searched for: each pass over the arrays counts the keys above eig
 candidates and the counts the next; whatever they are worth, the quarters of the interval are among them.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+
+from jaxsparse.ranking import wide_keys
 
 __all__ = ["how_many", "top_masks"]
 
@@ -40,7 +41,9 @@ def top_masks(arrays, keys_of, k):
     if not size:
         return [jnp.ones(a.shape, bool) for a in arrays]
     views = [jnp.asarray(a).reshape(-1, a.shape[-1] if a.ndim else 1) for a in arrays]
-    keys = functools.partial(_wide_keys, keys_of)
+
+    def keys(array):
+        return wide_keys(keys_of(array))
 
     def narrow(interval, candidates):
         candidates = jnp.clip(candidates, interval.low + 1, interval.high)
@@ -77,7 +80,7 @@ def top_masks(arrays, keys_of, k):
             room -= here
         return places
 
-    every = [jnp.int32(size)] * len(views)
+    every = [jnp.full_like(interval.from_low, size)] * len(views)
     lasts = lax.cond(interval.from_low == k, lambda: every, last_places)
     return [_mask(keys(view), lowest, last).reshape(a.shape) for a, view, last in zip(arrays, views, lasts, strict=True)]
 
@@ -85,11 +88,6 @@ def top_masks(arrays, keys_of, k):
 def _mask(keys, lowest, last):
     place = lax.broadcasted_iota(jnp.int32, keys.shape, 0) * keys.shape[1] + lax.broadcasted_iota(jnp.int32, keys.shape, 1)
     return (keys > lowest) | ((keys == lowest) & (place <= last))
-
-
-def _wide_keys(keys_of, array):
-    keys = keys_of(array)
-    return keys.astype(jnp.promote_types(keys.dtype, jnp.int32))
 
 
 def _unsigned(keys):

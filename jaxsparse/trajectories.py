@@ -60,6 +60,8 @@ def _centred(x, where):
 def decorrelation_time(series) -> jax.Array:
     """Delta: the first lag at which the autocorrelation of each weight's series is 0 or below.
 
+    So it is where one of the two parts is constant and the other is not, as of a weight that is 0 from some step on.
+
     Args:
       series: real array `[T, ...]` of T >= 2 samples in time, one series for each weight.
 
@@ -83,7 +85,7 @@ def decorrelation_time(series) -> jax.Array:
     """
     series = _checked(series, "decorrelation_time")
     rho = _autocorrelation(series)
-    gone = rho <= 0
+    gone = ~(rho > 0)  # NaN where one of the two parts is constant
     first = jnp.where(gone.any(0), gone.argmax(0), len(series)).astype(jnp.float32)
     return jnp.where(jnp.isnan(rho[0]), jnp.nan, first)
 

@@ -5,7 +5,7 @@ import itertools
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.ranking import once
+from jaxsparse.ranking import once, wide
 
 __all__ = ["transposable_mask"]
 
@@ -21,7 +21,7 @@ def transposable_mask(scores, n: int, axes: tuple[int, ...]):
 
     def member(i, j):
         x = lax.index_in_dim(lax.index_in_dim(blocks, j, b + 2, keepdims=False), i, a + 1, keepdims=False)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = wide(x)
         return jnp.where(x <= _FINITE, x, jnp.where(x == x, _INF, _NAN))
 
     def spread(words):

@@ -131,6 +131,16 @@ def test_ten_steps_equal_algorithm_1(recipe, optimizer):
         np.testing.assert_array_equal(w == 0, w_expected == 0, err_msg=f"zeros after step {t}")
 
 
+def test_fix_may_be_a_fraction_of_training():
+    random = np.random.default_rng(3)
+    params = {"w": random.normal(size=(16, 6)), "b": random.normal(size=6)}
+    batches = [(random.normal(size=(8, 16)), random.normal(size=(8, 6))) for _ in range(STEPS)]
+    by_step, by_fraction = (
+        library(params, batches, Momentum(), **fix) for fix in ({"fix_after": 5}, {"fix_after": 0.5, "total_steps": STEPS})
+    )
+    jax.tree.map(np.testing.assert_array_equal, by_fraction, by_step)
+
+
 def test_the_recipes_differ_in_these_ten_steps():
     random = np.random.default_rng(3)
     params = {"w": random.normal(size=(16, 6)), "b": random.normal(size=6)}

@@ -87,6 +87,10 @@ class Mapped(nn.Module):
         return nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(8)(x)
 
 
+def coarse(*arrays, dtype):
+    return tuple(None if a is None else a.astype(jnp.bfloat16).astype(jnp.float32) for a in arrays)
+
+
 ZOO = {
     "Dense": (nn.Dense(8), X),
     "Dense without bias": (nn.Dense(8, use_bias=False), X),
@@ -94,6 +98,7 @@ ZOO = {
     "Dense in bfloat16": (nn.Dense(8, dtype=jnp.bfloat16), X),
     "Dense with weights in bfloat16": (nn.Dense(8, param_dtype=jnp.bfloat16), X),
     "Dense with another product": (nn.Dense(8, dot_general=lambda *args, **kwargs: 2 * jax.lax.dot_general(*args, **kwargs)), X),
+    "Dense with another promotion": (nn.Dense(8, promote_dtype=coarse), X),
     "DenseGeneral": (nn.DenseGeneral((4, 5)), X),
     "DenseGeneral of two axes": (nn.DenseGeneral((4, 5), axis=(-2, -1)), X),
     "DenseGeneral of axes out of order": (nn.DenseGeneral(4, axis=(-1, 1)), X),
@@ -205,6 +210,7 @@ SPARSE_PRODUCTS = {
     "own weights": 1,
     "own weights below": 2,
     "Dense with another product": 0,
+    "Dense with another promotion": 0,
     "Conv": 0,
     "Einsum": 0,
 }
@@ -216,6 +222,22 @@ def test_dense_layers_run_the_sparse_product(name):
     with js.flax.intercept():
         program = jax.make_jaxpr(model.apply)(js.compress(params, masks, plan), x)
     assert str(program).count("sparse_matmul[") == SPARSE_PRODUCTS[name]
+
+
+@pytest.mark.parametrize("call", ["by place", "by name", "boxed"])
+def test_a_dense_layer_runs_the_sparse_product_however_it_is_called_and_its_weight_boxed(call):
+    boxes = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "out"))
+    model = nn.Dense(8, kernel_init=boxes if call == "boxed" else nn.initializers.lecun_normal())
+    params = model.init(jax.random.key(0), X)
+    plan = js.flax.plan(model, {"kernel": "2:4"}, X)
+    masks = js.magnitude_masks(params, plan)
+    packed = js.compress(params, masks, plan)
+    x = {"inputs": X} if call == "by name" else {}
+    with js.flax.intercept():
+        program = jax.make_jaxpr(lambda packed: model.apply(packed, *([] if x else [X]), **x))(packed)
+        y = model.apply(packed, *([] if x else [X]), **x)
+    assert str(program).count("sparse_matmul[") == 1
+    np.testing.assert_allclose(y, model.apply(js.sparse_params(nn.meta.unbox(params), masks), X), rtol=1e-5, atol=1e-5)
 
 
 def test_a_named_implementation_is_that_of_every_product():

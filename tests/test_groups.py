@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import reference
 
+import jaxsparse as js
 from jaxsparse import groups, ranking
 
-ALGORITHMS = {"compare_all": 16, "merge": 128, "best": 128, "insert": 128, "bisect": 128}  # the longest group that each is for
+ALGORITHMS = {"compare_all": 16, "merge": 512, "best": 512, "insert": 256, "bisect": 512}  # the longest group that each is for
 SIZES = [
     (1, 3),
     (2, 8),
@@ -27,6 +28,10 @@ SIZES = [
     (20, 32),
     (1, 128),
     (127, 128),
+    (2, 256),
+    (1, 300),
+    (1, 512),
+    (2, 512),
 ]
 
 
@@ -43,6 +48,13 @@ def test_algorithms_agree(name, dtype):
         f = functools.partial(getattr(groups, f"_{name}"), keys_of=ranking.order_keys, n=n, m=m, axis=1)
         mask = np.asarray(jax.jit(f)(scores))
         np.testing.assert_array_equal(mask, reference.nm_mask(scores, n, m, axis=1), f"{n}:{m}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("n", "m"), [(1, 257), (2, 257), (1, 512), (2, 512), (3, 512)])
+def test_groups_may_be_longer_than_a_byte_counts(n, m, dtype):
+    scores = jnp.asarray(np.random.default_rng(m).permutation(4 * m).reshape(2, m, 2) / (4 * m), dtype)
+    np.testing.assert_array_equal(js.nm_mask(scores, n, m, axis=1), reference.nm_mask(scores, n, m, axis=1))
 
 
 def test_magnitude_keys_order_as_magnitudes_do():

@@ -220,3 +220,34 @@ def test_magnitude_masks_agree_under_jit_and_in_narrow_dtypes():
     eager, jitted = js.magnitude_masks(tree, plan), jax.jit(js.magnitude_masks)(tree, plan)
     jax.tree.map(np.testing.assert_array_equal, eager, jitted)
     np.testing.assert_array_equal(eager["in"]["w"], reference.nm_mask(np.abs(tree["in"]["w"].astype("float32")), 2, 4, 0))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "float32", "bfloat16"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 16), (2, 32), (5, 32)])
+def test_masks_in_64_bits(n, m, dtype):
+    with jax.enable_x64(True):
+        scores = jnp.asarray(np.random.default_rng(0).permutation(2 * m).reshape(m, 2), dtype)
+        np.testing.assert_array_equal(js.nm_mask(scores, n, m, axis=0), reference.nm_mask(np.asarray(scores, float), n, m, axis=0))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int4", "uint4"])
+def test_every_mask_takes_numbers_of_8_bits_and_fewer(dtype):
+    values = np.random.default_rng(0).integers(0, 8, (32, 8))
+    scores = jnp.asarray(values, dtype)
+    for mask in (
+        lambda s: js.nm_mask(s, 5, 32, axis=0),
+        lambda s: js.nm_mask(s, 1, 16, axis=0),
+        lambda s: js.topk_mask(s, 0.3),
+        lambda s: js.transposable_nm_mask(s, 2, 4, axes=(0, 1)),
+        lambda s: js.block_mask(s, (4, 4), 0.5, axes=(0, 1)),
+        lambda s: js.block_mask(s, (4, 4), 0.5, axes=(0, 1), score="mean"),
+    ):
+        np.testing.assert_array_equal(mask(scores), mask(values.astype(np.float32)))
+
+
+def test_leaves_of_8_bits_rank_together_with_others():
+    values = np.random.default_rng(0).permutation(32).reshape(2, 16) / 4
+    params = {"a": jnp.asarray(values[0], "float8_e4m3fn"), "b": jnp.asarray(values[1], "bfloat16")}
+    found = js.magnitude_masks(params, js.plan(params, {"*": js.Unstructured(0.25, "global")}))
+    rounded = np.concatenate([np.asarray(params[name], np.float32) for name in "ab"])
+    np.testing.assert_array_equal(np.concatenate([found["a"], found["b"]]), reference.topk_mask(rounded, 8))

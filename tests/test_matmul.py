@@ -116,6 +116,30 @@ def test_precision_reaches_the_product_and_its_gradients(precision):
     assert "dot_general" in plain
 
 
+@pytest.mark.parametrize(("asked", "said"), [("highest", "HIGHEST"), ("BF16_BF16_F32_X3", "num_primitive_operations = 3")])
+def test_the_precision_of_the_context_is_that_where_the_product_is_called(asked, said):
+    w, _ = make()
+
+    def f(x, w):
+        with jax.default_matmul_precision(asked):
+            return js.sparse_matmul(x, w).sum()
+
+    text = jax.jit(jax.grad(f, argnums=(0, 1), allow_int=True)).lower(make_x((3, 24)), w).as_text()
+    assert text.count("dot_general") > 1
+    assert all(said in line for line in text.splitlines() if "dot_general" in line)
+
+
+def test_the_gradient_of_relu_at_0_is_0():
+    w, _ = make()
+    x = jnp.zeros((3, 24))
+    found, expected = (
+        jax.grad(lambda x, values, f=f: f(x, with_values(w, values)).sum(), (0, 1))(x, w.values)
+        for f in (functools.partial(js.sparse_matmul, activation="relu"), lambda x, w: jax.nn.relu(js.sparse_matmul(x, w)))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert not found[0].any()
+
+
 def with_values(w, values):
     return js.Sparse24(values, w.metadata, w.contracting, w.output, w.output_first)
 

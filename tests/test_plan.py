@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import pickle
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,25 @@ def test_paths_run_through_dicts_lists_tuples_and_named_tuples_in_tree_order():
     assert [leaf.shape for leaf in plan.leaves] == [jnp.shape(leaf) for leaf in jax.tree.leaves(tree())]
 
 
+class Attention(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+def test_a_field_may_be_called_value():
+    params = {"attention": Attention(*[jnp.ones((8, 4))] * 3)}
+    plan = js.plan(params, {"attention/*": NM})
+    assert list(plan.sparse) == ["attention/query", "attention/key", "attention/value"]
+
+
+def test_a_plan_that_was_pickled_does_not_keep_the_hash_of_its_process():
+    plan = js.plan(tree(), {"blocks/0/*": NM})
+    assert hash(plan) and plan.sparse
+    again = pickle.loads(pickle.dumps(plan))
+    assert again == plan and vars(again).keys() == {"leaves"}
+
+
 def test_every_leaf_says_its_pattern_or_why_it_is_dense():
     plan = js.plan(tree(), {"blocks/0/*": NM, "head/*": NM, "cell/*": None, "blocks/1/kernel": js.NM(1, 4, axis=-1)})
     assert patterns(plan) == {
@@ -51,7 +71,7 @@ def test_every_leaf_says_its_pattern_or_why_it_is_dense():
         "blocks/1/bias": "no rule matches",
         "cell/kernel": "rule 'cell/*' says dense",
         "head/0": "axis 0 has size 6, not a multiple of m=4",
-        "head/1": "axis 0 is out of range for 0 axes",
+        "head/1": "it is a scalar",
     }
     assert set(plan.sparse) == {"blocks/0/kernel", "blocks/0/bias", "blocks/1/kernel"}
 

@@ -1,5 +1,7 @@
 """The decay factor and the gradient in the optimizer state: under every wrapper, in Flax, in checkpoints, at compression."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -325,12 +327,14 @@ def test_static_holds_zeros_under_any_optimizer_and_sees_a_smaller_model():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, small)
 
 
-@pytest.mark.parametrize("source", ["masks", "numpy masks", "an optimizer state"])
+@pytest.mark.parametrize("source", ["masks", "numpy masks", "pickled masks", "an optimizer state"])
 def test_static_goes_on_with_given_masks(source):
     plan = planned("a", "c")
     params, state = at(js.recipes.rewired(ADAM, plan), 3)
     masks = js.masks(state)
-    given = {"masks": masks, "numpy masks": jax.tree.map(np.asarray, masks), "an optimizer state": state}[source]
+    arrays = jax.tree.map(np.asarray, masks)
+    pickled = pickle.loads(pickle.dumps(arrays))
+    given = {"masks": masks, "numpy masks": arrays, "pickled masks": pickled, "an optimizer state": state}[source]
     new = at(js.recipes.static(optax.sgd(0.1, momentum=0.9), plan, masks=given), 3, jax.tree.map(lambda w: w + 1, params))
     jax.tree.map(np.testing.assert_array_equal, js.masks(new[1]), masks)
     np.testing.assert_array_equal(new[0]["a"] == 0, ~masks["a"])

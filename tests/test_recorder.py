@@ -239,6 +239,12 @@ def test_low_precision_weights_are_recorded_as_float32():
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(found[1:]))
 
 
+def test_what_is_no_array_of_numbers_may_be_in_the_state():
+    tx = recorded(recipe(optax.chain(optax.add_noise(0.01, 0.55, key=jax.random.key(0)), optax.sgd(0.1))))
+    _, state, _ = run(tx, 12)
+    assert len(analysis.recordings(state).steps) == 4
+
+
 def test_errors_name_the_call():
     params, tx = make_params(), recorded(recipe())
     with pytest.raises(TypeError, match="record: `plan` is a dict"):

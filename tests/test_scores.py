@@ -65,6 +65,22 @@ def test_the_fisher_diagonal_is_the_mean_of_squares():
     np.testing.assert_allclose(found, np.mean(np.square(each), 0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_fisher_diagonal_is_summed_in_float32(dtype):
+    found = js.diagonal_fisher(lambda w, x: (w * x).sum(), jnp.zeros(2, dtype), jnp.tile(jnp.array([1.0, 1e-4], dtype), (1000, 1)))
+    np.testing.assert_allclose(found, [1.0, 1e-8], rtol=0.01)  # in bfloat16 a sum of ones ends at 256; in float16 1e-8 is 0
+
+
+@pytest.mark.parametrize("score", ["first_order", "fisher"])
+def test_scores_below_what_float16_holds_still_rank(score):
+    w, g = jnp.array([1e-4, 2e-4, 3e-4, 4e-4], "float16"), jnp.full(4, 1e-5, "float16")
+    plan = js.plan({"w": w}, {"w": js.NM(2, 4, axis=0)})
+    tx = js.rewire(optax.sgd(0.0), plan, score=score)
+    extra = {"fisher": {"w": g}} if score == "fisher" else {}
+    _, state = tx.update({"w": g}, tx.init({"w": w}), {"w": w}, **extra)
+    assert js.masks(state)["w"].tolist() == [False, False, True, True]
+
+
 def test_bad_scores_are_refused():
     with pytest.raises(ValueError, match="rewire: there is no score 'size'"):
         js.rewire(optax.sgd(0.1), PLAN, score="size")

@@ -64,6 +64,22 @@ check((64, 4), js.NM(1, 16, axis=0), columns, True)
 check((64, 4), js.NM(1, 16, axis=0), rows, True)
 check((12, 8), js.NM(2, 4, axis=0), rows, False)  # the boundary of the devices cuts a group
 
+# inside shard_map every device has groups of its own; one pattern for each algorithm
+pieces = jax.random.normal(jax.random.key(0), (64, 8))
+mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+patterns = [js.NM(n, m, axis=0) for n, m in ((2, 4), (1, 16), (2, 32), (3, 32))]
+patterns += [js.TransposableNM(2, 4, axes=(0, 1)), js.Unstructured(0.25), js.Block((4, 4), 0.5, axes=(0, 1))]
+for dtype in ("float32", "bfloat16"):
+    for pattern in patterns:
+        def mask(w):
+            return js.magnitude_masks({"w": w}, js.plan({"w": w}, {"w": pattern}))["w"]
+        w = pieces.astype(dtype)
+        found = jax.jit(jax.shard_map(mask, mesh=mesh, in_specs=columns, out_specs=columns))(w)
+        np.testing.assert_array_equal(found, jnp.concatenate([mask(w[:, :4]), mask(w[:, 4:])], 1), str(pattern))
+with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))):
+    w = jax.device_put(pieces, columns)
+    np.testing.assert_array_equal(jax.jit(lambda w: js.nm_mask(jnp.abs(w), 2, 4, axis=0))(w), js.nm_mask(np.abs(pieces), 2, 4, axis=0))
+
 w = jax.random.normal(jax.random.key(0), (16, 8))
 plan = js.plan({"w": w}, {"w": js.TransposableNM(2, 4, axes=(0, 1))})
 packed = js.compress({"w": w}, js.magnitude_masks({"w": w}, plan), plan)["w"]

@@ -241,9 +241,10 @@ def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, bl
                     bias = load(bias_ref[0].at[pl.ds(m0, 64)], plgpu.Layout.WGMMA.reduce(1))
                     result = result + lax.broadcast_in_dim(bias, result.shape, [0])
                 result = plgpu.layout_cast(ACTIVATIONS[activation](result).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                for part in range(config.tile_n // config.store_n):
+                parts = config.tile_n // config.store_n
+                for part in range(parts):
                     ours = out.at[warpgroup, part % STORE_SLOTS]
-                    plgpu.wait_smem_to_gmem(STORE_SLOTS - 1, wait_read_only=True)
+                    plgpu.wait_smem_to_gmem(min(STORE_SLOTS, parts) - 1, wait_read_only=True)  # the next tile begins with slot 0 again
                     turn(result[:, part * config.store_n : (part + 1) * config.store_n], ours)
                     plgpu.commit_smem()
                     rows = pl.ds(n0 + part * config.store_n, config.store_n)
