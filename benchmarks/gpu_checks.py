@@ -110,6 +110,13 @@ def error(multiply, n, m, k, dtype=jnp.bfloat16, gradient=False):
     return _units(multiply(x, w), exact)
 
 
+def fused_error(multiply, n, m, k, dtype=jnp.bfloat16):
+    """The largest error of a random product to which a bias is added and then GELU taken, in `units`; `multiply` takes the bias last."""
+    x, w, exact = _problem(n, m, k, dtype, False, False)
+    bias = jax.random.normal(jax.random.key(m), (m,))
+    return _units(multiply(x, w, bias), jax.nn.gelu(exact + bias))
+
+
 def units(y, x, w):
     """The largest error of a product, in units of the last place of the largest result; half a unit is rounding."""
     return _units(y, _reference(x, w, False))

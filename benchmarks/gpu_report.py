@@ -1,5 +1,8 @@
 """What the timings of `gpu.py` say: rows for the automatic choice, a plot, tables."""
 
+import math
+import statistics
+
 import tabulate
 
 from jaxsparse.kernels import KERNELS
@@ -35,33 +38,39 @@ def table(timings):
     return tabulate.tabulate([[one.get(column) for column in COLUMNS] for one in timings], COLUMNS, floatfmt=".2f")
 
 
-def choices(timings, capability):
+def choices(timings, wrong, capability):
     """Rows of `_PREFERENCES` in `jaxsparse/kernels/__init__.py` that measurements on one device imply.
 
     A row says from how many weights on a kernel beats the dense product by `MARGIN` in every shape that was measured, for
-    neighbouring row counts of which that holds from the same number on. Between and beyond the measured row counts it claims nothing.
+    neighbouring row counts of which that holds from the same number on. A shape at which the kernel was wrong it did not win.
+    Between and beyond the measured row counts a row claims nothing. The first that fits is taken: the fastest come first.
     """
-    rows = []
+    failed = {(one["kernel"], one["shape"], one["rows"]) for one in wrong}
+    rows, gains = [], []
     for name in KERNELS:
         last = None
         for n in sorted({one["rows"] for one in timings}):
-            measured = [one for one in timings if one["rows"] == n and name in one["microseconds"]]
+            measured = [one for one in timings if one["rows"] == n and (name in one["microseconds"] or (name, one["shape"], n) in failed)]
             measured.sort(key=lambda one: -one["M"] * one["K"])
             wins = []
             for one in measured:
-                if one["microseconds"]["jax dense"] < MARGIN * one["microseconds"][name]:
+                if one["microseconds"]["jax dense"] < MARGIN * one["microseconds"].get(name, math.inf):
                     wins = [w for w in wins if w["M"] * w["K"] > one["M"] * one["K"]]
                     break
                 wins.append(one)
+            gain = [one["microseconds"]["jax dense"] / one["microseconds"][name] for one in wins]
             weights = min((one["M"] * one["K"] for one in wins), default=None)
             if weights is None:
                 last = None
             elif last is not None and last[4] == weights:
                 last[3] = n
+                gains[-1] += gain
             else:
                 last = [(capability,), name, n, n, weights, min(min(one["M"], one["K"]) for one in wins)]
                 rows.append(last)
-    return [tuple(one) for one in rows]
+                gains.append(gain)
+    order = sorted(range(len(rows)), key=lambda i: -statistics.geometric_mean(gains[i]))
+    return [tuple(rows[i]) for i in order]
 
 
 def plot(timings, device, path):

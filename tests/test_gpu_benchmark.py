@@ -109,8 +109,9 @@ def test_the_smoke_run_takes_every_step(gpu, tmp_path, capsys, monkeypatch):
 def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "weights_once", lambda *_: [])
     monkeypatch.setattr(gpu, "runs_here", lambda name: None)
-    x_gradient = gpu.x_gradient
+    x_gradient, fused = gpu.x_gradient, gpu.fused
     monkeypatch.setattr(gpu, "x_gradient", lambda name: x_gradient("dense"))
+    monkeypatch.setattr(gpu, "fused", lambda name: fused("dense"))
     monkeypatch.setattr(gpu, "product", lambda name: exact if name == "decode" else lambda x, w: exact(x, w) + 1)
     gpu.main(["--smoke", "--out", str(tmp_path)])
     found = written(tmp_path)
@@ -201,8 +202,15 @@ def test_choices_are_where_a_kernel_won_at_every_shape(gpu):
     ]
     decode = ((9, 0),), "decode", 1, 16, 2048 * 2048, 2048
     hopper = ((9, 0),), "hopper", 4096, 4096, 8192 * 512, 512
-    assert gpu.gpu_report.choices(timings, (9, 0)) == [hopper, decode]
-    assert gpu.gpu_report.choices([], (9, 0)) == []
+    assert gpu.gpu_report.choices(timings, [], (9, 0)) == [decode, hopper]  # the faster one first
+    assert gpu.gpu_report.choices([], [], (9, 0)) == []
+
+
+def test_a_shape_at_which_a_kernel_was_wrong_is_one_that_it_lost(gpu):
+    timings = [timed(1024, 1024, 16, 10, decode=5), timed(2048, 2048, 16, 10), timed(4096, 4096, 16, 10, decode=5)]
+    wrong = [{"kernel": "decode", "shape": "2048 x 2048", "rows": 16, "error": 3.0}]
+    assert gpu.gpu_report.choices(timings, [], (9, 0)) == [(((9, 0),), "decode", 16, 16, 1024 * 1024, 1024)]
+    assert gpu.gpu_report.choices(timings, wrong, (9, 0)) == [(((9, 0),), "decode", 16, 16, 4096 * 4096, 4096)]
 
 
 def test_the_readme_shows_what_was_measured_or_that_nothing_was(gpu, tmp_path, monkeypatch):

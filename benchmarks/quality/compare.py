@@ -15,6 +15,9 @@ UNITS = {
 }
 
 
+AS_IN_PAPERS, TOWARDS, NOT_SO = "As in the papers", "Towards the papers, but not everywhere beyond chance", "Not as in the papers"
+
+
 class Difference(NamedTuple):
     """How much worse one cell is than another: mean and deviation over the seeds that both have, their number, p of a paired t-test."""
 
@@ -74,14 +77,21 @@ def significant(difference, level=0.05):
     return difference is not None and difference.p < level
 
 
-def verdict(*conditions):
-    """Whether all hold; None where one of them could not be told."""
-    return None if any(condition is None for condition in conditions) else all(conditions)
+def untested(found):
+    return found is None or math.isnan(found.p)
 
 
-def worse(found):
-    """Whether a difference is above 0 beyond chance; None where it was not tested."""
-    return None if found is None or math.isnan(found.p) else found.mean > 0 and significant(found)
+def verdict(holds, points=False):
+    """What is said of a finding that holds, or not; None where that could not be told; or that at least points that way."""
+    return "Not enough runs to tell" if holds is None else AS_IN_PAPERS if holds else TOWARDS if points else NOT_SO
+
+
+def above_zero(*expected):
+    """The verdict on differences that the papers expect above 0."""
+    if any(map(untested, expected)):
+        return verdict(None)
+    points = all(one.mean > 0 for one in expected)
+    return verdict(points and all(map(significant, expected)), points)
 
 
 def text(found):

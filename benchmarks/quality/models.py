@@ -4,6 +4,8 @@
 attention are in forms that suit XLA:CPU.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -29,9 +31,11 @@ def _gradients(saved, g):
 product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _gradients)
 
 
-def products(x, kernel, *_, **__):
-    """The `dot_general` of a dense layer, of all leading axes as one."""
-    return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+def products(x, kernel, dimensions=(((-1,), (0,)),), *_, **__):
+    """The `dot_general` of a dense layer, whose last axes of x meet the first of the kernel, of matrices."""
+    axes = len(dimensions[0][0])
+    left, right = x.shape[:-axes], kernel.shape[axes:]
+    return product(x.reshape(math.prod(left), -1), kernel.reshape(-1, math.prod(right))).reshape(*left, *right)
 
 
 def attention(query, key, value, mask=None, **_):
@@ -49,7 +53,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, mask=None):
         width = x.shape[-1]
-        attend = nn.MultiHeadDotProductAttention(self.heads, use_bias=False, attention_fn=attention)
+        attend = nn.MultiHeadDotProductAttention(
+            self.heads, use_bias=False, attention_fn=attention, qkv_dot_general=products, out_dot_general=products
+        )
         x += attend(nn.LayerNorm()(x), mask=mask)
         h = nn.LayerNorm()(x).reshape(-1, width)
         h = nn.Dense(narrowed(4 * width, self.density), dot_general=products, name="hidden_in")(h)
@@ -103,7 +109,7 @@ class Conv(nn.Module):
         size = x.shape[1]
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         moved = [padded[:, i : i + size : self.stride, j : j + size : self.stride] for i in range(3) for j in range(3)]
-        return jnp.einsum("bhwki,kio->bhwo", jnp.stack(moved, 3), kernel.reshape(9, *kernel.shape[2:]))
+        return products(jnp.concatenate(moved, -1), kernel.reshape(-1, self.channels))
 
 
 class ConvNet(nn.Module):
