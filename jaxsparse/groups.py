@@ -21,7 +21,7 @@ def algorithm(n, m: int, key_bits: int):
         return _merge
     if m <= 8 or (m <= 16 and not (few and n == 1)):
         return _compare_all
-    if few and (n == 1 or m <= 1 << 8):
+    if few and (n == 1 or m <= 64):  # XLA:CPU takes minutes and gigabytes to compile 256 unrolled
         return _best if n == 1 else _insert
     return _bisect
 
@@ -111,7 +111,7 @@ def _first_highest(keys_and_places, axis):
 
 
 def _insert(groups, keys_of, n, m, axis):
-    """Goes through the members, at most 256, once and keeps the n best so far in order."""
+    """Goes through the members once and keeps the n best so far in order."""
 
     members = _members(keys_of, groups, m, axis)
     keys, found = members[:1], [jnp.zeros(members[0].shape, jnp.int32)]

@@ -11,7 +11,7 @@ import reference
 import jaxsparse as js
 from jaxsparse import groups, ranking
 
-ALGORITHMS = {"compare_all": 16, "merge": 512, "best": 512, "insert": 256, "bisect": 512}  # the longest group that each is for
+ALGORITHMS = {"compare_all": 16, "merge": 512, "best": 512, "insert": 64, "bisect": 512}  # the longest group that each is for
 SIZES = [
     (1, 3),
     (2, 8),
@@ -28,7 +28,7 @@ SIZES = [
     (20, 32),
     (1, 128),
     (127, 128),
-    (2, 256),
+    (2, 64),
     (1, 300),
     (1, 512),
     (2, 512),
