@@ -88,7 +88,7 @@ GPU = Scale(256, 4, 8, 128, 32, 64, 32, 10_000, 4096, (0, 1, 2, 3, 4), True, (("
 
 def tiny(scale):
     """A scale with everything small and nothing to tune."""
-    sizes = {"width": 32, "depth": 1, "heads": 2, "context": 16, "batch": 2, "images": 4, "steps": 20, "validated": 64, "seeds": (0, 1)}
+    sizes = {"width": 32, "depth": 1, "heads": 2, "context": 16, "batch": 2, "images": 4, "steps": 32, "validated": 64, "seeds": (0, 1)}
     return dataclasses.replace(scale, **sizes, rates=tuple((task, (5e-3,)) for task, _ in scale.rates), tuned=())
 
 
