@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from jaxsparse import analysis as analysis
 from jaxsparse import recipes as recipes
+from jaxsparse._program.execute import sparsify as sparsify
 from jaxsparse.budgets import layer_budget as layer_budget
 from jaxsparse.compress import Sparse24 as Sparse24
 from jaxsparse.compress import compress as compress

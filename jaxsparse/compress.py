@@ -19,7 +19,7 @@ __all__ = ["Sparse24", "compress", "decompress", "expand", "gather", "turn"]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "metadata"),
-    meta_fields=("contracting", "output", "output_first", "layout", "transposable"),
+    meta_fields=("contracting", "output", "axes", "layout", "transposable"),
 )
 @dataclasses.dataclass(frozen=True)
 class Sparse24:
@@ -28,15 +28,17 @@ class Sparse24:
     An ordinary pytree: `jit`, `grad` (with `allow_int=True`, or with respect to `values`), checkpoints, sharding,
     donation and `lax.scan` over a stack of them work as for any other. Make it with `compress`.
 
-    M is the product of the output axes, K that of the contracted ones, in row-major order. Leading axes (`...`) are
-    stacks of weights, as `nn.scan` makes them.
+    M is the product of the output axes, K that of the contracted ones, in the order in which they stand in the dense weight.
+    Leading axes (`...`) are stacks of weights, as `nn.scan` makes them; a loop over the stack takes one from the front.
 
     Attributes:
       values: `[..., M, K/2]`, the kept weights in the order of the contraction.
       metadata: the places of the kept weights, in the arrangement that `layout` names.
       contracting: sizes of the axes that the matmul sums over, static.
       output: sizes of the other axes of one weight, static.
-      output_first: whether the output axes come before the contracted ones in the dense weight, static.
+      axes: what each axis of the dense weight is, static: `"K"` contracted, `"O"` output, `"S"` stack. A Flax kernel is `"KO"`,
+        a scanned one `"SKO"`, one scanned along axis 1 `"KSO"`, a kernel `[heads, inputs, width]` `"OKO"`. Stacks that are
+        missing here stand in front, and those that were taken off are the first. Empty means contracted before output axes.
       layout: the arrangement of `metadata`, static. `"canonical"` is uint16 `[..., M, ceil(K/16)]`, one nibble for each
         group of four, the lowest first, `first | second << 2` with the two places in ascending order. `"mma16"` is
         uint32 `[..., 2*ceil(M/128), 2*ceil(K/128), 128]`, the same words as the lanes of a sparse tensor core read them
@@ -52,20 +54,32 @@ class Sparse24:
     metadata: jax.Array
     contracting: tuple[int, ...]
     output: tuple[int, ...]
-    output_first: bool = False
+    axes: str = ""
     layout: str = "canonical"
     transposable: bool = False
 
     @property
+    def kinds(self) -> str:
+        """What each axis of the dense weight is, as `axes` says, with exactly the stacks that are there."""
+        kinds = self.axes or "K" * len(self.contracting) + "O" * len(self.output)
+        surplus = kinds.count("S") - len(self.values.shape[:-2])
+        return kinds.replace("S", "", surplus) if surplus > 0 else "S" * -surplus + kinds
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense weight."""
-        core = (self.output, self.contracting) if self.output_first else (self.contracting, self.output)
-        return (*self.values.shape[:-2], *core[0], *core[1])
+        sizes = {"S": iter(self.values.shape[:-2]), "O": iter(self.output), "K": iter(self.contracting)}
+        return tuple(next(sizes[kind]) for kind in self.kinds)
 
     @property
     def ndim(self) -> int:
         """The number of axes of the dense weight."""
         return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the dense weight."""
+        return math.prod(self.shape)
 
     @property
     def dtype(self):
@@ -75,7 +89,7 @@ class Sparse24:
     @property
     def axis(self) -> int:
         """The axis of the dense weight along which groups run, counted from the end."""
-        return -1 if self.output_first else -1 - len(self.output)
+        return self.kinds.rindex("K") - len(self.kinds)
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +168,7 @@ def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None 
     for path, mask in zip(paths, masks, strict=True):
         if mask is None and path in planned:
             raise ValueError(f"compress: the plan makes {path} sparse, but there is no mask of it. Pass its mask, or plan it dense.")
-    places = [(0, 0, False) if mask is None else _place(path, mask, planned.get(path)) for path, mask in zip(paths, masks, strict=True)]
+    places = [("", False) if mask is None else _place(path, mask, planned.get(path)) for path, mask in zip(paths, masks, strict=True)]
     packed = (
         w if mask is None else _pack(w, mask, *place, layout or preferred_layout(w.dtype))
         for w, mask, place in zip(leaves, masks, places, strict=True)
@@ -177,10 +191,10 @@ def _check_binary(opt_state):
             )
 
 
-def _place(path: str, mask, leaf: Leaf | None) -> tuple[int, int, bool]:
-    """The group axis, counted from the end, the number of contracted axes, and whether the weight is transposable.
+def _place(path: str, mask, leaf: Leaf | None) -> tuple[str, bool]:
+    """What each axis of a weight is, as `Sparse24.axes` says, and whether the weight is transposable.
 
-    The mask is then known to be 2:4 along the axis, or along both.
+    The mask is then known to be 2:4 along the innermost contracted axis, or along the innermost output axis, too.
     """
     if leaf is not None and leaf.pattern is not None:
         if not isinstance(leaf.pattern, NM | TransposableNM) or (leaf.pattern.n, leaf.pattern.m) != (2, 4):
@@ -192,23 +206,30 @@ def _place(path: str, mask, leaf: Leaf | None) -> tuple[int, int, bool]:
                     f"compress: the mask of {path} does not keep exactly 2 of every 4 along axis {one} of shape {mask.shape}. "
                     "Pass the masks that it was trained with, once its recipe has reached 2:4."
                 )
-        inside = [i for i in leaf.stack if i > axis - leaf.contracting]
-        if inside:
-            raise ValueError(
-                f"compress: {path} of shape {leaf.shape} is a stack of weights along axis {inside[0]}, behind the contracted axis "
-                f"{axis}. Stack it along a leading axis, as nn.scan(..., variable_axes={{'params': 0}}) does."
-            )
-        innermost_output = axis - leaf.contracting if axis == -1 else -1
-        return axis, leaf.contracting, other == [innermost_output]
+        if not leaf.summed:
+            kinds = _usual_axes(mask.ndim, axis)
+        else:
+            kinds = "".join("K" if i in leaf.summed else "S" if i in leaf.stack else "O" for i in range(-mask.ndim, 0))
+        return kinds, bool(other) and other == [kinds.rfind("O") - mask.ndim]
     if isinstance(mask, jax.core.Tracer):
         raise ValueError(f"compress: the axis of {path} cannot be told from a traced mask. Pass the optimizer state or the plan.")
     axes = [axis for axis in range(-mask.ndim, 0) if mask.shape[axis] % 4 == 0 and _is_24(mask, axis)]
     if len(axes) == 1:
-        return axes[0], 1, False
+        return _usual_axes(mask.ndim, axes[0]), False
     found = f"is 2:4 along each of the axes {axes}" if axes else "does not keep exactly 2 of every 4 along any axis"
     raise ValueError(
         f"compress: the mask of {path}, of shape {mask.shape}, {found}. Pass the optimizer state or the plan, which know the axis."
     )
+
+
+def _usual_axes(ndim: int, axis: int) -> str:
+    """What the axes of a weight are where only the one along which groups run is known, counted from the end.
+
+    Those after it are outputs, those before it stacks; before the last axis stands the output.
+    """
+    if axis == -1:
+        return "S" * (ndim - 2) + "OK"[-ndim:]
+    return "S" * (ndim + axis) + "K" + "O" * (-axis - 1)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -218,22 +239,13 @@ def _is_24(mask, axis):
     return (groups.sum(axis + 1) == 2).all()
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _pack(w, mask, axis, contracting, transposable, layout):
-    output_first = axis == -1 and w.ndim > 1
-    end = w.ndim + axis + 1
-    begin = end - contracting
-    if output_first:
-        batch, output, contracted = w.shape[: begin - 1], w.shape[begin - 1 : begin], w.shape[begin:]
-    else:
-        batch, output, contracted = w.shape[:begin], w.shape[end:], w.shape[begin:end]
-    core = (math.prod(output), math.prod(contracted))
-    if output_first:
-        w, mask = (a.reshape(*batch, *core) for a in (w, mask))
-    else:
-        w, mask = (a.reshape(*batch, *core[::-1]).swapaxes(-1, -2) for a in (w, mask))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _pack(w, mask, kinds, transposable, layout):
+    order = [i for kind in "SOK" for i, one in enumerate(kinds) if one == kind]
+    stack, output, contracted = (tuple(w.shape[i] for i, one in enumerate(kinds) if one == kind) for kind in "SOK")
+    w, mask = (a.transpose(order).reshape(*stack, math.prod(output), math.prod(contracted)) for a in (w, mask))
     values, metadata = _kept(w, mask)
-    return Sparse24(values, metadata, contracted, output, output_first, transposable=transposable).with_layout(layout)
+    return Sparse24(values, metadata, contracted, output, kinds, transposable=transposable).with_layout(layout)
 
 
 def _kept(w, mask):
@@ -309,6 +321,9 @@ def decompress(packed):
         if not isinstance(leaf, Sparse24):
             return leaf
         w = expand(leaf.values, leaf.with_layout("canonical").metadata)
-        return (w if leaf.output_first else w.swapaxes(-1, -2)).reshape(leaf.shape)
+        kinds = leaf.kinds
+        order = [i for kind in "SOK" for i, one in enumerate(kinds) if one == kind]
+        w = w.reshape(*(leaf.shape[i] for i in order))
+        return w.transpose(sorted(range(len(order)), key=order.__getitem__))
 
     return jax.tree.map(dense, packed, is_leaf=lambda leaf: isinstance(leaf, Sparse24))

@@ -3,14 +3,15 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from jaxsparse._program.flow import LOOKED_UP, Value, dots, input_value, open_program, walk
 from jaxsparse.patterns import NM, Block, Pattern, TransposableNM
 from jaxsparse.plan import Plan, leaf_paths, match
 
@@ -175,8 +176,10 @@ def costs(fn: Callable, plan: Plan, params, *args) -> Costs:
         return out, pull(jax.tree.map(_cotangent, out))
 
     def count(program):
-        jaxpr = jax.make_jaxpr(program)(params, *args).jaxpr
-        return _count(jaxpr, [*range(len(sparse)), *[None] * (len(jaxpr.invars) - len(sparse))], densities)[0]
+        jaxpr, fold = jax.make_jaxpr(program)(params, *args).jaxpr, _Flops(densities)
+        weights = [input_value(i, jnp.shape(leaf)) for i, leaf in enumerate(jax.tree.leaves(params))]
+        walk(jaxpr, [*weights, *[Value()] * (len(jaxpr.invars) - len(weights))], fold)
+        return fold.flops
 
     forward, both = count(fn), count(train)
     leaves, rest = [], LeafCosts("", (0,), None, forward[None], both[None], 0)
@@ -208,90 +211,47 @@ def _place_bits(leaf: LeafCosts) -> float:
     return size
 
 
-# of one operand, whose elements are those of the output: moved, cast or repeated
-_MOVES = {
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "dynamic_slice",
-    "expand_dims",
-    "name",
-    "optimization_barrier",
-    "reduce_precision",
-    "reshape",
-    "rev",
-    "sharding_constraint",
-    "slice",
-    "split",
-    "squeeze",
-    "stop_gradient",
-    "transpose",
-}
-_CALLS = {"checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "jit", "pjit"}
-_CALLS |= {"remat", "remat2"}
-
 Flops = collections.Counter[int | None]  # of the weight that a product takes, by its number, or of None
-Sources = list[int | None]  # the weight that a value is made of
 
 
-def _count(jaxpr: Jaxpr, sources: Sources, densities: Sequence[float]) -> tuple[Flops, Sources]:
-    """The FLOPs of a program, and the sources of its outputs."""
-    known = dict(zip(jaxpr.invars, sources, strict=True))
-    flops = Flops()
+class _Flops:
+    """The fold that counts the FLOPs of each weight's products."""
 
-    def source_of(atom):
-        return None if isinstance(atom, Literal) else known.get(atom)
+    def __init__(self, densities: Sequence[float]):
+        self.densities = densities
+        self.flops = Flops()
 
-    for eqn in jaxpr.eqns:
-        counted, outputs = _equation(eqn, [source_of(atom) for atom in eqn.invars], densities)
-        flops.update(counted)
-        known.update(zip(eqn.outvars, outputs, strict=True))
-    return flops, [source_of(atom) for atom in jaxpr.outvars]
+    def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
+        name = eqn.primitive.name
+        if name in _PRODUCTS:
+            shares = [{origin.source: origin.share for origin in value.origins} for value in values[:2]]
+            if name == "dot_general":  # rows of a table are what a product takes, not its weight
+                shares = [
+                    {origin.source: origin.share for origin in values[i].origins if not origin.runs_over(LOOKED_UP, (*summed, *free))}
+                    for i, summed, _, free in dots(eqn)
+                ]
+            of = min(filter(None, shares), key=lambda one: min(map(self.densities.__getitem__, one)), default={None: 1.0})
+            for source, share in of.items():
+                self.flops[source] += round(_PRODUCTS[name](eqn) * share / sum(of.values()))
+        elif _uncounted(eqn):
+            raise ValueError(
+                f"costs: the program has matrix products in `{name}`, where they cannot be counted. Pass a function that computes the "
+                "same with jax.numpy, jax.lax and, for its loops, lax.scan."
+            )
 
+    def enter(self, eqn) -> "_Flops":
+        return _Flops(self.densities)
 
-def _equation(eqn, operands: Sources, densities) -> tuple[Flops, Sources]:
-    name, params = eqn.primitive.name, eqn.params
-    if name in _PRODUCTS:
-        weights = [i for i in operands if i is not None]
-        return Flops({min(weights, key=densities.__getitem__, default=None): _PRODUCTS[name](eqn)}), [None]
-    if name in _CALLS:
-        (jaxpr,) = _programs(params)
-        return _count(jaxpr, operands, densities)
-    if name == "scan":
-        return _scan(eqn, operands, densities)
-    if name == "cond":
-        branches = [_count(branch.jaxpr, operands[1:], densities) for branch in params["branches"]]
-        return max(branches, key=lambda branch: branch[0].total())[0], [
-            _only(outputs) for outputs in zip(*(b[1] for b in branches), strict=True)
-        ]
-    if _uncounted(eqn):
-        raise ValueError(
-            f"costs: the program has matrix products in `{name}`, where they cannot be counted. Pass a function that computes the same "
-            "with jax.numpy, jax.lax and, for its loops, lax.scan."
-        )
-    outputs: Sources = [None] * len(eqn.outvars)
-    if name in _MOVES:
-        outputs = operands[: len(outputs)] if len(operands) >= len(outputs) else operands * len(outputs)
-    if name == "select_n":
-        outputs = [_only(operands)]
-    return Flops(), outputs
-
-
-def _scan(eqn, operands, densities):
-    jaxpr, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
-    carried = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(eqn.outvars, jaxpr.outvars, strict=True))
-    sliced = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(eqn.invars, jaxpr.invars, strict=True))
-    constant = len(operands) - sliced - carried
-    operands = [*operands[:constant], *[None] * carried, *operands[constant + carried :]]  # a carry is another value each time
-    flops, outputs = _count(jaxpr, operands, densities)
-    return Flops({i: length * count for i, count in flops.items()}), [*[None] * carried, *outputs[carried:]]
-
-
-def _only(sources: Iterable[int | None]) -> int | None:
-    """The one source of all that have one; None where there is none, or several."""
-    found = {i for i in sources if i is not None}
-    return found.pop() if len(found) == 1 else None
+    def leave(self, eqn, inner: "list[_Flops]") -> None:
+        name = eqn.primitive.name
+        counted = [one.flops for one in inner]
+        if name in ("while", "shard_map") and any(counted):
+            raise ValueError(
+                f"costs: the program has matrix products in `{name}`, where they cannot be counted. Pass a function that computes the "
+                "same with jax.numpy, jax.lax and, for its loops, lax.scan."
+            )
+        times = eqn.params["length"] if name == "scan" else 1
+        self.flops.update({source: times * flops for source, flops in max(counted, key=Flops.total).items()})
 
 
 def _programs(params) -> Iterator[Jaxpr]:
@@ -299,11 +259,11 @@ def _programs(params) -> Iterator[Jaxpr]:
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, Jaxpr | ClosedJaxpr):
-                yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
+                yield open_program(one)
 
 
 def _uncounted(eqn) -> bool:
-    """Whether an equation that is no product itself has one inside, or may have."""
+    """Whether an equation that is not a product itself has one inside, or may have."""
     name = eqn.primitive.name
     if "dot" in name or "matmul" in name or name == "ffi_call":
         return True
@@ -324,4 +284,14 @@ def _convolution(eqn) -> int:
     return 2 * out[batch] * out[features] * rhs[channels] * math.prod(met)
 
 
-_PRODUCTS = {"dot_general": _matrix_product, "conv_general_dilated": _convolution}
+def _ragged_product(eqn) -> int:
+    """Every row of the left side meets the one matrix of its group."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (summed, _), _ = numbers.dot_dimension_numbers
+    lhs, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    summed_groups = set(numbers.lhs_ragged_dimensions) & set(summed)  # a gradient of the groups: each row counts in one of them
+    groups = out[0] if summed_groups else 1
+    return 2 * math.prod(out) * math.prod(lhs[axis] for axis in summed) // groups
+
+
+_PRODUCTS = {"dot_general": _matrix_product, "conv_general_dilated": _convolution, "ragged_dot_general": _ragged_product}

@@ -15,7 +15,7 @@ from jaxsparse.kernels import ACTIVATIONS, KERNELS, misfit, preferred, unavailab
 from jaxsparse.layouts import tile, untile
 from jaxsparse.patterns import array
 
-__all__ = ["sparse_matmul", "sparse_matmul_p"]
+__all__ = ["chosen", "sparse_matmul", "sparse_matmul_p"]
 
 
 def sparse_matmul(
@@ -26,6 +26,7 @@ def sparse_matmul(
     activation: str | None = None,
     implementation: str | None = None,
     precision: lax.PrecisionLike = None,
+    preferred_element_type=None,
 ) -> jax.Array:
     """`activation(x @ w + bias)` with a compressed weight: sums over the last axes of `x` and the contracted axes of `w`.
 
@@ -55,9 +56,11 @@ def sparse_matmul(
         `"ampere"` where rows and K are multiples of 64 and M is one of 128. None chooses no kernel that would copy the weight
         or the result. The gradient of `x` has the same implementation, where `w` is transposable.
       precision: as in `jax.numpy.matmul`, for the dense product.
+      preferred_element_type: the dtype of the result, as in `jax.numpy.matmul`; None means the promoted dtype of `x` and `w`,
+        the only one that kernels return.
 
     Returns:
-      `[..., *w.output]`, in the promoted dtype of `x` and `w`.
+      `[..., *w.output]`.
 
     Raises:
       TypeError: `w` is no `Sparse24`.
@@ -98,8 +101,10 @@ def sparse_matmul(
         )
     dtype = jnp.promote_types(x.dtype, w.dtype)
     rows, m, k = x.shape[len(stack) : ends], w.values.shape[-2], math.prod(w.contracting)
+    out_dtype = dtype if preferred_element_type is None else jnp.dtype(preferred_element_type)
     if implementation in KERNELS:
-        _refuse(implementation, misfit(implementation, math.prod(rows), dtype), ValueError)
+        wider = f"it returns {dtype}, and the result is to be {out_dtype}" if out_dtype != dtype else None
+        _refuse(implementation, misfit(implementation, math.prod(rows), dtype) or wider, ValueError)
     operands = [x.reshape(*stack, math.prod(rows), k).astype(dtype), w.values.astype(dtype), w.metadata]
     if bias is not None:
         operands.append(jnp.reshape(bias, (*stack, m)).astype(_sum_dtype(dtype)))
@@ -111,6 +116,7 @@ def sparse_matmul(
         transposable=w.transposable,
         transposed=False,
         precision=_precision(precision),
+        out_dtype=out_dtype,
     )
     return y.reshape(*stack, *rows, *w.output)
 
@@ -127,6 +133,16 @@ def _precision(precision):
 def check_implementation(implementation, call):
     if implementation not in (None, "dense", *KERNELS):
         raise ValueError(f"{call}: there is no implementation {implementation!r}. Pass None or one of {('dense', *KERNELS)}.")
+
+
+def chosen(implementation: str | None, rows: int, w: Sparse24, dtype, out_dtype) -> str:
+    """What computes a product on the default device: `"dense"` or the name of a kernel."""
+    if implementation is not None:
+        return implementation
+    device = jax.devices()[0]
+    if device.platform != "gpu" or w.layout != "mma16" or "S" in w.kinds or out_dtype != dtype:
+        return "dense"
+    return preferred(rows, w.values.shape[-2], 2 * w.values.shape[-1], dtype, _capability(device))
 
 
 def _varying_alike(operands):
@@ -147,9 +163,9 @@ sparse_matmul_p = Primitive("sparse_matmul")
 
 
 @sparse_matmul_p.def_abstract_eval
-def _abstract(x, values, *_, transposed, **__):
+def _abstract(x, values, *_, transposed, out_dtype, **__):
     shape = (*x.shape[:-1], _features(values, transposed))
-    return x.update(shape=shape) if x.manual_axis_type.varying else jax.core.ShapedArray(shape, x.dtype)
+    return x.update(shape=shape, dtype=out_dtype) if x.manual_axis_type.varying else jax.core.ShapedArray(shape, out_dtype)
 
 
 def _features(values, transposed):
@@ -166,11 +182,11 @@ def _impl(*operands, **params):
     return _jitted(**params)(*operands)
 
 
-def _dense(x, values, metadata, *bias, activation, layout, precision, transposed, **_):
+def _dense(x, values, metadata, *bias, activation, layout, precision, transposed, out_dtype, **_):
     y = _contract(x, expand(values, _canonical(values, metadata, layout)), -1, -2 if transposed else -1, precision)
     if bias:
         y += bias[0][..., None, :]
-    return ACTIVATIONS[activation](y).astype(x.dtype)
+    return ACTIVATIONS[activation](y).astype(out_dtype)
 
 
 def _canonical(values, metadata, layout):
@@ -204,7 +220,7 @@ def _lower_cuda(ctx, *operands, implementation, layout, activation, transposable
     capability = _capability(device)
     name = implementation
     if name is None:
-        ready = layout == "mma16" and reason is None and x.ndim == 2
+        ready = layout == "mma16" and reason is None and x.ndim == 2 and params["out_dtype"] == x.dtype
         name = preferred(n, m, k, x.dtype, capability) if ready else "dense"
     if name == "dense" or (transposed and not transposable):
         return _lower_dense(ctx, *operands, layout=layout, activation=activation, transposed=transposed, **params)
@@ -282,9 +298,10 @@ def _transpose(ct, x, values, metadata, *, transposed, **params):
     if type(ct) is ad.Zero:
         return None, None, None
     if ad.is_undefined_primal(x):
+        params["out_dtype"] = x.aval.dtype
         return sparse_matmul_p.bind(ct, values, metadata, transposed=not transposed, **params), None, None
     outputs, inputs = (x, ct) if transposed else (ct, x)
-    product = _contract(outputs, inputs, -2, -2, params["precision"]).astype(ct.dtype)
+    product = _contract(outputs, inputs, -2, -2, params["precision"]).astype(values.aval.dtype)
     return None, gather(product, _canonical(values.aval, metadata, params["layout"])), None
 
 

@@ -26,7 +26,8 @@ def make(core=(24,), output=(6,), *, stack=(), output_first=False, dtype=jnp.flo
     nibbles = np.full((*stack, m, math.ceil(k / 16) * 4), 4)
     nibbles[..., : k // 4] = first | second << 2
     words = (nibbles.reshape(*stack, m, -1, 4) * 16 ** np.arange(4)).sum(-1)
-    return js.Sparse24(jnp.asarray(values, dtype), jnp.asarray(words, jnp.uint16), core, output, output_first), np.where(mask, w, 0)
+    axes = "O" * len(output) + "K" * len(core) if output_first else ""
+    return js.Sparse24(jnp.asarray(values, dtype), jnp.asarray(words, jnp.uint16), core, output, axes), np.where(mask, w, 0)
 
 
 def make_x(shape, dtype=jnp.float32, integers=False, seed=9):
@@ -141,7 +142,7 @@ def test_the_gradient_of_relu_at_0_is_0():
 
 
 def with_values(w, values):
-    return js.Sparse24(values, w.metadata, w.contracting, w.output, w.output_first)
+    return js.Sparse24(values, w.metadata, w.contracting, w.output, w.axes)
 
 
 def dense_twin(w):

@@ -39,7 +39,9 @@ def packed(shape, axes, *, dtype=jnp.float32, layout=None, integers=False, contr
     w = np.asarray(jnp.asarray(random.integers(-8, 9, shape) if integers else random.normal(size=shape)).astype(dtype))
     mask = both_ways(shape, axes, seed)
     plan = js.plan({"w": w}, {"w": T24.along(axes)})
-    plan = js.Plan((dataclasses.replace(plan.leaves[0], contracting=contracting),))
+    if contracting > 1:
+        last = axes[0] - len(shape)
+        plan = js.Plan((dataclasses.replace(plan.leaves[0], summed=tuple(range(last - contracting + 1, last + 1))),))
     return js.compress({"w": jnp.asarray(w)}, {"w": jnp.asarray(mask)}, plan, layout=layout)["w"], np.where(mask, w, 0)
 
 

@@ -1,0 +1,450 @@
+"""Runs a traced program from compressed weights: every product with one that can becomes a sparse product."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from jaxsparse._program import weights
+from jaxsparse._program.flow import Value, called, calls, invariant, open_program, outputs, scan_counts
+from jaxsparse._program.fusion import Product, activation_at, bias_of
+from jaxsparse._program.weights import UnfitError, Weight
+from jaxsparse.compress import Sparse24
+from jaxsparse.kernels import KERNELS
+from jaxsparse.matmul import check_implementation, chosen
+from jaxsparse.plan import leaf_paths
+
+__all__ = ["Report", "Sparsified", "Usage", "sparsify"]
+
+
+class Usage(NamedTuple):
+    """One use of a compressed weight by a program.
+
+    Attributes:
+      path: the path of the weight; several, with commas between them, where they are concatenated before their product.
+      product: the operation, with the shapes of its operands.
+      reason: why the weight is decompressed there; empty where it runs compressed.
+      implementation: what computes it on the default device: `"dense"` or the name of a kernel.
+    """
+
+    path: str
+    product: str
+    reason: str
+    implementation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a function does with its compressed weights. `print` it for a table.
+
+    Attributes:
+      products: one `Usage` for each place in the program that uses a compressed weight; the body of a loop counts once.
+    """
+
+    products: tuple[Usage, ...]
+
+    def __str__(self):
+        import tabulate  # only those who print it pay for it
+
+        rows = [(one.path, one.product, one.reason or "compressed", one.implementation) for one in self.products]
+        compressed = sum(not one.reason for one in self.products)
+        table = tabulate.tabulate(rows, ("leaf", "product", "runs", "implementation"), disable_numparse=True)
+        return f"{table}\n{compressed} of {len(rows)} uses run compressed."
+
+
+def sparsify(fn: Callable, *, implementation: str | None = None) -> "Sparsified":
+    """A function that computes what `fn` does and whose arguments may hold `Sparse24` leaves in place of dense weights.
+
+    `fn` is traced as `jax.jit` traces it, and its program run with every matrix product that sums over just the contracted axes of
+    a compressed weight replaced by `sparse_matmul`: dense layers, attention projections, `einsum` in any order of axes, the gates
+    of recurrent cells, experts, 1x1 convolutions, raw `x @ w.T`; inside `jit`, `scan`, `vmap`, `remat`, `cond` and `while_loop`,
+    whichever framework wrote it. Weights are followed to their products through casts, transpositions, reshapes, slices,
+    concatenations along an output axis and scaling by what is constant along the contracted axes. A weight that is used in another
+    way is decompressed where it is used; `report` says which and why.
+
+    The result works under `jit`, `grad` (with respect to activations and to the values of weights), `vmap`, `scan`, `remat`,
+    `shard_map` and `jax.export`. Under `jit` it is traced once for each shape, and so is `fn`; called eagerly, it keeps the traced
+    program for each shape. Without compressed leaves it calls `fn` itself.
+
+    Args:
+      fn: a function of pytrees of arrays, such as `model.apply`. Bind other arguments with `functools.partial`, as in
+        `sparsify(functools.partial(model.apply, mutable=["batch_stats"]))`.
+      implementation: of every product, as for `sparse_matmul`.
+
+    Returns:
+      A callable with the signature of `fn`. Its method `report`, called with the same arguments (arrays or
+      `jax.ShapeDtypeStruct`), tells what runs compressed, without running it; `print` the result for a table.
+
+    Raises:
+      TypeError: `fn` is not callable; or, in a call, an argument is not an array.
+      ValueError: there is no such implementation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> def model(params, x):
+      ...     return jax.nn.relu(x @ params["up"]) @ params["down"].T
+      >>> params = {"up": jnp.ones((8, 4)), "down": jnp.ones((2, 4))}
+      >>> x = jnp.ones((1, 8))
+      >>> plan = js.plan(params, {"*": "2:4"}, model, x)
+      >>> packed = js.compress(params, js.magnitude_masks(params, plan), plan)
+      >>> sparse_model = js.sparsify(model)
+      >>> jax.jit(sparse_model)(packed, x)
+      Array([[8., 8.]], dtype=float32)
+      >>> print(sparse_model.report(packed, x))
+      leaf    product                    runs        implementation
+      ------  -------------------------  ----------  ----------------
+      up      dot_general (1, 8) (8, 4)  compressed  dense
+      down    dot_general (1, 4) (4, 2)  compressed  dense
+      2 of 2 uses run compressed.
+
+    References:
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
+    """
+    if not callable(fn):
+        raise TypeError(f"sparsify: `fn` is a {type(fn).__name__}, not a function. Pass the function that runs the model.")
+    check_implementation(implementation, "sparsify")
+    return Sparsified(fn, implementation)
+
+
+class Sparsified:
+    """A function that also runs from compressed weights, as `sparsify` makes it."""
+
+    def __init__(self, fn: Callable, implementation: str | None):
+        functools.update_wrapper(self, fn, updated=())
+        self._fn = fn
+        self._implementation = implementation
+        self._trace = jax.make_jaxpr(fn, return_shape=True)
+
+    def __call__(self, *args, **kwargs):
+        """Calls the function, from compressed weights where its arguments hold some."""
+        return self._call({}, args, kwargs)
+
+    def report(self, *args, **kwargs) -> Report:
+        """What the function does with the compressed weights in its arguments, which may be abstract."""
+        rows: dict[Any, Usage] = {}
+        jax.eval_shape(lambda args, kwargs: self._call(rows, args, kwargs), args, kwargs)
+        return Report(tuple(rows.values()))
+
+    def _call(self, rows, args, kwargs):
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_packed)
+        if not any(map(_is_packed, leaves)):
+            return self._fn(*args, **kwargs)
+        paths = [path for part in (*args, kwargs) for path in _paths(part)]
+        for path, leaf in zip(paths, leaves, strict=True):
+            if not _is_packed(leaf) and not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+                raise TypeError(
+                    f"sparsify: argument {path!r} is a {type(leaf).__name__}, not an array. Bind it with functools.partial, as in "
+                    "sparsify(functools.partial(model.apply, method=...))."
+                )
+        dense_args, dense_kwargs = jax.tree.unflatten(treedef, [_dense_spec(leaf) if _is_packed(leaf) else leaf for leaf in leaves])
+        try:
+            program, out = self._trace(*dense_args, **dense_kwargs)
+        except jax.errors.ConcretizationTypeError as error:
+            error.add_note("sparsify: the arguments of the function are traced. Use functools.partial to bind those that it branches on.")
+            raise
+        operands = [
+            Weight.of(leaf, i) if _is_packed(leaf) else leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, var.aval.dtype)
+            for i, (leaf, var) in enumerate(zip(leaves, program.jaxpr.invars, strict=True))
+        ]
+        run = _Run(paths, self._implementation, rows)
+        results = run.evaluate(program.jaxpr, program.consts, operands)
+        return jax.tree.unflatten(jax.tree.structure(out), [run.dense(result, "returned") for result in results])
+
+
+def _is_packed(leaf) -> bool:
+    return isinstance(leaf, Sparse24)
+
+
+def _paths(tree) -> list[str]:
+    return leaf_paths(jax.tree.map(lambda leaf: 0, tree, is_leaf=_is_packed))
+
+
+def _dense_spec(leaf: Sparse24) -> jax.ShapeDtypeStruct:
+    """The dense weight, abstractly, with what `shard_map` and meshes say of its values."""
+    aval = jax.typeof(leaf.values)
+    varying = aval.manual_axis_type if aval.manual_axis_type.varying else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, manual_axis_type=varying, sharding=aval.sharding if varying else None)
+
+
+def _bind(eqn, operands) -> list:
+    params = eqn.primitive.get_bind_params(eqn.params)  # before jax 0.12: with the functions that it calls
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with getattr(eqn.ctx, "manager", contextlib.nullcontext()):
+        out = eqn.primitive.bind(*functions, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+class _Run:
+    """One evaluation of a program; notes what it does with each weight in `rows`."""
+
+    def __init__(self, paths: Sequence[str], implementation: str | None, rows: dict[Any, Usage]):
+        self.paths, self.implementation, self.rows = paths, implementation, rows
+        self.place: tuple[int, ...] = ()  # the calls that the evaluation is in
+        self.site = 0  # the equation that it is at
+
+    def evaluate(self, program: Jaxpr, consts: Sequence, operands: Sequence) -> list:
+        """The outputs of a program, arrays or `Weight`, from operands that are either."""
+        env = dict(zip(program.constvars, consts, strict=True)) | dict(zip(program.invars, operands, strict=True))
+        known: dict[Any, Value] = {}
+        readers = collections.Counter(
+            atom for atoms in (*(eqn.invars for eqn in program.eqns), program.outvars) for atom in atoms if not isinstance(atom, Literal)
+        )
+
+        def read(atom):
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        done = 0
+        for i, eqn in enumerate(program.eqns):
+            if i < done:
+                continue
+            values = [
+                Value() if isinstance(atom, Literal) else env[atom].value if isinstance(env[atom], Weight) else known.get(atom, Value())
+                for atom in eqn.invars
+            ]
+            moved = outputs(eqn, values) if calls(eqn, values) is None else [Value()] * len(eqn.outvars)
+            for var, value in zip(eqn.outvars, moved, strict=True):
+                if any(value):
+                    known[var] = Value((), value.constant, value.one_hot)
+            waiting = [atom for atom in eqn.invars if not isinstance(atom, Literal) and isinstance(env[atom], Product)]
+            if waiting and (fused := self.fused(program.eqns, i, waiting[0], env, values, readers)):
+                result, taken = fused
+                env[program.eqns[i + taken - 1].outvars[0]] = result
+                done = i + taken
+                continue
+            for atom in waiting:
+                env[atom] = env[atom].result() if isinstance(env[atom], Product) else env[atom]
+            operands = [read(atom) for atom in eqn.invars]
+            some = any(isinstance(operand, Weight) for operand in operands)
+            env.update(zip(eqn.outvars, self.apply(eqn, operands, values, moved) if some else _bind(eqn, operands), strict=True))
+        return [result.result() if isinstance(result := read(atom), Product) else result for atom in program.outvars]
+
+    def fused(self, eqns, i: int, atom, env, values, readers) -> tuple[Product, int] | None:
+        """A product with what the equations from `i` on do to it, and how many they are; None if no kernel takes that in."""
+        product, eqn = env[atom], eqns[i]
+        if product.activation:
+            return None
+        if eqn.primitive.name == "add" and product.bias is None and readers[atom] == 1:
+            (other,) = (j for j, one in enumerate(eqn.invars) if one is not atom)
+            term = eqn.invars[other]
+            if not isinstance(term, Literal) and isinstance(env[term], jax.Array):
+                bias = bias_of(product, eqn, env[term], values[other])
+                return None if bias is None else (dataclasses.replace(product, bias=bias), 1)
+        found = activation_at(eqns, i, atom, readers)
+        return None if found is None else (dataclasses.replace(product, activation=found[0]), found[1])
+
+    def apply(self, eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
+        """The results of an equation of which an operand is a weight."""
+        name = eqn.primitive.name
+        self.site = id(eqn)
+        try:
+            if name == "dot_general":
+                return [self.dot(eqn, operands)]
+            if name == "conv_general_dilated":
+                return [self.convolution(eqn, operands)]
+            if calls(eqn, values) is not None:
+                return self.call(eqn, operands)
+            return weights.move(eqn, operands, values, moved)
+        except UnfitError as unfit:
+            return _bind(eqn, [self.dense(operand, _described(eqn), str(unfit)) for operand in operands])
+
+    # --- products
+
+    def dot(self, eqn, operands) -> Any:
+        (summed, batch) = eqn.params["dimension_numbers"]
+        side = 0 if isinstance(operands[0], Weight) else 1
+        w, x = operands[side], operands[1 - side]
+        x = self.dense(x, _described(eqn), "multiplied by another compressed weight") if isinstance(x, Weight) else x
+        aval = eqn.outvars[0].aval
+
+        def arranged(y):  # y: batches, then the free axes of x, then those of w
+            if side == 1:
+                return y
+            batches, rows = len(batch[0]), x.ndim - len(batch[1]) - len(summed[1])
+            y = y.reshape(*aval.shape[:batches], *aval.shape[aval.ndim - rows :], *aval.shape[batches : aval.ndim - rows])
+            return y.transpose(*range(batches), *range(batches + rows, y.ndim), *range(batches, batches + rows))
+
+        free = [place for place in range(len(w.shape)) if place not in (*summed[side], *batch[side])]
+        first = len(batch[0]) if side == 0 else aval.ndim - len(free)
+        pairs = (summed[side], summed[1 - side]), (batch[side], batch[1 - side])
+        return self.product(eqn, w, x, pairs, arranged, {first + i: place for i, place in enumerate(free)})
+
+    def convolution(self, eqn, operands) -> Any:
+        x, w = operands
+        if isinstance(x, Weight):
+            raise UnfitError("the input of a convolution")
+        params = eqn.params
+        numbers, shape = params["dimension_numbers"], eqn.invars[1].aval.shape
+        (batch, features, *places), (outputs, channels, *window) = numbers.lhs_spec, numbers.rhs_spec
+        if any(shape[i] != 1 for i in window) or any(map(any, params["padding"])) or any(n != 1 for n in params["lhs_dilation"]):
+            raise UnfitError("a convolution that is not 1x1")
+        if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
+            raise UnfitError("a grouped convolution")
+        strides = [1] * x.ndim
+        for axis, stride in zip(places, params["window_strides"], strict=True):
+            strides[axis] = stride
+        x = lax.slice(x, (0,) * x.ndim, x.shape, strides)
+
+        def arranged(y):  # y: the axes of x but its features, then the outputs and the window
+            rows = [axis for axis in range(x.ndim) if axis != features]
+            y = y.reshape(*(x.shape[axis] for axis in rows), shape[outputs])
+            here = {**dict(zip(rows, range(len(rows)), strict=True)), features: len(rows)}
+            order = sorted(zip(numbers.out_spec, (batch, features, *places), strict=True))
+            return y.transpose([here[axis] for _, axis in order])
+
+        pairs = ((channels,), (features,)), ((), ())
+        return self.product(eqn, w, x, pairs, arranged, {numbers.out_spec[1]: outputs})
+
+    def product(self, eqn, w: Weight, x, pairs, arranged: Callable, places: dict[int, int]) -> Any:
+        """The sparse product of a weight; put off where a bias or an activation may follow that its kernel takes.
+
+        `pairs` are the axes of w and of x that are summed over and batched; `places` says which axis of the result is which of w.
+        """
+        ready = weights.operands(w, x, *pairs)
+        leaf, aval = ready.leaf, eqn.outvars[0].aval
+        rows = math.prod(ready.x.shape[leaf.values.ndim - 2 : ready.x.ndim - len(leaf.contracting)])
+        run = chosen(self.implementation, rows, leaf, jnp.promote_types(x.dtype, leaf.dtype), aval.dtype)
+        self.note(w, _described(eqn), "", run)
+
+        def multiply(bias=None, activation=None):
+            y = ready.multiply(
+                bias=bias,
+                activation=activation,
+                implementation=self.implementation,
+                precision=eqn.params["precision"],
+                preferred_element_type=aval.dtype,
+            )
+            return arranged(y).reshape(aval.shape)
+
+        kernel = self.implementation in KERNELS or (self.implementation is None and leaf.layout == "mma16")
+        if not kernel or "S" in leaf.kinds:
+            return multiply()
+        return Product(multiply, leaf, tuple((place, w.origin.axes[axis]) for place, axis in places.items()))
+
+    # --- calls
+
+    def call(self, eqn, operands) -> list:
+        """The results of an equation that calls programs, to which a weight is handed."""
+        name, params = eqn.primitive.name, eqn.params
+        place, self.place = self.place, (*self.place, id(eqn))
+        try:
+            if name == "scan":
+                return self.scan(eqn, operands)
+            if name == "while":
+                return self.loop(eqn, operands)
+            if name == "cond":
+                arrays, rebuild = weights.split(operands[1:])
+                branches = [functools.partial(self.inner, branch, rebuild) for branch in params["branches"]]
+                return lax.switch(operands[0], branches, *arrays)
+            closed = next(value for value in params.values() if open_program(value) is called(eqn))
+            if name in ("jit", "pjit", "closed_call", "core_call"):
+                return self.evaluate(open_program(closed), _consts(closed), operands)
+            arrays, rebuild = weights.split(operands)
+            run = functools.partial(self.inner, closed, rebuild)
+            if name in ("checkpoint", "remat", "remat2"):
+                return jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])(*arrays)
+            if name.startswith("custom_jvp_call"):
+                return _with_derivative(jax.custom_jvp, run, functools.partial(self.as_written, eqn, rebuild))(*arrays)
+            if name.startswith("custom_vjp_call"):
+                return _with_derivative(jax.custom_vjp, run, functools.partial(self.as_written, eqn, rebuild))(*arrays)
+            raise UnfitError(f"handed to {name}")
+        finally:
+            self.place = place
+
+    def inner(self, program, rebuild, *arrays) -> list:
+        """The dense outputs of a called program."""
+        results = self.evaluate(open_program(program), _consts(program), rebuild(arrays))
+        return [self.dense(result, "returned") for result in results]
+
+    def as_written(self, eqn, rebuild, *arrays) -> list:
+        """The results of an equation with its weights decompressed."""
+        return _bind(eqn, [operand.dense() if isinstance(operand, Weight) else operand for operand in rebuild(arrays)])
+
+    def scan(self, eqn, operands) -> list:
+        params = eqn.params
+        program, consts = open_program(params["jaxpr"]), _consts(params["jaxpr"])
+        fixed, carries = scan_counts(eqn)
+        held, carry, kept = self.loop_carry(program, fixed, operands[fixed : fixed + carries], 0)
+        slices = []
+        for operand in operands[fixed + carries :]:
+            try:
+                slices.append(weights.sliced(operand) if isinstance(operand, Weight) else operand)
+            except UnfitError as unfit:
+                slices.append(self.dense(operand, "scan", str(unfit)))
+        arrays, rebuild = weights.split(slices)
+
+        def body(carry, arrays):
+            results = self.evaluate(program, consts, [*operands[:fixed], *held(carry), *rebuild(arrays)])
+            results = [result if i < carries and kept[i] else self.dense(result, "returned") for i, result in enumerate(results)]
+            return [result for result, keep in zip(results[:carries], kept, strict=True) if not keep], results[carries:]
+
+        carry, stacked = lax.scan(body, carry, arrays, params["length"], reverse=params["reverse"], unroll=params["unroll"])
+        return [*held(carry), *stacked]
+
+    def loop(self, eqn, operands) -> list:
+        params = eqn.params
+        fixed, bodies = params["cond_nconsts"], params["body_nconsts"]
+        test, loop = params["cond_jaxpr"], params["body_jaxpr"]
+        of_test, of_body = operands[:fixed], operands[fixed : fixed + bodies]
+        held, carry, kept = self.loop_carry(open_program(loop), bodies, operands[fixed + bodies :], 0)
+
+        def condition(carry):
+            (result,) = self.evaluate(open_program(test), _consts(test), [*of_test, *held(carry)])
+            return result
+
+        def body(carry):
+            results = self.evaluate(open_program(loop), _consts(loop), [*of_body, *held(carry)])
+            return [self.dense(result, "carried") for result, keep in zip(results, kept, strict=True) if not keep]
+
+        return held(lax.while_loop(condition, body, carry))
+
+    def loop_carry(self, program: Jaxpr, consts: int, carry: Sequence, skipped: int):
+        """What of a carry changes: weights that a loop hands on as they are stay outside of it."""
+        same = invariant(program, consts, len(carry), skipped)
+        kept = [keep and isinstance(one, Weight) for keep, one in zip(same, carry, strict=True)]
+        changing = [self.dense(one, "carried", "changed by a loop") for one, keep in zip(carry, kept, strict=True) if not keep]
+
+        def held(changing):
+            rest = iter(changing)
+            return [one if keep else next(rest) for one, keep in zip(carry, kept, strict=True)]
+
+        return held, changing, kept
+
+    # --- the report
+
+    def dense(self, operand, what: str, reason: str = "returned by the function"):
+        """The array that an operand is, decompressed where it is a weight."""
+        if not isinstance(operand, Weight):
+            return operand
+        self.note(operand, what, reason, "")
+        return operand.dense()
+
+    def note(self, w: Weight, what: str, reason: str, implementation: str):
+        path = ", ".join(self.paths[source] for source in w.sources)
+        self.rows.setdefault((self.place, self.site, path), Usage(path, what, reason, implementation))
+
+
+def _consts(program) -> Sequence:
+    return program.consts if isinstance(program, ClosedJaxpr) else ()
+
+
+def _described(eqn) -> str:
+    return " ".join([eqn.primitive.name, *(str(atom.aval.shape) for atom in eqn.invars)])
+
+
+def _with_derivative(kind, run: Callable, as_written: Callable) -> Callable:
+    """A function that computes `run` and has the derivative of `as_written`, which computes the same."""
+    made = kind(run)
+    if kind is jax.custom_jvp:
+        made.defjvp(lambda primals, tangents: jax.jvp(as_written, primals, tangents))
+    else:
+        made.defvjp(functools.partial(jax.vjp, as_written), lambda pull, cotangents: pull(cotangents))
+    return made

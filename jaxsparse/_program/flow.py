@@ -1,0 +1,466 @@
+"""How values move through a traced program, and the walk over one that every analysis of programs shares."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+__all__ = [
+    "NOTHING",
+    "Atom",
+    "Call",
+    "Fold",
+    "Origin",
+    "Value",
+    "called",
+    "calls",
+    "constant_axes",
+    "dots",
+    "input_value",
+    "invariant",
+    "open_program",
+    "outputs",
+    "scan_counts",
+    "walk",
+]
+
+
+class Atom(NamedTuple):
+    """A run of places along one axis of an input: `size` of them, `stride` apart.
+
+    The axis is that of the input, or one of `REPEATED` (the elements repeat along it), `LOOKED_UP` (it runs over rows that
+    indices choose) and `UNKNOWN`.
+    """
+
+    axis: int
+    stride: int
+    size: int
+
+
+REPEATED, LOOKED_UP, UNKNOWN = -1, -2, -3
+
+
+class Origin(NamedTuple):
+    """Which input a value is made of.
+
+    Attributes:
+      source: the number of the input.
+      axes: for each axis of the value, the atoms that it runs over in row-major order; atoms of size 1 are left out.
+      stack: the axes of the input of which a loop or an index takes one place.
+      hidden: the axes of the input whose place in the value is unknown.
+      varies: the axes of the input along which the value was combined with another that differs from place to place.
+      changed: what was done to its elements beyond moving them, such as `"mul"`.
+      share: the fraction of the value's elements that come from this input.
+    """
+
+    source: int
+    axes: tuple[tuple[Atom, ...], ...]
+    stack: frozenset[int] = frozenset()
+    hidden: frozenset[int] = frozenset()
+    varies: frozenset[int] = frozenset()
+    changed: frozenset[str] = frozenset()
+    share: float = 1.0
+
+    def places(self, axis: int) -> frozenset[int]:
+        """The axes of the input that an axis of the value runs over."""
+        return frozenset(atom.axis for atom in self.axes[axis] if atom.axis >= 0)
+
+    def runs_over(self, kind: int, axes: Iterable[int]) -> bool:
+        """Whether one of these axes of the value runs over `REPEATED`, `LOOKED_UP` or `UNKNOWN` places."""
+        return any(atom.axis == kind for axis in axes for atom in self.axes[axis])
+
+
+class Value(NamedTuple):
+    """What is known of a value.
+
+    Attributes:
+      origins: the inputs that it is made of, several after a concatenation.
+      constant: axes along which all elements are known to be equal.
+      one_hot: axes along which it compares indices with positions, so that a product over one of them looks rows up.
+    """
+
+    origins: tuple[Origin, ...] = ()
+    constant: frozenset[int] = frozenset()
+    one_hot: frozenset[int] = frozenset()
+
+
+NOTHING = Value()
+
+
+def input_value(source: int, shape: Sequence[int]) -> Value:
+    """The value of an input itself."""
+    return Value((Origin(source, tuple((Atom(axis, 1, n),) if n != 1 else () for axis, n in enumerate(shape))),))
+
+
+class Call(NamedTuple):
+    """A program that an equation calls.
+
+    Attributes:
+      program: the program.
+      values: what is known of its inputs.
+    """
+
+    program: Jaxpr
+    values: list[Value]
+
+
+class Fold(Protocol):
+    """An analysis of a program: what to do at each equation, and how the results of called programs combine."""
+
+    def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
+        """Takes note of an equation that calls nothing: what is known of its operands and of its results."""
+
+    def enter(self, eqn) -> Self:
+        """The fold for one program that an equation calls."""
+
+    def leave(self, eqn, inner: list[Self]) -> None:
+        """Combines the folds of the programs that an equation calls."""
+
+
+SomeFold = TypeVar("SomeFold", bound=Fold)
+
+
+def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]:
+    """Follows values through a program, called programs included; returns what is known of its outputs."""
+    known = dict(zip(program.invars, values, strict=True))
+
+    def value_of(atom):
+        return NOTHING if isinstance(atom, Literal) else known.get(atom, NOTHING)
+
+    for eqn in program.eqns:
+        operands = [value_of(atom) for atom in eqn.invars]
+        inner = calls(eqn, operands)
+        if inner is None:
+            results = outputs(eqn, operands)
+            fold.visit(eqn, operands, results)
+        else:
+            folds = [fold.enter(eqn) for _ in inner]
+            ends = [walk(call.program, call.values, one) for call, one in zip(inner, folds, strict=True)]
+            fold.leave(eqn, folds)
+            results = returned(eqn, operands, ends)
+        known.update((var, value) for var, value in zip(eqn.outvars, results, strict=True) if any(value))
+    return [value_of(atom) for atom in program.outvars]
+
+
+# --- programs that equations call
+
+
+def open_program(program) -> Jaxpr:
+    """A program without its constants."""
+    return program.jaxpr if isinstance(program, ClosedJaxpr) else program
+
+
+def scan_counts(eqn) -> tuple[int, int]:
+    """How many constants and carries a scan has."""
+    if "num_consts" in eqn.params:  # before jax 0.12
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carries)
+
+
+def invariant(program: Jaxpr, consts: int, carries: int, skipped: int = 0) -> list[bool]:
+    """For each carry of a loop, whether its body hands it on as it is."""
+    inputs = program.invars[consts : consts + carries]
+    return [inner is outer for inner, outer in zip(inputs, program.outvars[skipped : skipped + carries], strict=True)]
+
+
+def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
+    """The programs that an equation calls and what is known of their inputs; None if it calls none that can be followed."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "while":
+        cond, body = params["cond_nconsts"], params["body_nconsts"]
+        loop = open_program(params["body_jaxpr"])
+        carry = _kept(values[cond + body :], invariant(loop, body, len(values) - cond - body))
+        return [Call(open_program(params["cond_jaxpr"]), [*values[:cond], *carry]), Call(loop, [*values[cond : cond + body], *carry])]
+    if name == "cond":
+        return [Call(open_program(branch), list(values[1:])) for branch in params["branches"]]
+    if name == "scan":
+        program, (consts, carries) = open_program(params["jaxpr"]), scan_counts(eqn)
+        carry = _kept(values[consts : consts + carries], invariant(program, consts, carries))
+        return [Call(program, [*values[:consts], *carry, *map(_sliced, values[consts + carries :])])]
+    program = called(eqn)
+    return None if program is None else [Call(program, list(values))]
+
+
+def called(eqn) -> Jaxpr | None:
+    """The one program that an equation calls with its own operands, if it does."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
+        program = open_program(eqn.params.get(key))
+        if isinstance(program, Jaxpr) and len(program.invars) == len(eqn.invars):
+            pairs = zip(program.invars, eqn.invars, strict=True)
+            if all(isinstance(var.aval, ShapedArray) and var.aval.ndim == atom.aval.ndim for var, atom in pairs):
+                return program
+    return None
+
+
+def returned(eqn, values: Sequence[Value], ends: list[list[Value]]) -> list[Value]:
+    """What is known of the outputs of an equation from what is known of those of the programs that it calls."""
+    name = eqn.primitive.name
+    if name == "while":
+        carried = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+        loop = open_program(eqn.params["body_jaxpr"])
+        return _kept(values[carried:], invariant(loop, eqn.params["body_nconsts"], len(values) - carried))
+    if name == "scan":
+        consts, carries = scan_counts(eqn)
+        carry = _kept(values[consts : consts + carries], invariant(open_program(eqn.params["jaxpr"]), consts, carries))
+        return [*carry, *(_stacked(value, values[consts + carries :], eqn.params["length"]) for value in ends[0][carries:])]
+    if name == "cond":
+        return [one if all(other == one for other in alike) else NOTHING for one, *alike in zip(*ends, strict=True)]
+    return ends[0]
+
+
+def _kept(values: Sequence[Value], keep: Sequence[bool]) -> list[Value]:
+    return [value if kept else NOTHING for value, kept in zip(values, keep, strict=True)]
+
+
+def _sliced(value: Value) -> Value:
+    """What is known of a slice along the first axis, as a loop takes it."""
+    origins = tuple(origin._replace(axes=origin.axes[1:], stack=origin.stack | origin.places(0)) for origin in value.origins)
+    return Value(origins, _shifted(value.constant), _shifted(value.one_hot))
+
+
+def _stacked(value: Value, sliced: Sequence[Value], length: int) -> Value:
+    """What is known of the stack of what a loop gives at each step; `sliced` is what it takes slices of."""
+
+    def stack(origin: Origin) -> Origin:
+        whole = [one for outer in sliced for one in outer.origins if one.source == origin.source]
+        first = whole[0].axes[0] if whole else (Atom(REPEATED, 1, length),)
+        taken = frozenset(atom.axis for atom in first)
+        return origin._replace(axes=(first if length != 1 else (), *origin.axes), stack=origin.stack - taken)
+
+    return Value(tuple(map(stack, value.origins)))
+
+
+def _shifted(axes: frozenset[int]) -> frozenset[int]:
+    return frozenset(axis - 1 for axis in axes if axis)
+
+
+# --- equations that move or combine elements
+
+_SAME_PLACES = {
+    "all_gather_invariant",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "device_put",
+    "mesh_cast",
+    "name",
+    "optimization_barrier",
+    "pbroadcast",
+    "pcast",
+    "pvary",
+    "reduce_precision",
+    "reshard",
+    "rev",
+    "sharding_constraint",
+    "stop_gradient",
+}
+_RESIZES = {"all_gather", "dynamic_slice", "pad", "slice", "split"}
+_UNARY = {"abs", "cbrt", "cos", "erf", "exp", "exp2", "expm1", "integer_pow", "is_finite", "log", "log1p", "logistic", "neg", "not"}
+_UNARY |= {"round", "rsqrt", "sign", "sin", "sqrt", "square", "tan", "tanh", "floor", "ceil"}
+_N_ARY = {"add", "add_any", "and", "atan2", "clamp", "div", "eq", "ge", "gt", "le", "lt", "max", "min", "mul", "ne", "nextafter", "or"}
+_N_ARY |= {"pow", "rem", "select_n", "sub", "xor"}
+_COMPARES = {"eq", "ge", "gt", "le", "lt", "ne"}
+
+
+def outputs(eqn, values: Sequence[Value]) -> list[Value]:
+    """What is known of the results of an equation that calls nothing, from what is known of its operands."""
+    name = eqn.primitive.name
+    if name == "iota":
+        return [Value(constant=frozenset(range(eqn.outvars[0].aval.ndim)) - {eqn.params["dimension"]})]
+    if name == "broadcast_in_dim":
+        return [_broadcast(values[0], eqn)]
+    if name in _N_ARY:
+        return [_combined(eqn, values)]
+    if not any(map(any, values)):
+        return [NOTHING] * len(eqn.outvars)
+    if name in _SAME_PLACES:
+        return list(values[: len(eqn.outvars)])
+    if name in _UNARY:
+        return [_changed(values[0], name)]
+    if name == "transpose":
+        return [_transposed(values[0], eqn.params["permutation"])]
+    if name in ("reshape", "squeeze", "expand_dims"):
+        return [_reshaped(values[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)]
+    if name in _RESIZES:
+        return [_resized(values[0], eqn.invars[0].aval.shape, out.aval.shape) for out in eqn.outvars]
+    if name == "concatenate":
+        return [_concatenated(eqn, values)]
+    if name == "gather":
+        return [_gathered(eqn, values[0])]
+    return [NOTHING] * len(eqn.outvars)
+
+
+def _changed(value: Value, name: str) -> Value:
+    return Value(tuple(origin._replace(changed=origin.changed | {name}) for origin in value.origins), value.constant)
+
+
+def _transposed(value: Value, order) -> Value:
+    place = {old: new for new, old in enumerate(order)}
+    origins = tuple(origin._replace(axes=tuple(origin.axes[i] for i in order)) for origin in value.origins)
+    return Value(origins, *(frozenset(place[axis] for axis in axes) for axes in value[1:]))
+
+
+def _broadcast(value: Value, eqn) -> Value:
+    shape, places = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
+    before = eqn.invars[0].aval.shape
+    kept = {place: axis for axis, place in enumerate(places) if before[axis] == shape[place]}
+    grown = frozenset(axis for axis in range(len(shape)) if axis not in kept)
+    repeated = tuple((Atom(REPEATED, 1, n),) if n != 1 else () for n in shape)
+    origins = tuple(
+        origin._replace(axes=tuple(origin.axes[kept[i]] if i in kept else repeated[i] for i in range(len(shape))))
+        for origin in value.origins
+    )
+    constant, one_hot = (frozenset(place for place, axis in kept.items() if axis in axes) for axes in value[1:])
+    return Value(origins, grown | constant, one_hot)
+
+
+def _reshaped(value: Value, before, after) -> Value:
+    places = _same_axes(before, after)
+    origins = tuple(_regrouped(origin, before, after) for origin in value.origins)
+    return Value(origins, *(frozenset(places[axis] for axis in axes if axis in places) for axes in value[1:]))
+
+
+def _same_axes(before, after) -> dict[int, int]:
+    """The axes that a reshape leaves whole, old to new."""
+    starts = {(math.prod(after[:i]), n): i for i, n in enumerate(after) if n != 1}
+    return {i: starts[key] for i, n in enumerate(before) if n != 1 and (key := (math.prod(before[:i]), n)) in starts}
+
+
+def _regrouped(origin: Origin, before, after) -> Origin:
+    """The origin after a reshape: its atoms are dealt out anew, split where an axis is split."""
+    queue = [atom for axis, n in enumerate(before) for atom in origin.axes[axis] or ((Atom(UNKNOWN, 1, n),) if n != 1 else ())]
+    if math.prod(atom.size for atom in queue) != math.prod(after):
+        return _lost(origin, after)
+    queue.reverse()
+    axes = []
+    for n in after:
+        taken: list[Atom] = []
+        while n > 1:
+            atom = queue.pop()
+            if n % atom.size == 0:
+                n //= atom.size
+            elif atom.size % n == 0:  # the outer places here, the inner ones on the next axes
+                inner = atom.size // n
+                queue.append(atom._replace(size=inner))
+                atom, n = Atom(atom.axis, atom.stride * inner, n), 1
+            else:
+                return _lost(origin, after)
+            if taken and taken[-1].axis == atom.axis and taken[-1].stride == atom.stride * atom.size:
+                atom = Atom(atom.axis, atom.stride, atom.size * taken.pop().size)
+            taken.append(atom)
+        axes.append(tuple(taken))
+    return origin._replace(axes=tuple(axes))
+
+
+def _lost(origin: Origin, shape) -> Origin:
+    held = frozenset().union(*(origin.places(axis) for axis in range(len(origin.axes))))
+    return origin._replace(axes=tuple((Atom(UNKNOWN, 1, n),) if n != 1 else () for n in shape), hidden=origin.hidden | held)
+
+
+def _resized(value: Value, before, after) -> Value:
+    def resize(origin: Origin) -> Origin:
+        axes, hidden, stack = list(origin.axes), set(origin.hidden), set(origin.stack)
+        for i, (n, m) in enumerate(zip(before, after, strict=True)):
+            if n == m:
+                continue
+            atoms = axes[i]
+            alone = len(atoms) == 1 and sum(atom.axis == atoms[0].axis for axis in origin.axes for atom in axis) == 1
+            if not atoms or alone:
+                kind = atoms[0].axis if atoms else REPEATED
+                axes[i] = (Atom(kind, 1, m),) if m != 1 else ()
+                stack |= {kind} if m == 1 and kind >= 0 else set()
+            else:
+                hidden |= origin.places(i)
+                axes[i] = (Atom(UNKNOWN, 1, m),) if m != 1 else ()
+        return origin._replace(axes=tuple(axes), hidden=frozenset(hidden), stack=frozenset(stack))
+
+    same = frozenset(i for i, (n, m) in enumerate(zip(before, after, strict=True)) if n == m)
+    return Value(tuple(map(resize, value.origins)), value.constant & same, value.one_hot & same)
+
+
+def _concatenated(eqn, values: Sequence[Value]) -> Value:
+    axis, shape = eqn.params["dimension"], eqn.outvars[0].aval.shape
+    origins = []
+    for value, atom in zip(values, eqn.invars, strict=True):
+        long = _resized(value, atom.aval.shape, shape)
+        origins += [origin._replace(share=origin.share * atom.aval.shape[axis] / shape[axis]) for origin in long.origins]
+    constant = frozenset.intersection(*(value.constant for value in values)) - {axis}
+    return Value(tuple(origins), constant)
+
+
+def _gathered(eqn, value: Value) -> Value:
+    """Rows of an input that indices choose: whole along all axes but those that are indexed and left out."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    left_out = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
+    whole = [axis for axis in range(len(before)) if axis not in left_out]
+    if not set(numbers.start_index_map) <= left_out or any(sizes[axis] != before[axis] for axis in whole):
+        return NOTHING
+
+    def rows(origin: Origin) -> Origin:
+        places = dict(zip(numbers.offset_dims, whole, strict=True))
+        axes = tuple(origin.axes[places[i]] if i in places else (Atom(LOOKED_UP, 1, after[i]),) for i in range(len(after)))
+        return origin._replace(axes=axes, stack=origin.stack.union(*(origin.places(axis) for axis in left_out)))
+
+    return Value(tuple(map(rows, value.origins)))
+
+
+def constant_axes(value: Value, shape: Sequence[int], combined: Sequence[int]) -> frozenset[int]:
+    """The axes of an elementwise combination along which one operand, of `shape`, is the same everywhere."""
+    if not shape:
+        return frozenset(range(len(combined)))
+    return value.constant | {axis for axis, (n, m) in enumerate(zip(shape, combined, strict=True)) if n == 1 and m != 1}
+
+
+def _combined(eqn, values: Sequence[Value]) -> Value:
+    """What is known of an elementwise combination, whose operands may repeat along axes of size 1."""
+    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+    every = frozenset(range(len(shape)))
+    shapes = [atom.aval.shape for atom in eqn.invars]
+    constants = [constant_axes(value, one, shape) for value, one in zip(values, shapes, strict=True)]
+    one_hot: frozenset[int] = frozenset()
+    if name == "eq":
+        one_hot = frozenset(i for i in every for a, b in itertools.permutations(constants) if i in a and b >= every - {i} and i not in b)
+    first = 1 if name == "select_n" else 0
+    parts = [() if name in _COMPARES else _repeated(value, one, shape) for value, one in zip(values, shapes, strict=True)][first:]
+    around = constants[first:]
+    origins: list[Origin] = []
+    for i, part in enumerate(parts):
+        others = [j for j in range(len(parts)) if j != i]
+        for origin in part:
+            alike = [j for j in others if any(_alike(origin, other) for other in parts[j])]
+            same = frozenset.intersection(every, *(around[j] for j in others if j not in alike))
+            varies = origin.varies.union(*(origin.places(axis) for axis in every - same))
+            if _lives(origin, varies) and not any(_alike(origin, one) for one in origins):
+                origins.append(origin._replace(varies=varies, changed=origin.changed | {name}))
+    return Value(tuple(origins), frozenset.intersection(*constants), one_hot)
+
+
+def _repeated(value: Value, shape: Sequence[int], combined: Sequence[int]) -> tuple[Origin, ...]:
+    """The origins of an operand that repeats along its axes of size 1."""
+    grown = [axis for axis, (n, m) in enumerate(zip(shape, combined, strict=False)) if n != m]
+    if not grown or not shape:
+        return value.origins
+    axes = {axis: (Atom(REPEATED, 1, combined[axis]),) for axis in grown}
+    return tuple(origin._replace(axes=tuple(axes.get(i, atoms) for i, atoms in enumerate(origin.axes))) for origin in value.origins)
+
+
+def _alike(a: Origin, b: Origin) -> bool:
+    return a.source == b.source and a.axes == b.axes
+
+
+def _lives(origin: Origin, varies) -> bool:
+    """Whether an axis is left along which a product could still sum over the input's own elements."""
+    return any(origin.places(axis) - varies for axis in range(len(origin.axes)))
+
+
+def dots(eqn) -> Iterator[tuple[int, Sequence[int], Sequence[int], Sequence[int]]]:
+    """For each operand of a matrix product: its number, and the axes that are summed over, batched and free."""
+    (summed, batch) = eqn.params["dimension_numbers"]
+    for i, atom in enumerate(eqn.invars[:2]):
+        taken = {*summed[i], *batch[i]}
+        yield i, summed[i], batch[i], [axis for axis in range(atom.aval.ndim) if axis not in taken]

@@ -1,0 +1,125 @@
+"""How a traced program uses each weight: which axes its matrix products and convolutions sum over."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.extend.core import Jaxpr
+
+from jaxsparse._program.flow import LOOKED_UP, UNKNOWN, Origin, Value, dots, input_value, walk
+
+__all__ = ["Use", "uses"]
+
+TABLE = "an embedding table: its rows are looked up"
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight by a program.
+
+    Attributes:
+      summed: the axes of the weight that a product sums over, the one along which groups run last; empty where the weight is
+        not an operand of a product.
+      stack: the axes that run over separate weights: what a loop or an index takes one of, what a batched product does
+        not mix.
+      reason: why the use allows no groups, if so.
+      decides: whether the reason holds against other uses, too: a weight that is a table stays one if it is also multiplied,
+        while a weight that is also logged is still multiplied.
+    """
+
+    summed: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+    reason: str = ""
+    decides: bool = True
+
+
+def uses(program: Jaxpr, shapes: Sequence[tuple[int, ...]]) -> list[set[Use]]:
+    """How a program uses each of its first inputs, which have these shapes."""
+    fold = _Uses([set() for _ in shapes])
+    others = len(program.invars) - len(shapes)
+    ends = walk(program, [*(input_value(i, shape) for i, shape in enumerate(shapes)), *[Value()] * others], fold)
+    for value in ends:
+        for origin in value.origins:
+            fold.other(origin, "returned")
+    return fold.found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Uses:
+    """The fold that notes the uses of each source."""
+
+    found: list[set[Use]]
+
+    def enter(self, eqn):
+        return self
+
+    def leave(self, eqn, inner):
+        pass
+
+    def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            for (i, summed, batch, free), other in zip(dots(eqn), (values[1], values[0]), strict=True):
+                row = dict(zip(summed, eqn.params["dimension_numbers"][0][1 - i], strict=True))
+                looked_up = [axis for axis in summed if row[axis] in other.one_hot]
+                for origin in values[i].origins:
+                    self.note(origin, Use(reason=TABLE) if looked_up else _product(origin, summed, batch, free))
+        elif name == "conv_general_dilated":
+            for origin in values[0].origins:
+                self.note(origin, Use(reason="the input of a convolution"))
+            for origin in values[1].origins:
+                self.note(origin, _convolution(origin, eqn.params))
+        elif name == "ragged_dot_general":
+            self.ragged(eqn, values)
+        else:
+            kept = {origin.source for value in outputs for origin in value.origins}
+            for value in values:
+                for origin in value.origins:
+                    if origin.source not in kept:
+                        self.other(origin, f"used by {name}")
+
+    def note(self, origin: Origin, use: Use):
+        self.found[origin.source].add(use)
+
+    def other(self, origin: Origin, what: str):
+        """Notes a use that is no product."""
+        table = what == "used by gather" or origin.runs_over(LOOKED_UP, range(len(origin.axes)))
+        self.note(origin, Use(reason=TABLE) if table else Use(reason=f"{what}, not by a matrix product", decides=False))
+
+    def ragged(self, eqn, values: list[Value]):
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (summed, batch), groups = numbers.dot_dimension_numbers, tuple(numbers.rhs_group_dimensions)
+        for i, dims in enumerate(((), groups)):
+            for origin in values[i].origins:
+                separate = (*batch[i], *dims)
+                free = [axis for axis in range(len(origin.axes)) if axis not in (*summed[i], *separate)]
+                self.note(origin, _product(origin, summed[i], separate, free))
+
+
+def _product(origin: Origin, summed: Sequence[int], batch: Sequence[int], free: Sequence[int]) -> Use:
+    """The use of a weight by a product that sums over some axes of the value made of it, and keeps others apart."""
+    held = {axis for i in summed for axis in origin.places(i)}
+    elsewhere = {axis for i in (*batch, *free) for axis in origin.places(i)}
+    if origin.runs_over(LOOKED_UP, (*summed, *free)):
+        return Use(reason=TABLE)
+    if held & elsewhere or held & origin.hidden or origin.runs_over(UNKNOWN, summed):
+        return Use(reason="reshaped before its matrix product, so that its axes cannot be told")
+    if not held:
+        return Use(reason="an operand of an outer product")
+    if held & origin.varies:
+        return Use(reason="combined, before its matrix product, with values that vary along the axis summed over")
+    stack = origin.stack.union(*(origin.places(i) for i in batch))
+    return Use(tuple(sorted(held)), tuple(sorted(stack)))
+
+
+def _convolution(kernel: Origin, params) -> Use:
+    if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
+        return Use(reason="the kernel of a grouped convolution, which sums over a part of the input channels only")
+    _, channels, *window = params["dimension_numbers"].rhs_spec
+    held = [sorted(kernel.places(i)) for i in (*window, channels)]
+    if kernel.hidden or any(len(axes) > 1 for axes in held) or kernel.runs_over(UNKNOWN, range(len(kernel.axes))):
+        return Use(reason="reshaped before its convolution, so that its axes cannot be told")
+    if not held[-1]:
+        return Use(reason="the kernel of a convolution over a single input channel")
+    if set(held[-1]) & kernel.varies:
+        return Use(reason="combined, before its convolution, with values that vary along the axis summed over")
+    return Use(tuple(axis for axes in held for axis in axes), tuple(sorted(kernel.stack)))
