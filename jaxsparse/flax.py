@@ -107,7 +107,8 @@ def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
 
     def apply(params, rest, arrays):
         args, kwargs = rebuild(arrays)
-        return _arrays(model.apply({"params": params, **rest}, *args, **{"mutable": True, **kwargs}, rngs=rngs))[0]
+        out = model.apply({"params": params, **rest}, *args, **{"mutable": True, **kwargs}, rngs=rngs)
+        return _arrays(_with_params(out, lambda params: None))[0]
 
     variables = dict(jax.eval_shape(init, arrays))
     params = nn.meta.unbox(variables.pop("params", {}))

@@ -253,7 +253,8 @@ def _decide(call: str, path: str, leaf, rule: str, pattern: Pattern, used: set[U
     ndim, count = len(shape), len(pattern.multiples)
     products = [use for use in used if not use.reason]
     axes = {tuple(axis - ndim for axis in _innermost(use, shape)[:count]) for use in products}
-    reason = min((use.reason for use in used if use.reason and (use.decides or not products)), default="")
+    against = [use for use in used if use.reason and (use.decides or not products)]
+    reason = min(against, key=lambda use: (not use.decides, use.reason)).reason if against else ""
     if not used:
         reason = "not used by the function when it is called with these arguments"
     elif not reason and len(axes) > 1:

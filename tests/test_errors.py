@@ -104,7 +104,7 @@ VALUES = [
     (plan({"a/w": js.TransposableNM(2, 4, (0, 2))}), "plan", "a/w of shape (8, 4) .*transposable 2:4: axis 2 is out of range for 2 axes"),
     (plan({"a/w": js.TransposableNM(2, 4, (0, -2))}), "plan", "axes (0, -2) of 2 axes are the same one"),
     (plan({"w": js.TransposableNM(2, 4, (0, 1))}, {"w": S}), "plan", "axis 0 has size 6, not a multiple of m=4"),
-    (flax({"kernel": js.TransposableNM(2, 4, (1, 0))}), "flax.plan", "names axis 1, 0 .* but the model .* axis -2, -1. Leave"),
+    (flax({"kernel": js.TransposableNM(2, 4, (1, 0))}), "flax.plan", "names axis 1, 0 .* but the program .* axis -2, -1. Leave"),
     (lambda: js.transposable_nm_mask(S, 2, 4, axes=(0, 1)), "transposable_nm_mask", "axis 0 has size 6, not a multiple of m=4 .*(6, 3)"),
     (lambda: js.block_mask(S, (2, 2), 0.5, axes=(0, 2)), "block_mask", "axis 2 is out of range .*(6, 3)"),
     (lambda: js.transposable_nm_mask(S, 4, 4, axes=(0, 1)), "transposable_nm_mask", "4:4 is not supported"),

@@ -1,5 +1,9 @@
 """`flax.intercept` and the ways of calling a model: collections, random keys, methods, bound modules, jit, a training step."""
 
+import gc
+import weakref
+
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,23 +85,176 @@ def test_bound_modules_and_their_submodules(call):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_function_compiled_before_does_not_notice_the_context():
-    encode = jax.jit(lambda params: MODEL.apply({**params, **REST}, X, method="encode"))
-    dense = encode(PARAMS)
+def dense(params, x=X):
+    return MODEL.apply({**params, **REST}, x, method="encode")
+
+
+def masked(masks):
+    return MODEL.apply({**js.sparse_params(PARAMS, masks), **REST}, X, method="encode")
+
+
+INVERSE = jax.tree.map(lambda m: ~m if m.ndim else m, MASKS)
+
+
+def test_a_function_compiled_before_runs_with_the_masks_of_each_context_and_dense_after():
+    traces = []
+
+    @jax.jit
+    def encode(params):
+        traces.append(1)
+        return dense(params)
+
+    before = encode(PARAMS)
+    for masks in (MASKS, INVERSE, MASKS, MASKS):
+        with js.flax.intercept(masks):
+            np.testing.assert_allclose(encode(PARAMS), masked(masks), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(encode(PARAMS), before)
+    assert len(traces) == 3  # dense, and for each set of masks: entering with the same ones again traces nothing
+
+
+def test_a_function_first_traced_inside_is_dense_outside():
+    encode = jax.jit(dense)
     with js.flax.intercept(MASKS):
-        np.testing.assert_array_equal(encode(PARAMS), dense)  # the trap that the docstring of intercept describes
+        np.testing.assert_allclose(encode(PARAMS), masked(MASKS), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(encode(PARAMS), dense(PARAMS), rtol=1e-6, atol=1e-6)
+
+
+def test_of_nested_contexts_the_innermost_counts():
+    encode = jax.jit(dense)
+    with js.flax.intercept(MASKS):
+        with js.flax.intercept(INVERSE):
+            np.testing.assert_allclose(encode(PARAMS), masked(INVERSE), rtol=1e-6, atol=1e-6)
+        with js.flax.intercept(None):
+            np.testing.assert_allclose(encode(PARAMS), dense(PARAMS), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(encode(PARAMS), masked(MASKS), rtol=1e-6, atol=1e-6)
+
+
+def test_a_function_that_is_compiled_for_nn_jit_follows_the_masks():
+    model = nn.jit(nn.Dense)(8)
+    params = model.init(jax.random.key(0), X)
+    plan = js.flax.plan(model, {"kernel": "2:4"}, X)
+    masks = js.magnitude_masks(params, plan)
+    plain = model.apply(params, X)
+    for chosen in (masks, jax.tree.map(lambda m: ~m if m.ndim else m, masks)):
+        with js.flax.intercept(chosen):
+            found = model.apply(params, X)
+        np.testing.assert_allclose(found, model.apply(js.sparse_params(params, chosen), X), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(model.apply(params, X), plain)
+
+
+def test_masks_are_not_kept_alive_by_the_caches_of_jit():
+    masks = jax.tree.map(jnp.copy, MASKS)
+    kept = [weakref.ref(leaf) for leaf in jax.tree.leaves(masks)]
+    encode = jax.jit(lambda params: dense(params))
+    with js.flax.intercept(masks):
+        encode(PARAMS)
+    del masks, encode
+    gc.collect()
+    assert not any(ref() for ref in kept)
+
+
+def test_a_context_in_which_no_module_runs_is_an_error():
+    def plain(params, x):
+        return x @ params["params"]["body"]["kernel"]
+
+    masks = jax.tree.map(jnp.copy, MASKS)
+    with pytest.raises(ValueError, match=r"flax\.intercept: no Flax Linen module ran.*sparse_params"), js.flax.intercept(masks):
+        plain(PARAMS, X)
+    with pytest.raises(ZeroDivisionError), js.flax.intercept(masks):
+        raise ZeroDivisionError
+
+
+def test_a_model_that_was_bound_outside_is_an_error_and_not_dense():
+    bound = MODEL.bind({**PARAMS, **REST})
+    with pytest.raises(ValueError, match=r"flax\.intercept: a Net runs that was bound before"), js.flax.intercept(MASKS):
+        bound.encode(X)
+
+
+def test_a_context_leaves_flax_as_it_was():
+    apply, bind = flax.core.apply, flax.core.bind
+    with js.flax.intercept(MASKS):
+        assert flax.core.apply is not apply
+        with js.flax.intercept(MASKS):
+            dense(PARAMS)
+    assert (flax.core.apply, flax.core.bind) == (apply, bind)
+
+
+@pytest.mark.parametrize("capture", [True, lambda module, method: method == "encode"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_captured_intermediates_are_those_of_the_plain_model(packed, capture):
+    kwargs = {"rngs": RNGS, "mutable": ["intermediates", "batch_stats"], "capture_intermediates": capture}
+    expected = MODEL.apply({**SPARSE, **REST}, X, **kwargs)
+    with js.flax.intercept(None if packed else MASKS):
+        found = MODEL.apply({**(PACKED if packed else PARAMS), **REST}, X, **kwargs)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+class Setup(nn.Module):
+    """Reads a weight and owns a layer in `setup`, and has a method that Flax does not wrap."""
+
+    def setup(self):
+        self.w = self.param("w_kernel", nn.initializers.lecun_normal(), (16, 8))
+        self.layer = nn.Dense(8)
+
+    def __call__(self, x):
+        return x @ self.w + self.layer(x)
+
+    @nn.nowrap
+    def helper(self, x):
+        return self.layer(x) * 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bound_models_with_setup(packed):
+    model = Setup()
+    params = model.init(jax.random.key(0), X)
+    plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
+    masks = js.magnitude_masks(params, plan)
+    calls = (lambda net: net.w, lambda net: net(X), lambda net: net.helper(X), lambda net: net.layer(X))
+    plain = model.bind(js.sparse_params(params, masks))
+    expected = [call(plain) for call in calls]
+    with js.flax.intercept(None if packed else masks):
+        bound = model.bind(js.compress(params, masks, plan) if packed else params)
+        for call, y in zip(calls, expected, strict=True):
+            np.testing.assert_array_equal(call(bound), y)
+
+
+class Perturbed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(self.perturb("hidden", nn.Dense(8)(x)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_perturbations_have_the_gradients_of_the_plain_model(packed):
+    model = Perturbed()
+    variables = model.init(jax.random.key(0), X)
+    params, perturbations = {"params": variables["params"]}, variables["perturbations"]
+    plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
+    masks = js.magnitude_masks(params, plan)
+
+    def loss(perturbations, params):
+        return (model.apply({**params, "perturbations": perturbations}, X) ** 2).sum()
+
+    expected = jax.grad(loss)(perturbations, js.sparse_params(params, masks))
+    with js.flax.intercept(None if packed else masks):
+        found = jax.grad(loss)(perturbations, js.compress(params, masks, plan) if packed else params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
 def test_the_context_inside_of_the_compiled_function_follows_the_masks():
+    traces = []
+
     @jax.jit
     def encode(params, masks):
+        traces.append(1)
         with js.flax.intercept(masks):
             return MODEL.apply({**params, **REST}, X, method="encode")
 
-    for masks in (MASKS, jax.tree.map(lambda m: ~m if m.ndim else m, MASKS)):
-        expected = MODEL.apply({**js.sparse_params(PARAMS, masks), **REST}, X, method="encode")
-        np.testing.assert_allclose(encode(PARAMS, masks), expected, rtol=1e-6, atol=1e-6)
-    assert encode._cache_size() == 1
+    for masks in (MASKS, INVERSE):
+        np.testing.assert_allclose(encode(PARAMS, masks), masked(masks), rtol=1e-6, atol=1e-6)
+    assert len(traces) == 1
 
 
 def test_compressed_leaves_make_a_compiled_function_trace_anew():

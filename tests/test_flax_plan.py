@@ -10,6 +10,8 @@ from planning import planned, spec
 
 import jaxsparse as js
 
+TABLE = "an embedding table: its rows are looked up"
+VARIES = "combined, before its matrix product, with values that vary along the axis summed over"
 GROUPED = "the kernel of a grouped convolution, which sums over a part of the input channels only"
 
 
@@ -53,14 +55,14 @@ LAYERS = [
     (nn.Einsum((12, 8), "bi,ji->bj"), X, {"kernel": (-1, 1, ())}),
     (nn.Einsum((4, 8, 3), "bi,hid->bhd"), X, {"kernel": (-2, 1, ())}),
     (nn.Einsum((5, 3, 8), "bhi,jhi->bj"), spec(2, 3, 8), {"kernel": (-1, 2, ())}),
-    (nn.Einsum((8, 5, 4), "bhi,ijh->bj"), spec(2, 4, 8), {"kernel": (-1, 1, ())}),
+    (nn.Einsum((8, 5, 4), "bhi,ijh->bj"), spec(2, 4, 8), {"kernel": (-1, 2, ())}),
     (nn.Einsum((3, 8, 5), "bhi,hij->bhj"), spec(2, 3, 8), {"kernel": (-2, 1, (-3,))}),
-    (nn.ConvTranspose(4, (3, 3), transpose_kernel=True), IMAGE, {"kernel": "used by rev, not by a matrix product"}),
+    (nn.ConvTranspose(4, (3, 3), transpose_kernel=True), IMAGE, {"kernel": (-1, 3, ())}),
     (nn.ConvLocal(4, (3, 3)), IMAGE, {"kernel": (-2, 1, (-4, -3))}),
-    (nn.WeightNorm(nn.Dense(8)), X, {"layer_instance/kernel": "used by mul, not by a matrix product"}),
+    (nn.WeightNorm(nn.Dense(8)), X, {"layer_instance/kernel": (-2, 1, ())}),
     (nn.Dense(12), spec(2, 6), {"kernel": "axis -2 has size 6, not a multiple of m=4"}),
     (nn.Conv(4, (4, 4)), spec(1, 8, 8, 3), {"kernel": "axis -2 has size 3, not a multiple of m=4"}),
-    (nn.Embed(8, 4), spec(2, dtype="int32"), {"embedding": "an embedding table"}),
+    (nn.Embed(8, 4), spec(2, dtype="int32"), {"embedding": TABLE}),
 ]
 
 
@@ -87,15 +89,32 @@ def test_layers(model, x, expected):
         ((8, 8), lambda x, w: jax.jit(jax.checkpoint(jnp.matmul))(x, w), (-2, 1, ())),
         ((2, 8, 3), lambda x, w: jax.vmap(jnp.matmul)(x, w), (-2, 1, (-3,))),
         ((8, 8), lambda x, w: x @ w + x @ w.T, "shared by products that sum over different axes [-2, -1]"),
-        ((8,), lambda x, w: x * w, "used by broadcast_in_dim, not by a matrix product"),
-        ((1, 8, 12), lambda x, w: x @ w[0], (-2, 2, ())),
+        ((8,), lambda x, w: x * w, "used by mul, not by a matrix product"),
+        ((1, 8, 12), lambda x, w: x @ w[0], (-2, 1, ())),
         ((16, 12), lambda x, w: x @ w.reshape(2, 8, 12)[0], "reshaped before its matrix product, so that its axes cannot be told"),
         ((12,), lambda x, w: x[:, :1] @ w.reshape(1, 12), "an operand of an outer product"),
-        ((8, 12), lambda x, w: x @ jnp.concatenate([w, w], 1), "used by concatenate, not by a matrix product"),
-        ((8, 8), lambda x, w: x @ (w * 2), "used by mul, not by a matrix product"),
+        ((8, 12), lambda x, w: x @ jnp.concatenate([w, w], 1), (-2, 1, ())),
+        ((8, 8), lambda x, w: x @ jnp.concatenate([w, w], 0)[:8], (-2, 1, ())),
+        ((8, 8), lambda x, w: x @ (w * 2), (-2, 1, ())),
+        ((8, 8), lambda x, w: x @ (w * jnp.arange(8.0)), (-2, 1, ())),
+        ((8, 8), lambda x, w: x @ (w * jnp.arange(8.0)[:, None]), VARIES),
+        ((8, 8), lambda x, w: x @ (w * jnp.eye(8)), "used by mul, not by a matrix product"),
+        ((8, 8), lambda x, w: x @ (w - w.mean(0)) / w.std(0), (-2, 1, ())),
+        ((8, 8), lambda x, w: x @ w + jnp.sum(w**2), (-2, 1, ())),
+        ((8, 8), lambda x, w: x @ (w + x.T @ x), "used by add, not by a matrix product"),
+        ((8, 12), lambda x, w: x @ jnp.where(w.sum(0) > 0, w, 0), (-2, 1, ())),
+        ((8, 12), lambda x, w: x @ w[:, ::-1], (-2, 1, ())),
+        ((8, 12), lambda x, w: x @ jnp.pad(w, ((0, 0), (0, 4))), (-2, 1, ())),
+        ((8, 12), lambda x, w: jnp.einsum("bij,ijo->bo", x.reshape(2, 2, 4), w.reshape(2, 4, 12)), (-2, 1, ())),
+        ((8, 3, 4), lambda x, w: x @ w.reshape(8, 12).reshape(8, 6, 2)[:, 0], (-3, 1, ())),
+        ((4, 8, 2), lambda x, w: jnp.einsum("bi,bio->bo", x, w[jnp.array([0, 3])]), (-2, 1, (-3,))),
+        ((3, 8, 4), lambda x, w: jax.lax.ragged_dot(x, w, jnp.array([1, 1, 0])), (-2, 1, (-3,))),
+        ((8, 8), lambda x, w: jax.nn.one_hot(jnp.arange(2), 8) @ w, TABLE),
+        ((8, 8), lambda x, w: (x > 0).astype(jnp.float32) @ w, (-2, 1, ())),
+        ((8, 8), lambda x, w: jax.lax.while_loop(lambda s: s[0].sum() < 0, lambda s: (s[0] @ s[1], s[1]), (x, w))[0], (-2, 1, ())),
         ((64,), lambda x, w: x @ w.reshape(8, 8), "reshaped before its matrix product, so that its axes cannot be told"),
-        ((2, 8), lambda x, w: w[jnp.zeros(2, int)], "a table that rows are looked up in"),
-        ((8, 8), lambda x, w: x, "not used by the model when it is called with these arguments"),
+        ((2, 8), lambda x, w: w[jnp.zeros(2, int)], TABLE),
+        ((8, 8), lambda x, w: x, "not used by the function when it is called with these arguments"),
     ],
 )
 def test_kernels_of_custom_modules(shape, use, expected):
@@ -116,7 +135,7 @@ class Tied(nn.Module):
 
 
 def test_a_tied_embedding_stays_dense():
-    assert planned(Tied(), spec(2, 3, dtype="int32")) == {"Dense_0/kernel": (-2, 1, ()), "Embed_0/embedding": "an embedding table"}
+    assert planned(Tied(), spec(2, 3, dtype="int32")) == {"Dense_0/kernel": (-2, 1, ()), "Embed_0/embedding": TABLE}
 
 
 class Trained(nn.Module):

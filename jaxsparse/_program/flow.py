@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -48,7 +48,7 @@ class Origin(NamedTuple):
 
     Attributes:
       source: the number of the input.
-      axes: for each axis of the value, the atoms that it runs over in row-major order; atoms of size 1 are left out.
+      axes: for each axis of the value, the atoms that it runs over in row-major order; of size 1 they may be missing.
       stack: the axes of the input of which a loop or an index takes one place.
       hidden: the axes of the input whose place in the value is unknown.
       varies: the axes of the input along which the value was combined with another that differs from place to place.
@@ -67,6 +67,11 @@ class Origin(NamedTuple):
     def places(self, axis: int) -> frozenset[int]:
         """The axes of the input that an axis of the value runs over."""
         return frozenset(atom.axis for atom in self.axes[axis] if atom.axis >= 0)
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the value is rows that indices choose."""
+        return self.runs_over(LOOKED_UP, range(len(self.axes)))
 
     def runs_over(self, kind: int, axes: Iterable[int]) -> bool:
         """Whether one of these axes of the value runs over `REPEATED`, `LOOKED_UP` or `UNKNOWN` places."""
@@ -92,7 +97,7 @@ NOTHING = Value()
 
 def input_value(source: int, shape: Sequence[int]) -> Value:
     """The value of an input itself."""
-    return Value((Origin(source, tuple((Atom(axis, 1, n),) if n != 1 else () for axis, n in enumerate(shape))),))
+    return Value((Origin(source, tuple((Atom(axis, 1, n),) for axis, n in enumerate(shape))),))
 
 
 class Call(NamedTuple):
@@ -181,14 +186,14 @@ def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
         program, (consts, carries) = open_program(params["jaxpr"]), scan_counts(eqn)
         carry = _kept(values[consts : consts + carries], invariant(program, consts, carries))
         return [Call(program, [*values[:consts], *carry, *map(_sliced, values[consts + carries :])])]
-    program = called(eqn)
-    return None if program is None else [Call(program, list(values))]
+    only = called(eqn)
+    return None if only is None else [Call(only, list(values))]
 
 
 def called(eqn) -> Jaxpr | None:
     """The one program that an equation calls with its own operands, if it does."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
-        program = open_program(eqn.params.get(key))
+        program: Any = open_program(eqn.params.get(key))
         if isinstance(program, Jaxpr) and len(program.invars) == len(eqn.invars):
             pairs = zip(program.invars, eqn.invars, strict=True)
             if all(isinstance(var.aval, ShapedArray) and var.aval.ndim == atom.aval.ndim for var, atom in pairs):
@@ -333,6 +338,7 @@ def _same_axes(before, after) -> dict[int, int]:
 def _regrouped(origin: Origin, before, after) -> Origin:
     """The origin after a reshape: its atoms are dealt out anew, split where an axis is split."""
     queue = [atom for axis, n in enumerate(before) for atom in origin.axes[axis] or ((Atom(UNKNOWN, 1, n),) if n != 1 else ())]
+    queue = [atom for atom in queue if atom.size != 1]
     if math.prod(atom.size for atom in queue) != math.prod(after):
         return _lost(origin, after)
     queue.reverse()

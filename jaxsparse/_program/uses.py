@@ -36,10 +36,10 @@ def uses(program: Jaxpr, shapes: Sequence[tuple[int, ...]]) -> list[set[Use]]:
     """How a program uses each of its first inputs, which have these shapes."""
     fold = _Uses([set() for _ in shapes])
     others = len(program.invars) - len(shapes)
-    ends = walk(program, [*(input_value(i, shape) for i, shape in enumerate(shapes)), *[Value()] * others], fold)
-    for value in ends:
+    for value in walk(program, [*(input_value(i, shape) for i, shape in enumerate(shapes)), *[Value()] * others], fold):
         for origin in value.origins:
-            fold.other(origin, "returned")
+            if origin.looked_up:
+                fold.note(origin, Use(reason=TABLE))
     return fold.found
 
 
@@ -82,7 +82,7 @@ class _Uses:
 
     def other(self, origin: Origin, what: str):
         """Notes a use that is no product."""
-        table = what == "used by gather" or origin.runs_over(LOOKED_UP, range(len(origin.axes)))
+        table = what == "used by gather" or origin.looked_up
         self.note(origin, Use(reason=TABLE) if table else Use(reason=f"{what}, not by a matrix product", decides=False))
 
     def ragged(self, eqn, values: list[Value]):

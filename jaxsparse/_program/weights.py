@@ -40,7 +40,7 @@ class Weight:
     def of(cls, leaf: Sparse24, source: int) -> "Weight":
         """An argument itself."""
         (origin,) = input_value(source, leaf.shape).origins
-        return cls(leaf, origin, leaf.shape, (source,))
+        return cls(leaf, _without_ones(origin), leaf.shape, (source,))
 
     @property
     def dtype(self):
@@ -74,7 +74,7 @@ class Weight:
 
     def seen(self, origin: Origin, shape: Sequence[int], leaf: Sparse24 | None = None) -> "Weight":
         """The weight with its axes in another order, merged or split; `UnfitError` if the value is not just that."""
-        leaf = self.leaf if leaf is None else leaf
+        leaf, origin = self.leaf if leaf is None else leaf, _without_ones(origin)
         left = {axis: n for axis, n in enumerate(leaf.shape) if n != 1}
         for atom in sorted((atom for atoms in origin.axes for atom in atoms), key=_in_order):
             if atom.axis not in left or left[atom.axis] != atom.stride * atom.size:
@@ -83,6 +83,11 @@ class Weight:
         if any(stride != 1 for stride in left.values()):
             raise UnfitError("reshaped so that its axes cannot be told")
         return Weight(leaf, origin, tuple(shape), self.sources)
+
+
+def _without_ones(origin: Origin) -> Origin:
+    """The origin without its atoms of size 1, which say nothing of where an element is."""
+    return origin._replace(axes=tuple(tuple(atom for atom in atoms if atom.size != 1) for atoms in origin.axes))
 
 
 def _in_order(atom: Atom) -> tuple[int, int]:
