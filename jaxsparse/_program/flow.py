@@ -213,8 +213,16 @@ def returned(eqn, values: Sequence[Value], ends: list[list[Value]]) -> list[Valu
         carry = _kept(values[consts : consts + carries], invariant(open_program(eqn.params["jaxpr"]), consts, carries))
         return [*carry, *(_stacked(value, values[consts + carries :], eqn.params["length"]) for value in ends[0][carries:])]
     if name == "cond":
-        return [one if all(other == one for other in alike) else NOTHING for one, *alike in zip(*ends, strict=True)]
+        return [_either(one) for one in zip(*ends, strict=True)]
     return ends[0]
+
+
+def _either(values: Sequence[Value]) -> Value:
+    """What is known of a value that is one of several: what all that are made of inputs agree on."""
+    made = [value for value in values if value.origins]
+    if not made or any(value != made[0] for value in made):
+        return NOTHING
+    return made[0] if len(made) == len(values) else Value(made[0].origins)
 
 
 def _kept(values: Sequence[Value], keep: Sequence[bool]) -> list[Value]:
@@ -336,16 +344,44 @@ def _same_axes(before, after) -> dict[int, int]:
 
 
 def _regrouped(origin: Origin, before, after) -> Origin:
-    """The origin after a reshape: its atoms are dealt out anew, split where an axis is split."""
-    queue = [atom for axis, n in enumerate(before) for atom in origin.axes[axis] or ((Atom(UNKNOWN, 1, n),) if n != 1 else ())]
-    queue = [atom for atom in queue if atom.size != 1]
-    if math.prod(atom.size for atom in queue) != math.prod(after):
-        return _lost(origin, after)
-    queue.reverse()
+    """The origin after a reshape: in each part that it leaves whole, the atoms are dealt out anew, split where an axis is split."""
+    axes: list[tuple[Atom, ...]] = []
+    hidden = origin.hidden
+    for old, new in _parts(before, after):
+        sizes = [after[i] for i in new]
+        dealt = _dealt([atom for i in old for atom in origin.axes[i] if atom.size != 1], sizes)
+        if dealt is None:
+            hidden = hidden.union(*map(origin.places, old))
+            dealt = [(Atom(UNKNOWN, 1, n),) if n != 1 else () for n in sizes]
+        axes += dealt
+    return origin._replace(axes=tuple(axes), hidden=hidden)
+
+
+def _parts(before, after) -> Iterator[tuple[list[int], list[int]]]:
+    """The shortest runs of axes, old and new, that hold the same elements."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        old, new = [i] if i < len(before) else [], [j] if j < len(after) else []
+        i, j = i + len(old), j + len(new)
+        while (have := math.prod(before[k] for k in old)) != (want := math.prod(after[k] for k in new)):
+            if have < want:
+                old.append(i)
+                i += 1
+            else:
+                new.append(j)
+                j += 1
+        yield old, new
+
+
+def _dealt(atoms: list[Atom], sizes: list[int]) -> list[tuple[Atom, ...]] | None:
+    """Atoms, in their order, dealt out to axes of these sizes; None where one would have to be cut unevenly."""
+    queue = atoms[::-1]
     axes = []
-    for n in after:
+    for n in sizes:
         taken: list[Atom] = []
         while n > 1:
+            if not queue:
+                return None
             atom = queue.pop()
             if n % atom.size == 0:
                 n //= atom.size
@@ -354,17 +390,12 @@ def _regrouped(origin: Origin, before, after) -> Origin:
                 queue.append(atom._replace(size=inner))
                 atom, n = Atom(atom.axis, atom.stride * inner, n), 1
             else:
-                return _lost(origin, after)
+                return None
             if taken and taken[-1].axis == atom.axis and taken[-1].stride == atom.stride * atom.size:
                 atom = Atom(atom.axis, atom.stride, atom.size * taken.pop().size)
             taken.append(atom)
         axes.append(tuple(taken))
-    return origin._replace(axes=tuple(axes))
-
-
-def _lost(origin: Origin, shape) -> Origin:
-    held = frozenset().union(*(origin.places(axis) for axis in range(len(origin.axes))))
-    return origin._replace(axes=tuple((Atom(UNKNOWN, 1, n),) if n != 1 else () for n in shape), hidden=origin.hidden | held)
+    return None if queue else axes
 
 
 def _resized(value: Value, before, after) -> Value:
