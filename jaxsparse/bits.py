@@ -1,11 +1,14 @@
 """Masks at one bit a weight, as the optimizer state keeps them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 __all__ = ["pack", "unpack"]
 
 
+@functools.partial(jax.jit, static_argnames="axis")
 def pack(mask, axis: int) -> jax.Array:
     """The bits of a boolean mask: uint8, of which each holds eight neighbours along `axis`, the lowest bit first."""
     axis %= mask.ndim
@@ -15,6 +18,7 @@ def pack(mask, axis: int) -> jax.Array:
     return (eights.astype(jnp.uint8) << _places(mask.ndim, axis)).sum(axis + 1, dtype=jnp.uint8)
 
 
+@functools.partial(jax.jit, static_argnames=("size", "axis"))
 def unpack(words, size: int, axis: int) -> jax.Array:
     """The boolean mask, of `size` along `axis`."""
     axis %= words.ndim

@@ -1,5 +1,7 @@
 """Scores to masks. A mask is boolean; True marks a weight that participates."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -283,13 +285,17 @@ def _masks(tree, plan, step, call, *, magnitude):
 
 
 def _mask(values, leaf, step, magnitude):
-    pattern = leaf.pattern
+    if isinstance(leaf.pattern, NM | TransposableNM):
+        return _grouped_mask(values, leaf.pattern, magnitude)
+    return _ranked([values], [leaf], step, magnitude)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # many leaves have one shape: traced once for all
+def _grouped_mask(values, pattern, magnitude):
     if isinstance(pattern, NM):
         keys_of = magnitude_keys if magnitude else order_keys
         return _nm_mask(values, keys_of, pattern.n, pattern.m, *axes_in(pattern, values.ndim))
-    if isinstance(pattern, TransposableNM):
-        return transposable_mask(jnp.abs(wide(values)) if magnitude else values, pattern.n, axes_in(pattern, values.ndim))
-    return _ranked([values], [leaf], step, magnitude)[0]
+    return transposable_mask(jnp.abs(wide(values)) if magnitude else values, pattern.n, axes_in(pattern, values.ndim))
 
 
 def _ranked(values, leaves, step, magnitude):
