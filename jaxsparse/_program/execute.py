@@ -346,7 +346,8 @@ class _Run:
                 return lax.switch(operands[0], branches, *arrays)
             closed = next(value for value in params.values() if open_program(value) is called(eqn))
             if name in ("jit", "pjit", "closed_call", "core_call"):
-                return self.evaluate(open_program(closed), _consts(closed), operands)
+                results = self.evaluate(open_program(closed), _consts(closed), operands)
+                return [_constrained(*pair) for pair in zip(results, params.get("out_shardings", [None] * len(results)), strict=True)]
             arrays, rebuild = weights.split(operands)
             run = functools.partial(self.inner, closed, rebuild)
             if name in ("checkpoint", "remat", "remat2"):
@@ -434,6 +435,12 @@ class _Run:
 
 def _consts(program) -> Sequence:
     return program.consts if isinstance(program, ClosedJaxpr) else ()
+
+
+def _constrained(result, sharding):
+    """The output of a compiled function, placed as that function asks for."""
+    placed = isinstance(sharding, jax.sharding.Sharding) and not isinstance(result, Weight | Product)
+    return lax.with_sharding_constraint(result, sharding) if placed else result
 
 
 def _described(eqn) -> str:

@@ -102,8 +102,7 @@ def sample(model, params, prompt, key, length):
     """Continues a prompt, int32 `[n]`, by `length` tokens from the compressed model."""
 
     def one(window, key):
-        with js.flax.intercept():
-            logits = model.apply(params, window[None])[0, -1]
+        logits = js.sparsify(model.apply)(params, window[None])[0, -1]
         token = jax.random.categorical(key, logits / 0.7)
         return jnp.append(window[1:], token), token
 
@@ -114,11 +113,7 @@ def sample(model, params, prompt, key, length):
 def evaluate(model, models, validation):
     """Bits per character on all of `validation`, and seconds of a forward pass, medians taken in turns."""
 
-    @jax.jit
-    def score(params, tokens):
-        with js.flax.intercept():
-            return bits(model, params, tokens)
-
+    score = jax.jit(js.sparsify(functools.partial(bits, model)))
     parts = jnp.split(validation, list(range(32, len(validation), 32)))
     found = {
         name: np.average([score(params, part) for part in parts], weights=[len(part) for part in parts]) for name, params in models.items()
@@ -135,12 +130,8 @@ def evaluate(model, models, validation):
 def agreement(model, masked, packed, tokens):
     """The largest difference between the logits of the masked and of the compressed model, relative to the largest logit."""
 
-    @jax.jit
-    def logits(params):
-        with js.flax.intercept():
-            return model.apply(params, tokens[:, :-1])
-
-    expected, actual = logits(masked), logits(packed)
+    logits = jax.jit(js.sparsify(model.apply))
+    expected, actual = (logits(params, tokens[:, :-1]) for params in (masked, packed))
     return float(jnp.abs(actual - expected).max() / jnp.abs(expected).max())
 
 
