@@ -10,8 +10,7 @@ from flax import errors, nnx
 
 from jaxsparse.forward import apply_masks
 from jaxsparse.patterns import Pattern
-from jaxsparse.plan import Plan
-from jaxsparse.plan import plan as plan_function
+from jaxsparse.plan import Plan, learned_plan, traced
 from jaxsparse.state import forwards, merged_masks
 
 __all__ = ["intercept", "plan"]
@@ -46,7 +45,7 @@ def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, me
       >>> import jaxsparse as js
       >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
       >>> print(js.nnx.plan(model, {"*/kernel": "2:4"}, jnp.zeros((1, 6))))
-      leaf             layer    shape      axis  pattern      density  why dense
+      leaf             layer    shape      axis  pattern      density  note
       ---------------  -------  -------  ------  ---------  ---------  -----------------------------------------
       layers/0/bias    Linear   8                dense            1    no rule matches
       layers/0/kernel  Linear   6x8              dense            1    axis -2 has size 6, not a multiple of m=4
@@ -60,18 +59,23 @@ def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, me
     _check_module(model, "nnx.plan")
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     given, structure = jax.tree.flatten((args, kwargs))
-    arrays = [leaf if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)) else None for leaf in given]
 
     def call(params, rest, arrays):
         leaves = [leaf if array is None else array for leaf, array in zip(given, arrays, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, leaves)
-        return getattr(nnx.merge(graphdef, params, rest), method)(*args, **kwargs)
+        return _arrays(getattr(nnx.merge(graphdef, params, rest), method)(*args, **kwargs))
 
-    planned = plan_function(params, rules, call, rest, arrays)
+    made = learned_plan("nnx.plan", params, rules, traced("nnx.plan", call, params, rest, _arrays(given)))
     kinds = {path: type(node).__name__ for path, node in nnx.iter_graph(model) if _has_a_kind(node)}
     paths = [tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree.leaves_with_path(params)]
     owners = [next(kinds[path[:i]] for i in reversed(range(len(path))) if path[:i] in kinds) for path in paths]
-    return Plan(tuple(dataclasses.replace(leaf, layer=owner) for leaf, owner in zip(planned.leaves, owners, strict=True)))
+    return Plan(tuple(dataclasses.replace(leaf, layer=owner) for leaf, owner in zip(made.leaves, owners, strict=True)))
+
+
+def _arrays(tree):
+    """The leaves of a pytree, None for each that is not an array."""
+    kinds = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
+    return [leaf if isinstance(leaf, kinds) else None for leaf in jax.tree.leaves(tree)]
 
 
 def _has_a_kind(node):

@@ -12,6 +12,7 @@ from flax import errors, nnx
 import jaxsparse as js
 from jaxsparse.examples import char_lm, char_lm_nnx
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
 X = jax.random.normal(jax.random.key(1), (8, 16))
 
 
@@ -120,13 +121,13 @@ def merged_step(model, optimizer):
 def through_jax_jit(step):
     """A step with the same signature, in which `jax.jit` sees only arrays."""
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def compiled(graphdef, state):
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def compiled(graphdef, state, args):
         model, optimizer = nnx.merge(graphdef, state)
-        return step(model, optimizer), *nnx.split((model, optimizer))
+        return step(model, optimizer, *args), nnx.state((model, optimizer))
 
-    def run(model, optimizer):
-        found, _, state = compiled(*nnx.split((model, optimizer)))
+    def run(model, optimizer, *args):
+        found, state = compiled(*nnx.split((model, optimizer)), args)
         nnx.update((model, optimizer), state)
         return found
 
@@ -313,7 +314,7 @@ KINDS = {
 @pytest.mark.parametrize(("make", "x", "expected"), KINDS.values(), ids=KINDS)
 def test_plans_learn_the_axes_and_say_whose_the_weights_are(make, x, expected):
     plan = js.nnx.plan(nnx.eval_shape(make, nnx.Rngs(0)), {"*": "2:4"}, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    assert {path: (leaf.layer, leaf.pattern.axis, leaf.contracting) for path, leaf in plan.sparse.items()} == expected
+    assert {path: (leaf.layer, leaf.pattern.axis, len(leaf.summed)) for path, leaf in plan.sparse.items()} == expected
     assert str(plan) == str(js.nnx.plan(make(nnx.Rngs(0)), {"*": "2:4"}, x))
 
 
@@ -410,15 +411,23 @@ def test_the_character_model_trains_as_in_linen():
     tokens = random.integers(0, 11, (5, 2, char_lm.CONTEXT + 1))
     linen = char_lm.Transformer(11, 16, 2, heads=2)
     shapes = jax.eval_shape(linen.init, jax.random.key(0), tokens[0, :, :-1])
-    params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(scale=0.3, size=leaf.shape), leaf.dtype), shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(scale=0.1, size=leaf.shape), leaf.dtype), shapes)
+
+    rules, example = {"*/kernel": "2:4"}, tokens[0, :, :-1]
+    plan = js.flax.plan(linen, rules, example)
+
+    def recipe(plan):
+        return js.recipes.rewired(optax.adamw(1e-2), plan, reset_every=2)
 
     @nnx.jit
     def converted(params):
         model = char_lm_nnx.Transformer(11, 16, 2, heads=2, rngs=nnx.Rngs(0))
         nnx.update(model, char_lm_nnx.convert(params))
-        return model
+        found = js.nnx.plan(model, rules, example)
+        assert {path: leaf.pattern for path, leaf in found.sparse.items()} == {path: leaf.pattern for path, leaf in plan.sparse.items()}
+        return model, nnx.Optimizer(model, recipe(found), wrt=nnx.Param)
 
-    @nnx.jit
+    @through_jax_jit
     def step(model, optimizer, tokens):
         def loss(model):
             with js.nnx.intercept(model, optimizer):
@@ -429,21 +438,15 @@ def test_the_character_model_trains_as_in_linen():
         optimizer.update(model, grads)
         return value
 
-    def recipe(plan):
-        return js.recipes.rewired(optax.adamw(3e-3), plan, reset_every=2)
-
-    rules = {"*/kernel": "2:4"}
-    model = converted(params)
-    plan, linen_plan = js.nnx.plan(model, rules, tokens[0, :, :-1]), js.flax.plan(linen, rules, tokens[0, :, :-1])
-    assert {path: leaf.pattern for path, leaf in plan.sparse.items()} == {path: leaf.pattern for path, leaf in linen_plan.sparse.items()}
-    optimizer, tx = nnx.Optimizer(model, recipe(plan), wrt=nnx.Param), recipe(linen_plan)
-    linen_step, opt_state = char_lm.trainer(linen, tx, sparse=True), tx.init(params)
-    before = js.masks(optimizer)
+    model, optimizer = converted(params)
+    before = jax.jit(js.masks)(optimizer.opt_state)
+    opt_state = jax.jit(recipe(plan).init)(params)
+    linen_step = char_lm.trainer(linen, recipe(plan), sparse=True).lower(params, opt_state, tokens[0]).compile(QUICK)
     losses = []
     for batch in tokens:
         params, opt_state, expected = linen_step(params, opt_state, batch)
         losses.append((step(model, optimizer, batch), expected))
     np.testing.assert_allclose(*zip(*losses, strict=True), rtol=1e-5)
-    masks, expected = nnx.to_pure_dict(js.masks(optimizer)), char_lm_nnx.convert(js.masks(opt_state))
-    jax.tree.map(np.testing.assert_array_equal, masks, expected)
+    masks, expected = jax.jit(js.masks)(optimizer.opt_state), jax.jit(js.masks)(opt_state)
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(masks), char_lm_nnx.convert(expected))
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True))
