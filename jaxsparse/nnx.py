@@ -57,16 +57,16 @@ def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, me
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to prune.
     """
     _check_module(model, "nnx.plan")
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
     given, structure = jax.tree.flatten((args, kwargs))
 
     def call(params, rest, arrays):
         leaves = [leaf if array is None else array for leaf, array in zip(given, arrays, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, leaves)
-        return _arrays(getattr(nnx.merge(graphdef, params, rest), method)(*args, **kwargs))
+        return _arrays(getattr(nnx.merge(graphdef, params, *rest), method)(*args, **kwargs))
 
     made = learned_plan("nnx.plan", params, rules, traced("nnx.plan", call, params, rest, _arrays(given)))
-    kinds = {path: type(node).__name__ for path, node in nnx.iter_graph(model) if _has_a_kind(node)}
+    kinds: dict[tuple, str] = {path: type(node).__name__ for path, node in nnx.iter_graph(model) if _has_a_kind(node)}
     paths = [tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree.leaves_with_path(params)]
     owners = [next(kinds[path[:i]] for i in reversed(range(len(path))) if path[:i] in kinds) for path in paths]
     return Plan(tuple(dataclasses.replace(leaf, layer=owner) for leaf, owner in zip(made.leaves, owners, strict=True)))
