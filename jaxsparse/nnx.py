@@ -1,4 +1,8 @@
-"""Flax NNX: plans that learn the contraction axes from the model, and a context in which it holds its effective weights."""
+"""Flax NNX: plans that learn the axes from the model, and a context in which its Params hold the effective weights.
+
+A trained model runs compressed through `jaxsparse.sparsify`: merge the Params that `jaxsparse.compress` returns into a model, and
+call that by `nnx.jit(jaxsparse.sparsify(Model.__call__))`.
+"""
 
 import contextlib
 import dataclasses
@@ -19,25 +23,22 @@ __all__ = ["intercept", "plan"]
 def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, method: str = "__call__", **kwargs) -> Plan:
     """Plans the sparsity of a Flax NNX model; the axis of each Param is the one that the model sums over.
 
-    The model is called once on a copy of its state, abstractly: no arithmetic, no device memory, and its random counts,
-    batch statistics and caches stay as they are. `jaxsparse.plan` says what the traced program decides.
+    This is `jaxsparse.plan` with the call of the model as the function, traced abstractly on a copy of its state: random
+    counts, batch statistics and caches stay as they are. The report says which kind of Module owns each Param.
 
     Args:
-      model: an `nnx.Module`, also an abstract one from `nnx.eval_shape`.
-      rules: from a path, or a pattern of paths with `*`, `?` and `[...]` as in file names (`*` also crosses `/`), to a
-        pattern or to None for dense. Paths are those of `nnx.state(model, nnx.Param)`, as in `"blocks/0/attn/query/kernel"`.
-        The first rule that matches a leaf decides. A leaf that no rule matches stays dense.
-      *args: the arguments of the call. Arrays and `jax.ShapeDtypeStruct` are traced; everything else, such as
-        `train=True`, is passed on as it is.
+      model: a Module, or an abstract one from `nnx.eval_shape`.
+      rules: as for `jaxsparse.plan`. Paths are those of `nnx.state(model, nnx.Param)`, as in `"blocks/0/attn/query/kernel"`.
+      *args: what the model is called with: arrays, `jax.ShapeDtypeStruct`, or what it does not compute with, such as booleans.
       method: the name of the method to call.
-      **kwargs: the keyword arguments of the call, treated as `args` are.
+      **kwargs: the keyword arguments of the call, likewise.
 
     Returns:
-      The plan, for the tree `nnx.state(model, nnx.Param)`, on which `nnx.Optimizer(model, tx, wrt=nnx.Param)` works. A Param
-      that several Modules share is one leaf, at its first path.
+      The plan of `nnx.state(model, nnx.Param)`, for `nnx.Optimizer(model, tx, wrt=nnx.Param)`. A Param that several Modules
+      share is one leaf, under its first path.
 
     Raises:
-      TypeError: a rule gives something that is no pattern, or `model` is no `nnx.Module`.
+      TypeError: a rule gives something that is not a pattern, or `model` is not a Module.
       ValueError: a rule matches no leaf, or names an axis that is not the one the model sums over.
 
     Example:
@@ -66,23 +67,22 @@ def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, me
         return _arrays(getattr(nnx.merge(graphdef, params, *rest), method)(*args, **kwargs))
 
     made = learned_plan("nnx.plan", params, rules, traced("nnx.plan", call, params, rest, _arrays(given)))
-    kinds: dict[tuple, str] = {path: type(node).__name__ for path, node in nnx.iter_graph(model) if _has_a_kind(node)}
+    kinds: dict[tuple, str] = {path: type(node).__name__ for path, node in nnx.iter_graph(model) if _is_layer(node)}
     paths = [tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree.leaves_with_path(params)]
     owners = [next(kinds[path[:i]] for i in reversed(range(len(path))) if path[:i] in kinds) for path in paths]
     return Plan(tuple(dataclasses.replace(leaf, layer=owner) for leaf, owner in zip(made.leaves, owners, strict=True)))
 
 
-def _arrays(tree):
+def _arrays(tree) -> list:
     """The leaves of a pytree, None for each that is not an array."""
-    kinds = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
-    return [leaf if isinstance(leaf, kinds) else None for leaf in jax.tree.leaves(tree)]
+    return [leaf if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)) else None for leaf in jax.tree.leaves(tree)]
 
 
-def _has_a_kind(node):
+def _is_layer(node) -> bool:
     return isinstance(node, nnx.Module) and not isinstance(node, (nnx.List, nnx.Dict))
 
 
-def _check_module(model, call):
+def _check_module(model, call: str):
     if not isinstance(model, nnx.Module):
         raise TypeError(f"{call}: `model` is a {type(model).__name__}, not a flax.nnx.Module.")
 
@@ -91,29 +91,28 @@ def _check_module(model, call):
 def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> Iterator[None]:
     """Puts the effective weights into the Params of a Flax NNX model while the context lasts.
 
-    The effective weights are those that `sparse_params` computes: the masks, the decay factor and the gradient are the ones
-    that the optimizer state holds for the next forward pass. After the context, also after an error, the Params hold the
-    dense weights again. All other Variables (batch statistics, random counts, caches, intermediate values) are left
-    alone, so their updates stay.
+    They are what `sparse_params` computes, with the masks, the decay factor and the kind of gradient that the optimizer state
+    holds for the next forward pass. After the context, even if it raises, the Params hold the dense weights again. All other
+    Variables, such as batch statistics, random counts, caches and intermediate values, are left alone and keep their updates.
 
-    Enter it inside the function that is differentiated, with the model among its arguments; then the gradient is that of
-    the dense weights. Update the model after the context: what is written to a masked Param inside is lost.
+    Enter it inside the function that is differentiated, with the model among its arguments: then the gradient is that of the dense
+    weights. Update the model after the context, since what is written to a masked Param inside it is lost.
 
         @nnx.jit
         def step(model, optimizer, x, y):
             def loss(model):
-                with jaxsparse.nnx.intercept(model, optimizer):
+                with jaxsparse.nnx.intercept(model, optimizer):  # inside
                     return ((model(x) - y) ** 2).mean()
 
             optimizer.update(model, nnx.grad(loss)(model))
 
     Args:
-      model: the Module whose Params the masks were made for.
+      model: the Module for whose Params the masks were made.
       opt_state: an `nnx.Optimizer` or an optimizer state that holds masks, or a pytree of masks.
       gradient: `"dense"` or `"masked"`, as for `sparse_params`.
 
     Raises:
-      TypeError: `model` is no `nnx.Module`, or a masked Param is not floating.
+      TypeError: `model` is not a Module, or a masked Param is not floating.
       ValueError: there are no masks in `opt_state`, or they were made for other Params.
       flax.errors.TraceContextError: the model comes from outside of the function that is being traced.
 
@@ -135,7 +134,6 @@ def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> I
     _check_module(model, "nnx.intercept")
     params = nnx.state(model, nnx.Param)  # its leaves are the Variables of the model themselves
     effective = apply_masks(params, merged_masks(opt_state, "nnx.intercept"), forwards(opt_state), "nnx.intercept", gradient=gradient)
-
     with contextlib.ExitStack() as restore:
 
         def exchange(variable, other):
@@ -145,14 +143,10 @@ def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> I
                 restore.callback(variable.set_raw_value, dense)
 
         try:
-            jax.tree.map(exchange, params, effective, is_leaf=_is_variable)
+            jax.tree.map(exchange, params, effective, is_leaf=lambda node: isinstance(node, nnx.Variable))
         except errors.TraceContextError as error:
             raise errors.TraceContextError(
                 "nnx.intercept: `model` comes from outside of the function that is being traced, so its Params cannot be exchanged "
                 "here. Pass the model as an argument of that function."
             ) from error
         yield
-
-
-def _is_variable(node):
-    return isinstance(node, nnx.Variable)

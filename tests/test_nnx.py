@@ -61,6 +61,10 @@ def make(recipe=js.recipes.rewired):
     return model, optimizer_of(model, recipe)
 
 
+def quick(f):
+    return jax.jit(f, compiler_options=QUICK)
+
+
 def mdgf(inner, plan):
     return js.recipes.mdgf(inner, plan, total_steps=20, dense_until=1, fine_tune_from=19)
 
@@ -379,31 +383,47 @@ for x, y in batches:
     step(model, optimizer, x, y)
 
 graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-packed = js.compress(params, optimizer)  # 2:4 Params hold a js.Sparse24
-
-
-@jax.jit
-@js.sparsify
-def predict(params, x):
-    return nnx.merge(graphdef, params, rest)(x)
-
-
-logits = predict(packed, x)  # runs from the compressed weights
+packed = nnx.merge(graphdef, js.compress(params, optimizer), rest)  # 2:4 Params hold a js.Sparse24
+logits = nnx.jit(js.sparsify(nnx.Sequential.__call__))(packed, x)  # runs from the compressed weights
 """
 
 
 def test_the_loop_runs_as_printed():
     found = {}
     exec(LOOP, found)
-    model, optimizer, params, x = (found[name] for name in ("model", "optimizer", "params", "x"))
-    kernel = found["packed"]["layers"][0]["kernel"].get_value()
-    assert isinstance(kernel, js.Sparse24)
-    np.testing.assert_array_equal(
-        js.masks(optimizer)["layers"][0]["kernel"].get_value(), js.magnitude_masks(params, found["plan"])["layers"][0]["kernel"].get_value()
-    )
+    model, optimizer, params, packed, x = (found[name] for name in ("model", "optimizer", "params", "packed", "x"))
+    assert isinstance(packed.layers[0].kernel.get_value(), js.Sparse24)
+    mask = js.masks(optimizer)["layers"][0]["kernel"].get_value()
+    np.testing.assert_array_equal(mask, js.nm_mask(jnp.abs(model.layers[0].kernel[...]), 2, 4, axis=0))
+    initial = nnx.Linear(64, 256, rngs=nnx.Rngs(0)).kernel[...]
+    assert np.any(mask != js.nm_mask(jnp.abs(initial), 2, 4, axis=0))
     with js.nnx.intercept(model, optimizer):
         np.testing.assert_allclose(found["logits"], model(x), rtol=1e-5, atol=1e-5)
     assert not np.allclose(found["logits"], model(x), atol=1e-3)
+    assert nnx.state(model, nnx.Param)["layers"][0]["kernel"] is params["layers"][0]["kernel"]
+
+
+def test_a_trained_model_runs_compressed_with_its_statistics_and_gradients():
+    model, optimizer = make()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    packed = jax.jit(js.compress)(params, optimizer.opt_state)
+
+    def forward(params, rest):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        return (model(X) ** 2).mean(), nnx.state(model, nnx.Not(nnx.Param))
+
+    sparse = js.sparsify(forward)
+    (found, found_rest), grads = quick(jax.value_and_grad(sparse, has_aux=True, allow_int=True))(packed, rest)
+    (expected, expected_rest), dense_grads = quick(jax.value_and_grad(forward, has_aux=True))(js.sparse_params(params, optimizer), rest)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for path, value in pure(expected_rest).items():
+        np.testing.assert_allclose(pure(found_rest)[path], value, rtol=1e-5, atol=1e-5, err_msg=path)
+    for path, grad in nnx.to_flat_state(js.compress(dense_grads, optimizer.opt_state)):
+        actual = dict(nnx.to_flat_state(grads))[path].get_value()
+        values = (actual.values, grad.get_value().values) if isinstance(actual, js.Sparse24) else (actual, grad.get_value())
+        np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5, err_msg=str(path))
+    ran = {use.path for use in sparse.report(packed, rest).products if not use.reason}
+    assert ran == {"block/linear/kernel", "head/kernel", "stack/linear/kernel"}
 
 
 def test_the_character_model_trains_as_in_linen():
