@@ -42,11 +42,12 @@ from jaxsparse.transforms import sr_ste as sr_ste
 
 if TYPE_CHECKING:
     from jaxsparse import flax as flax
+    from jaxsparse import nnx as nnx
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name):
-    if name == "flax":  # only those who use Flax pay for its import
-        return importlib.import_module("jaxsparse.flax")
+    if name in ("flax", "nnx"):  # only those who use Flax pay for its import
+        return importlib.import_module(f"jaxsparse.{name}")
     raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")

@@ -33,6 +33,7 @@ KERNELS = ["kernels", "kernels.mosaic"]  # before each kernel; only a lowering f
 PUBLIC = [getattr(js, name) for name in dir(js) if not name.startswith("_")]
 PUBLIC += [getattr(js.analysis, name) for name in dir(js.analysis) if not name.startswith("_")]
 PUBLIC = [x for x in PUBLIC if callable(x)] + [js.flax.plan, js.flax.intercept, *(getattr(js.recipes, name) for name in js.recipes.__all__)]
+PUBLIC += [js.nnx.plan, js.nnx.intercept]
 
 
 def test_imports_point_one_way():
