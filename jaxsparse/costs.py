@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jaxsparse._program.flow import LOOKED_UP, Value, dots, input_value, open_program, walk
+from jaxsparse._program.flow import LOOKED_UP, Value, dots, input_value
+from jaxsparse._program.walk import open_program, walk
 from jaxsparse.patterns import NM, Block, Pattern, TransposableNM
 from jaxsparse.plan import Plan, leaf_paths, match
 

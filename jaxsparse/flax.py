@@ -12,6 +12,7 @@ import jax
 from flax import core, serialization
 from flax import linen as nn
 
+from jaxsparse._program.arguments import split_arrays
 from jaxsparse._program.execute import sparsify
 from jaxsparse._program.uses import Use
 from jaxsparse.compress import Sparse24, decompress
@@ -99,7 +100,7 @@ def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
         kinds.setdefault(context.module.path, type(context.module).__name__)
         return next_fun(*args, **kwargs)
 
-    arrays, rebuild = _arrays((args, kwargs))
+    arrays, rebuild = split_arrays((args, kwargs))
 
     def init(arrays):
         args, kwargs = rebuild(arrays)
@@ -108,7 +109,7 @@ def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
     def apply(params, rest, arrays):
         args, kwargs = rebuild(arrays)
         out = model.apply({"params": params, **rest}, *args, **{"mutable": True, **kwargs}, rngs=rngs)
-        return _arrays(_with_params(out, lambda params: None))[0]
+        return split_arrays(_with_params(out, lambda params: None))[0]
 
     variables = dict(jax.eval_shape(init, arrays))
     params = nn.meta.unbox(variables.pop("params", {}))
@@ -116,18 +117,6 @@ def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
         used = traced("flax.plan", apply, params, variables, arrays)
     layers = [kinds.get(tuple(path.split("/")[:-1]), "") for path in leaf_paths(params)]
     return params, layers, used
-
-
-def _arrays(tree):
-    """The leaves of a pytree that are arrays, and the function that puts such arrays back among the others."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda leaf: isinstance(leaf, Sparse24))
-    is_array = [isinstance(leaf, Sparse24) or hasattr(leaf, "dtype") for leaf in leaves]
-
-    def rebuild(arrays):
-        rest = iter(arrays)
-        return jax.tree.unflatten(treedef, [next(rest) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)])
-
-    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], rebuild
 
 
 # --- the context
@@ -195,13 +184,13 @@ class _Sparse:
 
     def compressed(self, run, variables, args, kwargs):
         """What `core.apply` returns, from compressed parameters."""
-        arrays, rebuild = _arrays((args, kwargs))
+        arrays, rebuild = split_arrays((args, kwargs), _is_packed)
         structure: list = []
 
         def called(variables, arrays):
             args, kwargs = rebuild(arrays)
             out = _with_params(run(variables, *args, **kwargs), lambda params: None)
-            found, restore = _arrays(out)
+            found, restore = split_arrays(out)
             structure[:] = [restore]
             return found
 

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 import jax
-import numpy as np
 from flax import errors, nnx
 
+from jaxsparse._program.arguments import split_arrays
 from jaxsparse.forward import apply_masks
 from jaxsparse.patterns import Pattern
 from jaxsparse.plan import Plan, learned_plan, traced
@@ -59,23 +59,17 @@ def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, me
     """
     _check_module(model, "nnx.plan")
     graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
-    given, structure = jax.tree.flatten((args, kwargs))
+    arrays, rebuild = split_arrays((args, kwargs))
 
     def call(params, rest, arrays):
-        leaves = [leaf if array is None else array for leaf, array in zip(given, arrays, strict=True)]
-        args, kwargs = jax.tree.unflatten(structure, leaves)
-        return _arrays(getattr(nnx.merge(graphdef, params, *rest), method)(*args, **kwargs))
+        args, kwargs = rebuild(arrays)
+        return split_arrays(getattr(nnx.merge(graphdef, params, *rest), method)(*args, **kwargs))[0]
 
-    made = learned_plan("nnx.plan", params, rules, traced("nnx.plan", call, params, rest, _arrays(given)))
+    made = learned_plan("nnx.plan", params, rules, traced("nnx.plan", call, params, rest, arrays))
     kinds: dict[tuple, str] = {path: type(node).__name__ for path, node in nnx.iter_graph(model) if _is_layer(node)}
     paths = [tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree.leaves_with_path(params)]
     owners = [next(kinds[path[:i]] for i in reversed(range(len(path))) if path[:i] in kinds) for path in paths]
     return Plan(tuple(dataclasses.replace(leaf, layer=owner) for leaf, owner in zip(made.leaves, owners, strict=True)))
-
-
-def _arrays(tree) -> list:
-    """The leaves of a pytree, None for each that is not an array."""
-    return [leaf if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)) else None for leaf in jax.tree.leaves(tree)]
 
 
 def _is_layer(node) -> bool:

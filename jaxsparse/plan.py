@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxsparse._program.arguments import is_traceable
 from jaxsparse._program.uses import Use, uses
 from jaxsparse.patterns import Pattern, as_pattern, axes_in, why_not
 
@@ -185,7 +186,7 @@ def _named_plan(params, rules) -> Plan:
                 f"from a shape. {pattern.hint} Or pass the function that uses the parameters, as in plan(params, rules, fn, *args)."
             )
         decided = _at_its_word("plan", path, leaf, rule, pattern, "")
-        if decided.pattern is not None and decided.pattern.axes:
+        if decided.pattern is not None and decided.pattern.axes and len(decided.shape) > 1:
             ranks[rule].add(len(decided.shape))
         return decided
 
@@ -217,7 +218,7 @@ def _at_its_word(call: str, path: str, leaf, rule: str, pattern: Pattern, note: 
 def traced(call: str, fn: Callable, params, *args, **kwargs) -> list[set[Use]]:
     """How `fn(params, *args, **kwargs)` uses each leaf of `params`."""
     for path, leaf in jax.tree.leaves_with_path((args, kwargs)):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+        if not is_traceable(leaf):
             raise TypeError(
                 f"{call}: argument {jax.tree_util.keystr(path)} of `fn` is a {type(leaf).__name__}, not an array. Bind it with "
                 "functools.partial, as in functools.partial(model.apply, method=...)."
@@ -316,7 +317,7 @@ def apply_rules(call: str, params, rules: Mapping[str, Pattern | str | None], de
 
     paths = leaf_paths(params)
     for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+        if not is_traceable(leaf):
             raise TypeError(f"{call}: {path} is a {type(leaf).__name__}, not an array. Pass arrays or jax.ShapeDtypeStruct.")
     leaves = tuple(map(settle, paths, jax.tree.leaves(params)))
     idle = [rule for rule, used in matched.items() if not used]
@@ -327,7 +328,9 @@ def apply_rules(call: str, params, rules: Mapping[str, Pattern | str | None], de
 
 def check_plan(call: str, plan):
     if not isinstance(plan, Plan):
-        raise TypeError(f"{call}: `plan` is a {type(plan).__name__}. Make one with jaxsparse.plan or jaxsparse.flax.plan.")
+        raise TypeError(
+            f"{call}: `plan` is a {type(plan).__name__}. Make one with jaxsparse.plan, jaxsparse.flax.plan or jaxsparse.nnx.plan."
+        )
 
 
 def match(plan: Plan, tree, call: str) -> list[Leaf | None]:

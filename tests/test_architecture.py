@@ -10,22 +10,8 @@ import pytest
 import jaxsparse as js
 
 PACKAGE = pathlib.Path(js.__file__).parent
-ORDER = [
-    "patterns",
-    "_program.flow",
-    "_program.uses",
-    "plan",
-    "budgets",
-    "ranking",
-    "groups",
-    "transposable",
-    "topk",
-    "blocks",
-    "masks",
-    "scores",
-    "bits",
-    "state",
-]
+ORDER = ["patterns", "_program.arguments", "_program.flow", "_program.walk", "_program.uses", "plan", "budgets"]
+ORDER += ["ranking", "groups", "transposable", "topk", "blocks", "masks", "scores", "bits", "state"]
 ORDER += ["schedules", "phases", "forward", "transforms", "progressive", "recipes", "layouts", "compress", "kernels", "matmul"]
 ORDER += ["_program.weights", "_program.fusion", "_program.execute"]
 ORDER += ["costs", "metrics", "trajectories", "recorder", "analysis", "flax", "nnx"]
@@ -43,12 +29,10 @@ def test_imports_point_one_way():
 
 
 def imported(path):
-    froms = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
-    named = [
-        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module == "jaxsparse._program"
-    ]
-    froms += [f"jaxsparse._program.{alias.name}" for node in named for alias in node.names]
-    return {name.removeprefix("jaxsparse.") for name in froms if name.startswith("jaxsparse.") and name != "jaxsparse._program"}
+    froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+    inside = {f"_program.{alias.name}" for node in froms if node.module == "jaxsparse._program" for alias in node.names}
+    names = {node.module.removeprefix("jaxsparse.") for node in froms if node.module.startswith("jaxsparse.")}
+    return names - {"_program"} | inside
 
 
 def test_kernels_know_only_the_shim():

@@ -92,6 +92,8 @@ FUNCTIONS = {
     "constant of a scan": ((8, 8), lambda w, x: lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=3)[0], 1),
     "carried by a scan": ((8, 8), lambda w, x: lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), length=3)[0][0], 1),
     "changed by a scan": ((8, 8), lambda w, x: lax.scan(lambda c, _: (c * 0.5, x @ c), w, length=3)[1].sum(0), 0),
+    "handed on by a scan of remat": ((3, 8, 8), lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), w)), x, w)[0], 1),
+    "handed on and returned": ((3, 8, 8), lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), w), x, w), 1),
     "remat": ((8, 8), lambda w, x: jax.checkpoint(lambda x, w: jnp.sin(x @ w))(x, w), 1),
     "scan of remat": ((3, 8, 8), lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, w)[0], 1),
     "vmap": ((3, 8, 5), lambda w, x: jax.vmap(jnp.matmul)(x.reshape(3, 2, 8), w), 1),
@@ -278,6 +280,12 @@ def test_kernels_that_are_concatenated_and_two_weights_in_one_product():
         ("q", "the product sums over other axes than those that the weight is compressed along"),
     ]
     assert "3 of 5 uses run compressed" in str(report)
+
+
+def test_a_stack_that_a_loop_hands_on_is_not_decompressed():
+    packed, _, _, _ = prepared("handed on by a scan of remat")
+    (row,) = js.sparsify(call("handed on by a scan of remat")).report(packed, X).products
+    assert row.reason == ""
 
 
 def test_the_report_says_what_runs_where_and_why_not_without_running_anything():

@@ -14,8 +14,10 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxsparse._program import weights
-from jaxsparse._program.flow import Value, called, calls, invariant, open_program, outputs, scan_counts
+from jaxsparse._program.arguments import is_traceable
+from jaxsparse._program.flow import Value, outputs
 from jaxsparse._program.fusion import Product, activation_at, bias_of
+from jaxsparse._program.walk import called, calls, invariant, open_program, scan_counts
 from jaxsparse._program.weights import UnfitError, Weight
 from jaxsparse.compress import Sparse24
 from jaxsparse.kernels import KERNELS
@@ -140,7 +142,7 @@ class Sparsified:
             return self._fn(*args, **kwargs)
         paths = [path for part in (*args, kwargs) for path in _paths(part)]
         for path, leaf in zip(paths, leaves, strict=True):
-            if not _is_packed(leaf) and not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            if not _is_packed(leaf) and not is_traceable(leaf):
                 raise TypeError(
                     f"sparsify: argument {path!r} is a {type(leaf).__name__}, not an array. Bind it with functools.partial, as in "
                     "sparsify(functools.partial(model.apply, method=...))."
@@ -342,16 +344,17 @@ class _Run:
                 return self.loop(eqn, operands)
             if name == "cond":
                 arrays, rebuild = weights.split(operands[1:])
-                branches = [functools.partial(self.inner, branch, rebuild) for branch in params["branches"]]
-                return lax.switch(operands[0], branches, *arrays)
+                return lax.switch(operands[0], [functools.partial(self.inner, branch, rebuild) for branch in params["branches"]], *arrays)
             closed = next(value for value in params.values() if open_program(value) is called(eqn))
             if name in ("jit", "pjit", "closed_call", "core_call"):
                 results = self.evaluate(open_program(closed), _consts(closed), operands)
                 return [_constrained(*pair) for pair in zip(results, params.get("out_shardings", [None] * len(results)), strict=True)]
             arrays, rebuild = weights.split(operands)
-            run = functools.partial(self.inner, closed, rebuild)
             if name in ("checkpoint", "remat", "remat2"):
-                return jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])(*arrays)
+                same = _HandedOn(operands)
+                run = functools.partial(self.inner, closed, rebuild, same=same)
+                return same.put_back(jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])(*arrays))
+            run = functools.partial(self.inner, closed, rebuild)
             if name.startswith("custom_jvp_call"):
                 return _with_derivative(jax.custom_jvp, run, functools.partial(self.as_written, eqn, rebuild))(*arrays)
             if name.startswith("custom_vjp_call"):
@@ -360,10 +363,11 @@ class _Run:
         finally:
             self.place = place
 
-    def inner(self, program, rebuild, *arrays) -> list:
-        """The dense outputs of a called program."""
-        results = self.evaluate(open_program(program), _consts(program), rebuild(arrays))
-        return [self.dense(result, "returned") for result in results]
+    def inner(self, program, rebuild, *arrays, same: "_HandedOn | None" = None) -> list:
+        """The dense outputs of a called program, without those that `same` takes out."""
+        operands = rebuild(arrays)
+        results = self.evaluate(open_program(program), _consts(program), operands)
+        return [self.dense(result, "returned") for result in (same.taken_out(results, operands) if same else results)]
 
     def as_written(self, eqn, rebuild, *arrays) -> list:
         """The results of an equation with its weights decompressed."""
@@ -381,14 +385,17 @@ class _Run:
             except UnfitError as unfit:
                 slices.append(self.dense(operand, "scan", str(unfit)))
         arrays, rebuild = weights.split(slices)
+        same = _HandedOn(operands[fixed + carries :])
 
         def body(carry, arrays):
-            results = self.evaluate(program, consts, [*operands[:fixed], *held(carry), *rebuild(arrays)])
-            results = [result if i < carries and kept[i] else self.dense(result, "returned") for i, result in enumerate(results)]
-            return [result for result, keep in zip(results[:carries], kept, strict=True) if not keep], results[carries:]
+            inside = rebuild(arrays)
+            results = self.evaluate(program, consts, [*operands[:fixed], *held(carry), *inside])
+            changed = [result for result, keep in zip(results[:carries], kept, strict=True) if not keep]
+            stacked = same.taken_out(results[carries:], inside)
+            return [self.dense(one, "carried") for one in changed], [self.dense(one, "returned") for one in stacked]
 
         carry, stacked = lax.scan(body, carry, arrays, params["length"], reverse=params["reverse"], unroll=params["unroll"])
-        return [*held(carry), *stacked]
+        return [*held(carry), *same.put_back(stacked)]
 
     def loop(self, eqn, operands) -> list:
         params = eqn.params
@@ -430,7 +437,26 @@ class _Run:
 
     def note(self, w: Weight, what: str, reason: str, implementation: str):
         path = ", ".join(self.paths[source] for source in w.sources)
-        self.rows.setdefault((self.place, self.site, path), Usage(path, what, reason, implementation))
+        self.rows.setdefault((self.place, self.site, path, what), Usage(path, what, reason, implementation))
+
+
+class _HandedOn:
+    """The results of a called program that are weights among its operands: they stay outside as they are."""
+
+    def __init__(self, operands: Sequence):
+        self.operands = operands
+        self.which: list[int | None] = []
+
+    def taken_out(self, results: Sequence, inside: Sequence) -> list:
+        """The other results; `inside` are the operands as the program sees them."""
+        places = {id(one): i for i, one in enumerate(inside) if isinstance(one, Weight)}
+        self.which = [places.get(id(result)) for result in results]
+        return [result for result, i in zip(results, self.which, strict=True) if i is None]
+
+    def put_back(self, results: Sequence) -> list:
+        """All results."""
+        rest = iter(results)
+        return [next(rest) if i is None else self.operands[i] for i in self.which]
 
 
 def _consts(program) -> Sequence:

@@ -1,30 +1,24 @@
-"""How values move through a traced program, and the walk over one that every analysis of programs shares."""
+"""How values move through the equations of a traced program: what each is made of, and where."""
 
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
-
-from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from typing import NamedTuple
 
 __all__ = [
+    "LOOKED_UP",
     "NOTHING",
+    "REPEATED",
+    "UNKNOWN",
     "Atom",
-    "Call",
-    "Fold",
     "Origin",
     "Value",
-    "called",
-    "calls",
     "constant_axes",
     "dots",
     "input_value",
-    "invariant",
-    "open_program",
     "outputs",
-    "scan_counts",
-    "walk",
+    "sliced",
+    "stacked",
 ]
 
 
@@ -52,7 +46,6 @@ class Origin(NamedTuple):
       stack: the axes of the input of which a loop or an index takes one place.
       hidden: the axes of the input whose place in the value is unknown.
       varies: the axes of the input along which the value was combined with another that differs from place to place.
-      changed: what was done to its elements beyond moving them, such as `"mul"`.
       share: the fraction of the value's elements that come from this input.
     """
 
@@ -61,7 +54,6 @@ class Origin(NamedTuple):
     stack: frozenset[int] = frozenset()
     hidden: frozenset[int] = frozenset()
     varies: frozenset[int] = frozenset()
-    changed: frozenset[str] = frozenset()
     share: float = 1.0
 
     def places(self, axis: int) -> frozenset[int]:
@@ -100,146 +92,17 @@ def input_value(source: int, shape: Sequence[int]) -> Value:
     return Value((Origin(source, tuple((Atom(axis, 1, n),) for axis, n in enumerate(shape))),))
 
 
-class Call(NamedTuple):
-    """A program that an equation calls.
-
-    Attributes:
-      program: the program.
-      values: what is known of its inputs.
-    """
-
-    program: Jaxpr
-    values: list[Value]
-
-
-class Fold(Protocol):
-    """An analysis of a program: what to do at each equation, and how the results of called programs combine."""
-
-    def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
-        """Takes note of an equation that calls nothing: what is known of its operands and of its results."""
-
-    def enter(self, eqn) -> Self:
-        """The fold for one program that an equation calls."""
-
-    def leave(self, eqn, inner: list[Self]) -> None:
-        """Combines the folds of the programs that an equation calls."""
-
-
-SomeFold = TypeVar("SomeFold", bound=Fold)
-
-
-def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]:
-    """Follows values through a program, called programs included; returns what is known of its outputs."""
-    known = dict(zip(program.invars, values, strict=True))
-
-    def value_of(atom):
-        return NOTHING if isinstance(atom, Literal) else known.get(atom, NOTHING)
-
-    for eqn in program.eqns:
-        operands = [value_of(atom) for atom in eqn.invars]
-        inner = calls(eqn, operands)
-        if inner is None:
-            results = outputs(eqn, operands)
-            fold.visit(eqn, operands, results)
-        else:
-            folds = [fold.enter(eqn) for _ in inner]
-            ends = [walk(call.program, call.values, one) for call, one in zip(inner, folds, strict=True)]
-            fold.leave(eqn, folds)
-            results = returned(eqn, operands, ends)
-        known.update((var, value) for var, value in zip(eqn.outvars, results, strict=True) if any(value))
-    return [value_of(atom) for atom in program.outvars]
-
-
-# --- programs that equations call
-
-
-def open_program(program) -> Jaxpr:
-    """A program without its constants."""
-    return program.jaxpr if isinstance(program, ClosedJaxpr) else program
-
-
-def scan_counts(eqn) -> tuple[int, int]:
-    """How many constants and carries a scan has."""
-    if "num_consts" in eqn.params:  # before jax 0.12
-        return eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carries, _ = eqn.params["ft_in"].unpack()
-    return len(consts), len(carries)
-
-
-def invariant(program: Jaxpr, consts: int, carries: int, skipped: int = 0) -> list[bool]:
-    """For each carry of a loop, whether its body hands it on as it is."""
-    inputs = program.invars[consts : consts + carries]
-    return [inner is outer for inner, outer in zip(inputs, program.outvars[skipped : skipped + carries], strict=True)]
-
-
-def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
-    """The programs that an equation calls and what is known of their inputs; None if it calls none that can be followed."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "while":
-        cond, body = params["cond_nconsts"], params["body_nconsts"]
-        loop = open_program(params["body_jaxpr"])
-        carry = _kept(values[cond + body :], invariant(loop, body, len(values) - cond - body))
-        return [Call(open_program(params["cond_jaxpr"]), [*values[:cond], *carry]), Call(loop, [*values[cond : cond + body], *carry])]
-    if name == "cond":
-        return [Call(open_program(branch), list(values[1:])) for branch in params["branches"]]
-    if name == "scan":
-        program, (consts, carries) = open_program(params["jaxpr"]), scan_counts(eqn)
-        carry = _kept(values[consts : consts + carries], invariant(program, consts, carries))
-        return [Call(program, [*values[:consts], *carry, *map(_sliced, values[consts + carries :])])]
-    only = called(eqn)
-    return None if only is None else [Call(only, list(values))]
-
-
-def called(eqn) -> Jaxpr | None:
-    """The one program that an equation calls with its own operands, if it does."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
-        program: Any = open_program(eqn.params.get(key))
-        if isinstance(program, Jaxpr) and len(program.invars) == len(eqn.invars):
-            pairs = zip(program.invars, eqn.invars, strict=True)
-            if all(isinstance(var.aval, ShapedArray) and var.aval.ndim == atom.aval.ndim for var, atom in pairs):
-                return program
-    return None
-
-
-def returned(eqn, values: Sequence[Value], ends: list[list[Value]]) -> list[Value]:
-    """What is known of the outputs of an equation from what is known of those of the programs that it calls."""
-    name = eqn.primitive.name
-    if name == "while":
-        carried = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
-        loop = open_program(eqn.params["body_jaxpr"])
-        return _kept(values[carried:], invariant(loop, eqn.params["body_nconsts"], len(values) - carried))
-    if name == "scan":
-        consts, carries = scan_counts(eqn)
-        carry = _kept(values[consts : consts + carries], invariant(open_program(eqn.params["jaxpr"]), consts, carries))
-        return [*carry, *(_stacked(value, values[consts + carries :], eqn.params["length"]) for value in ends[0][carries:])]
-    if name == "cond":
-        return [_either(one) for one in zip(*ends, strict=True)]
-    return ends[0]
-
-
-def _either(values: Sequence[Value]) -> Value:
-    """What is known of a value that is one of several: what all that are made of inputs agree on."""
-    made = [value for value in values if value.origins]
-    if not made or any(value != made[0] for value in made):
-        return NOTHING
-    return made[0] if len(made) == len(values) else Value(made[0].origins)
-
-
-def _kept(values: Sequence[Value], keep: Sequence[bool]) -> list[Value]:
-    return [value if kept else NOTHING for value, kept in zip(values, keep, strict=True)]
-
-
-def _sliced(value: Value) -> Value:
+def sliced(value: Value) -> Value:
     """What is known of a slice along the first axis, as a loop takes it."""
     origins = tuple(origin._replace(axes=origin.axes[1:], stack=origin.stack | origin.places(0)) for origin in value.origins)
     return Value(origins, _shifted(value.constant), _shifted(value.one_hot))
 
 
-def _stacked(value: Value, sliced: Sequence[Value], length: int) -> Value:
-    """What is known of the stack of what a loop gives at each step; `sliced` is what it takes slices of."""
+def stacked(value: Value, slices: Sequence[Value], length: int) -> Value:
+    """What is known of the stack of what a loop gives at each step; `slices` are the values that it takes slices of."""
 
     def stack(origin: Origin) -> Origin:
-        whole = [one for outer in sliced for one in outer.origins if one.source == origin.source]
+        whole = [one for outer in slices for one in outer.origins if one.source == origin.source]
         first = whole[0].axes[0] if whole else (Atom(REPEATED, 1, length),)
         taken = frozenset(atom.axis for atom in first)
         return origin._replace(axes=(first if length != 1 else (), *origin.axes), stack=origin.stack - taken)
@@ -250,8 +113,6 @@ def _stacked(value: Value, sliced: Sequence[Value], length: int) -> Value:
 def _shifted(axes: frozenset[int]) -> frozenset[int]:
     return frozenset(axis - 1 for axis in axes if axis)
 
-
-# --- equations that move or combine elements
 
 _SAME_PLACES = {
     "all_gather_invariant",
@@ -293,7 +154,7 @@ def outputs(eqn, values: Sequence[Value]) -> list[Value]:
     if name in _SAME_PLACES:
         return list(values[: len(eqn.outvars)])
     if name in _UNARY:
-        return [_changed(values[0], name)]
+        return [Value(values[0].origins, values[0].constant)]
     if name == "transpose":
         return [_transposed(values[0], eqn.params["permutation"])]
     if name in ("reshape", "squeeze", "expand_dims"):
@@ -305,10 +166,6 @@ def outputs(eqn, values: Sequence[Value]) -> list[Value]:
     if name == "gather":
         return [_gathered(eqn, values[0])]
     return [NOTHING] * len(eqn.outvars)
-
-
-def _changed(value: Value, name: str) -> Value:
-    return Value(tuple(origin._replace(changed=origin.changed | {name}) for origin in value.origins), value.constant)
 
 
 def _transposed(value: Value, order) -> Value:
@@ -473,7 +330,7 @@ def _combined(eqn, values: Sequence[Value]) -> Value:
             same = frozenset.intersection(every, *(around[j] for j in others if j not in alike))
             varies = origin.varies.union(*(origin.places(axis) for axis in every - same))
             if _lives(origin, varies) and not any(_alike(origin, one) for one in origins):
-                origins.append(origin._replace(varies=varies, changed=origin.changed | {name}))
+                origins.append(origin._replace(varies=varies))
     return Value(tuple(origins), frozenset.intersection(*constants), one_hot)
 
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
-from jaxsparse._program.flow import Atom, Value, called, constant_axes
+from jaxsparse._program.flow import Atom, Value, constant_axes
+from jaxsparse._program.walk import called
 from jaxsparse._program.weights import ordered
 from jaxsparse.compress import Sparse24
 from jaxsparse.kernels import ACTIVATIONS

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from jax.extend.core import Jaxpr
 
-from jaxsparse._program.flow import LOOKED_UP, UNKNOWN, Origin, Value, dots, input_value, walk
+from jaxsparse._program.flow import LOOKED_UP, UNKNOWN, Origin, Value, dots, input_value
+from jaxsparse._program.walk import walk
 
 __all__ = ["Use", "uses"]
 

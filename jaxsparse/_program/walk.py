@@ -1,0 +1,140 @@
+"""The walk over a traced program, called programs included, that every analysis of programs shares."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
+
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from jaxsparse._program.flow import NOTHING, Value, outputs, sliced, stacked
+
+__all__ = ["Call", "Fold", "called", "calls", "invariant", "open_program", "scan_counts", "walk"]
+
+
+class Call(NamedTuple):
+    """A program that an equation calls.
+
+    Attributes:
+      program: the program.
+      values: what is known of its inputs.
+    """
+
+    program: Jaxpr
+    values: list[Value]
+
+
+class Fold(Protocol):
+    """An analysis of a program: what to do at each equation, and how the results of called programs combine."""
+
+    def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
+        """Takes note of an equation that calls nothing: what is known of its operands and of its results."""
+
+    def enter(self, eqn) -> Self:
+        """The fold for one program that an equation calls."""
+
+    def leave(self, eqn, inner: list[Self]) -> None:
+        """Combines the folds of the programs that an equation calls."""
+
+
+SomeFold = TypeVar("SomeFold", bound=Fold)
+
+
+def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]:
+    """Follows values through a program, called programs included; returns what is known of its outputs."""
+    known = dict(zip(program.invars, values, strict=True))
+
+    def value_of(atom):
+        return NOTHING if isinstance(atom, Literal) else known.get(atom, NOTHING)
+
+    for eqn in program.eqns:
+        operands = [value_of(atom) for atom in eqn.invars]
+        inner = calls(eqn, operands)
+        if inner is None:
+            results = outputs(eqn, operands)
+            fold.visit(eqn, operands, results)
+        else:
+            folds = [fold.enter(eqn) for _ in inner]
+            ends = [walk(call.program, call.values, one) for call, one in zip(inner, folds, strict=True)]
+            fold.leave(eqn, folds)
+            results = returned(eqn, operands, ends)
+        known.update((var, value) for var, value in zip(eqn.outvars, results, strict=True) if any(value))
+    return [value_of(atom) for atom in program.outvars]
+
+
+# --- programs that equations call
+
+
+def open_program(program) -> Jaxpr:
+    """A program without its constants."""
+    return program.jaxpr if isinstance(program, ClosedJaxpr) else program
+
+
+def scan_counts(eqn) -> tuple[int, int]:
+    """How many constants and carries a scan has."""
+    if "num_consts" in eqn.params:  # before jax 0.12
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carries)
+
+
+def invariant(program: Jaxpr, consts: int, carries: int, skipped: int = 0) -> list[bool]:
+    """For each carry of a loop, whether its body hands it on as it is."""
+    inputs = program.invars[consts : consts + carries]
+    return [inner is outer for inner, outer in zip(inputs, program.outvars[skipped : skipped + carries], strict=True)]
+
+
+def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
+    """The programs that an equation calls and what is known of their inputs; None if it calls none that can be followed."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "while":
+        cond, body = params["cond_nconsts"], params["body_nconsts"]
+        loop = open_program(params["body_jaxpr"])
+        carry = _kept(values[cond + body :], invariant(loop, body, len(values) - cond - body))
+        return [Call(open_program(params["cond_jaxpr"]), [*values[:cond], *carry]), Call(loop, [*values[cond : cond + body], *carry])]
+    if name == "cond":
+        return [Call(open_program(branch), list(values[1:])) for branch in params["branches"]]
+    if name == "scan":
+        program, (consts, carries) = open_program(params["jaxpr"]), scan_counts(eqn)
+        carry = _kept(values[consts : consts + carries], invariant(program, consts, carries))
+        return [Call(program, [*values[:consts], *carry, *map(sliced, values[consts + carries :])])]
+    only = called(eqn)
+    return None if only is None else [Call(only, list(values))]
+
+
+def called(eqn) -> Jaxpr | None:
+    """The one program that an equation calls with its own operands, if it does."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
+        program: Any = open_program(eqn.params.get(key))
+        if isinstance(program, Jaxpr) and len(program.invars) == len(eqn.invars):
+            pairs = zip(program.invars, eqn.invars, strict=True)
+            if all(isinstance(var.aval, ShapedArray) and var.aval.ndim == atom.aval.ndim for var, atom in pairs):
+                return program
+    return None
+
+
+def returned(eqn, values: Sequence[Value], ends: list[list[Value]]) -> list[Value]:
+    """What is known of the outputs of an equation from what is known of those of the programs that it calls."""
+    name = eqn.primitive.name
+    if name == "while":
+        carried = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+        loop = open_program(eqn.params["body_jaxpr"])
+        return _kept(values[carried:], invariant(loop, eqn.params["body_nconsts"], len(values) - carried))
+    if name == "scan":
+        consts, carries = scan_counts(eqn)
+        carry = _kept(values[consts : consts + carries], invariant(open_program(eqn.params["jaxpr"]), consts, carries))
+        return [*carry, *(stacked(value, values[consts + carries :], eqn.params["length"]) for value in ends[0][carries:])]
+    if name == "cond":
+        return [_either(one) for one in zip(*ends, strict=True)]
+    return ends[0]
+
+
+def _either(values: Sequence[Value]) -> Value:
+    """What is known of a value that is one of several: what all that are made of inputs agree on."""
+    made = [value for value in values if value.origins]
+    if not made or any(value != made[0] for value in made):
+        return NOTHING
+    return made[0] if len(made) == len(values) else Value(made[0].origins)
+
+
+def _kept(values: Sequence[Value], keep: Sequence[bool]) -> list[Value]:
+    return [value if kept else NOTHING for value, kept in zip(values, keep, strict=True)]
