@@ -1,5 +1,7 @@
 """Transposable, unstructured and block patterns in plans, recipes, global scope and compression."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from planning import spec
 from test_flax_plan_lifted import Stack, scanned
 
 import jaxsparse as js
+from jaxsparse import masks
 
 T24 = js.TransposableNM(2, 4)
 BLOCK = js.Block((4, 2), 0.25)
@@ -206,3 +209,13 @@ def test_other_patterns_do_not_compress(pattern):
     plan = js.plan(params, {"w": pattern})
     with pytest.raises(ValueError, match=f"compress: w is planned {pattern}, but the compressed format is 2:4"):
         js.compress(params, js.magnitude_masks(params, plan), plan)
+
+
+def test_masks_of_one_shape_are_traced_once(monkeypatch):
+    calls = []
+    mask_groups = masks.mask_groups
+    monkeypatch.setattr(masks, "mask_groups", lambda *args: calls.append(1) or mask_groups(*args))
+    params = {str(i): jax.ShapeDtypeStruct((52, 11), "float32") for i in range(5)}  # a shape of no other test
+    plan = js.plan(params, {"*": js.NM(2, 4, axis=0)})
+    jax.make_jaxpr(functools.partial(js.magnitude_masks, plan=plan))(params)
+    assert len(calls) == 1
