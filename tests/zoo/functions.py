@@ -1,0 +1,190 @@
+"""A transformer as a plain function of nested dictionaries, its kernels changed in the ways that people change them before a product."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jaxsparse as js
+from zoo.entry import Along, Built, Model, in_layers, random_like, tokens
+
+VOCABULARY, WIDTH, HEADS, HEAD_WIDTH, HIDDEN, RANK = 20, 16, 4, 8, 24, 4
+
+
+def norm(p, x):
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6) * p["scale"] + p["offset"]
+
+
+def linear(p, x):
+    return x @ p["w"] + p["b"]
+
+
+def attend(q, k, v):
+    weights = jnp.einsum("bqnh,bknh->bnqk", q, k) / HEAD_WIDTH**0.5
+    weights = jnp.where(jnp.tril(jnp.ones(weights.shape[-2:], bool)), weights, -1e9)
+    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(weights), v)
+
+
+def separate(p, x, project):
+    """Attention with a product for each of q, k and v."""
+    q, k, v = (project(p[name], x).reshape(*x.shape[:2], HEADS, HEAD_WIDTH) for name in ("query", "key", "value"))
+    return project(p["linear"], attend(q, k, v).reshape(*x.shape[:2], -1))
+
+
+def fused(p, x, project):
+    """Attention whose kernels of q, k and v are concatenated before one product."""
+    names = ("query", "key", "value")
+    joint = {part: jnp.concatenate([p[name][part] for name in names], axis=-1) for part in ("w", "b")}
+    q, k, v = (part.reshape(*x.shape[:2], HEADS, HEAD_WIDTH) for part in jnp.split(project(joint, x), 3, axis=-1))
+    return project(p["linear"], attend(q, k, v).reshape(*x.shape[:2], -1))
+
+
+def by_einsum(p, x, project):
+    """Attention with kernels of three axes."""
+    q, k, v = (jnp.einsum("btd,dnh->btnh", x, p[name]["w"]) + p[name]["b"] for name in ("query", "key", "value"))
+    return jnp.einsum("btnh,nhd->btd", attend(q, k, v), p["linear"]["w"]) + p["linear"]["b"]
+
+
+def transformer(project=linear, attention=separate):
+    """The forward of two layers in which `project(p, x)` multiplies by a kernel."""
+
+    def fn(params, ids):
+        x = params["embed"]["embeddings"][ids] + params["places"][: ids.shape[1]]
+        for layer in ("layer_0", "layer_1"):
+            p = params[layer]
+            x = x + attention(p["attn"], norm(p["norm_1"], x), project)
+            x = x + project(p["mlp_out"], jax.nn.gelu(project(p["mlp_in"], norm(p["norm_2"], x))))
+        return linear(params["head"], norm(params["norm"], x))
+
+    return fn
+
+
+def shaped(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def dictionary(layer_linear, head_linear, attn):
+    norms = {"scale": shaped(WIDTH), "offset": shaped(WIDTH)}
+    layer = {"attn": attn, "norm_1": norms, "norm_2": norms, "mlp_in": layer_linear(WIDTH, HIDDEN), "mlp_out": layer_linear(HIDDEN, WIDTH)}
+    return {
+        "embed": {"embeddings": shaped(VOCABULARY, WIDTH)},
+        "places": shaped(8, WIDTH),
+        "layer_0": layer,
+        "layer_1": layer,
+        "norm": norms,
+        "head": head_linear(WIDTH, VOCABULARY),
+    }
+
+
+def with_bias(inputs, outputs):
+    return {"w": shaped(inputs, outputs), "b": shaped(outputs)}
+
+
+def build(project=linear, attention=separate, layer_linear=with_bias):
+    inner = HEADS * HEAD_WIDTH
+    if attention is by_einsum:
+        heads = {"w": shaped(WIDTH, HEADS, HEAD_WIDTH), "b": shaped(HEADS, HEAD_WIDTH)}
+        out = {"w": shaped(HEADS, HEAD_WIDTH, WIDTH), "b": shaped(WIDTH)}
+    else:
+        heads, out = layer_linear(WIDTH, inner), layer_linear(inner, WIDTH)
+    attn = {"query": heads, "key": heads, "value": heads, "linear": out}
+    params = random_like(dictionary(layer_linear, with_bias, attn))
+    return Built(transformer(project, attention), params, (tokens(2, 6, below=VOCABULARY),))
+
+
+def transposed(p, x):
+    return x @ p["w"].T + p["b"]
+
+
+def output_first(inputs, outputs):
+    return {"w": shaped(outputs, inputs), "b": shaped(outputs)}
+
+
+def merged_lora(p, x):
+    return x @ (p["w"] + p["lora_a"] @ p["lora_b"]) + p["b"]
+
+
+def separate_lora(p, x):
+    return x @ p["w"] + (x @ p["lora_a"]) @ p["lora_b"] + p["b"]
+
+
+def with_lora(inputs, outputs):
+    return {**with_bias(inputs, outputs), "lora_a": shaped(inputs, RANK), "lora_b": shaped(RANK, outputs)}
+
+
+def scaled(p, x):
+    """As muP scales by the width."""
+    return x @ (p["w"] * 0.5) + p["b"]
+
+
+def weight_normed(p, x):
+    length = jnp.sqrt(jnp.sum(jnp.square(p["w"]), axis=0, keepdims=True))
+    return x @ (p["w"] * (p["g"] / length)) + p["b"]
+
+
+def with_length(inputs, outputs):
+    return {**with_bias(inputs, outputs), "g": shaped(outputs)}
+
+
+def standardised(p, x):
+    w = p["w"] - p["w"].mean(axis=0, keepdims=True)
+    w = w / jnp.sqrt(jnp.square(w).mean(axis=0, keepdims=True) + 1e-4)
+    return x @ w + p["b"]
+
+
+NAMES = ("attn/query", "attn/key", "attn/value", "attn/linear", "mlp_in", "mlp_out")
+WEIGHTS = [f"layer_{i}/{name}/w" for i in range(2) for name in NAMES]
+
+
+def table(along):
+    return {**dict.fromkeys(WEIGHTS, along), "head/w": Along(-2)}
+
+
+# where other values are added to a weight, its groups are those that the rule names
+NAMED = {"layer_*/w": js.NM(2, 4, axis=-2), "head/w": "2:4"}
+
+MODELS = {
+    "dictionary, einsum": Model(
+        lambda: build(attention=by_einsum),
+        {
+            **in_layers(
+                "layer_{}",
+                {
+                    "attn/query/w": Along(-3),
+                    "attn/key/w": Along(-3),
+                    "attn/value/w": Along(-3),
+                    "attn/linear/w": Along(-2, summed=(-3, -2)),
+                    "mlp_in/w": Along(-2),
+                    "mlp_out/w": Along(-2),
+                },
+            ),
+            "head/w": Along(-2),
+        },
+        products=2 * 6 + 1,
+    ),
+    "dictionary, x @ w.T": Model(lambda: build(transposed, layer_linear=output_first), table(Along(-1)), products=2 * 6 + 1),
+    "dictionary, fused q, k and v": Model(lambda: build(attention=fused), table(Along(-2)), products=2 * 4 + 1),
+    "dictionary, LoRA": Model(
+        lambda: build(separate_lora, layer_linear=with_lora),
+        {**table(Along(-2)), **{path.replace("/w", f"/lora_{part}"): Along(-2) for path in WEIGHTS for part in "ab"}},
+        products=2 * 6 * 3 + 1,
+    ),
+    "dictionary, merged LoRA": Model(
+        lambda: build(merged_lora, layer_linear=with_lora),
+        table(Along(-2)),
+        products=1,
+        decompressed=frozenset(WEIGHTS),
+        rules=NAMED,
+    ),
+    "dictionary, muP": Model(lambda: build(scaled), table(Along(-2)), products=2 * 6 + 1),
+    "dictionary, weight normalisation": Model(
+        lambda: build(weight_normed, layer_linear=with_length), table(Along(-2)), products=1, decompressed=frozenset(WEIGHTS)
+    ),
+    "dictionary, weight standardisation": Model(
+        lambda: build(standardised),
+        table(Along(-2)),
+        products=1,
+        decompressed=frozenset(WEIGHTS),
+        rules=NAMED,
+    ),
+}
