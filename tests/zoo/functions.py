@@ -45,15 +45,16 @@ def by_einsum(p, x, project):
     return jnp.einsum("btnh,nhd->btd", attend(q, k, v), p["linear"]["w"]) + p["linear"]["b"]
 
 
-def transformer(project=linear, attention=separate):
-    """The forward of two layers in which `project(p, x)` multiplies by a kernel."""
+def language_model(project=linear, attention=None):
+    """The forward of two layers in which `project(p, x)` multiplies by a kernel; without attention, of their MLPs alone."""
 
     def fn(params, ids):
         x = params["embed"]["embeddings"][ids] + params["places"][: ids.shape[1]]
         for layer in ("layer_0", "layer_1"):
             p = params[layer]
-            x = x + attention(p["attn"], norm(p["norm_1"], x), project)
-            x = x + project(p["mlp_out"], jax.nn.gelu(project(p["mlp_in"], norm(p["norm_2"], x))))
+            if attention is not None:
+                x = x + attention(p["attn"], norm(p["attn_norm"], x), project)
+            x = x + project(p["mlp_out"], jax.nn.gelu(project(p["mlp_in"], norm(p["mlp_norm"], x))))
         return linear(params["head"], norm(params["norm"], x))
 
     return fn
@@ -63,33 +64,37 @@ def shaped(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def dictionary(layer_linear, head_linear, attn):
+def with_bias(inputs, outputs):
+    return {"w": shaped(inputs, outputs), "b": shaped(outputs)}
+
+
+def heads(kernel):
+    """The kernels of an attention whose heads are an axis of the product's result, split off after it."""
+    inner = HEADS * HEAD_WIDTH
+    return {**dict.fromkeys(("query", "key", "value"), kernel(WIDTH, inner)), "linear": kernel(inner, WIDTH)}
+
+
+def heads_of_three_axes(_):
+    read = {"w": shaped(WIDTH, HEADS, HEAD_WIDTH), "b": shaped(HEADS, HEAD_WIDTH)}
+    write = {"w": shaped(HEADS, HEAD_WIDTH, WIDTH), "b": shaped(WIDTH)}
+    return {**dict.fromkeys(("query", "key", "value"), read), "linear": write}
+
+
+def build(project=linear, attention=None, kernel=with_bias, attention_kernels=heads):
+    """The model; `kernel(inputs, outputs)` is the shapes that `project` reads."""
     norms = {"scale": shaped(WIDTH), "offset": shaped(WIDTH)}
-    layer = {"attn": attn, "norm_1": norms, "norm_2": norms, "mlp_in": layer_linear(WIDTH, HIDDEN), "mlp_out": layer_linear(HIDDEN, WIDTH)}
-    return {
+    layer = {"mlp_norm": norms, "mlp_in": kernel(WIDTH, HIDDEN), "mlp_out": kernel(HIDDEN, WIDTH)}
+    if attention is not None:
+        layer |= {"attn_norm": norms, "attn": attention_kernels(kernel)}
+    shapes = {
         "embed": {"embeddings": shaped(VOCABULARY, WIDTH)},
         "places": shaped(8, WIDTH),
         "layer_0": layer,
         "layer_1": layer,
         "norm": norms,
-        "head": head_linear(WIDTH, VOCABULARY),
+        "head": with_bias(WIDTH, VOCABULARY),
     }
-
-
-def with_bias(inputs, outputs):
-    return {"w": shaped(inputs, outputs), "b": shaped(outputs)}
-
-
-def build(project=linear, attention=separate, layer_linear=with_bias):
-    inner = HEADS * HEAD_WIDTH
-    if attention is by_einsum:
-        heads = {"w": shaped(WIDTH, HEADS, HEAD_WIDTH), "b": shaped(HEADS, HEAD_WIDTH)}
-        out = {"w": shaped(HEADS, HEAD_WIDTH, WIDTH), "b": shaped(WIDTH)}
-    else:
-        heads, out = layer_linear(WIDTH, inner), layer_linear(inner, WIDTH)
-    attn = {"query": heads, "key": heads, "value": heads, "linear": out}
-    params = random_like(dictionary(layer_linear, with_bias, attn))
-    return Built(transformer(project, attention), params, (tokens(2, 6, below=VOCABULARY),))
+    return Built(language_model(project, attention), random_like(shapes), (tokens(2, 6, below=VOCABULARY),))
 
 
 def transposed(p, x):
@@ -132,20 +137,17 @@ def standardised(p, x):
     return x @ w + p["b"]
 
 
-NAMES = ("attn/query", "attn/key", "attn/value", "attn/linear", "mlp_in", "mlp_out")
-WEIGHTS = [f"layer_{i}/{name}/w" for i in range(2) for name in NAMES]
-
-
-def table(along):
-    return {**dict.fromkeys(WEIGHTS, along), "head/w": Along(-2)}
-
+MLP = ("mlp_in/w", "mlp_out/w")
+ATTENTION = ("attn/query/w", "attn/key/w", "attn/value/w", "attn/linear/w")
+HEAD = {"head/w": Along(-2)}
+WEIGHTS = in_layers("layer_{}", dict.fromkeys(MLP, Along(-2)))
 
 # where other values are added to a weight, its groups are those that the rule names
 NAMED = {"layer_*/w": js.NM(2, 4, axis=-2), "head/w": "2:4"}
 
 MODELS = {
     "dictionary, einsum": Model(
-        lambda: build(attention=by_einsum),
+        lambda: build(attention=by_einsum, attention_kernels=heads_of_three_axes),
         {
             **in_layers(
                 "layer_{}",
@@ -154,37 +156,36 @@ MODELS = {
                     "attn/key/w": Along(-3),
                     "attn/value/w": Along(-3),
                     "attn/linear/w": Along(-2, summed=(-3, -2)),
-                    "mlp_in/w": Along(-2),
-                    "mlp_out/w": Along(-2),
                 },
             ),
-            "head/w": Along(-2),
+            **WEIGHTS,
+            **HEAD,
         },
         products=2 * 6 + 1,
     ),
-    "dictionary, x @ w.T": Model(lambda: build(transposed, layer_linear=output_first), table(Along(-1)), products=2 * 6 + 1),
-    "dictionary, fused q, k and v": Model(lambda: build(attention=fused), table(Along(-2)), products=2 * 4 + 1),
+    "dictionary, x @ w.T": Model(
+        lambda: build(transposed, separate, output_first),
+        {**in_layers("layer_{}", dict.fromkeys(ATTENTION + MLP, Along(-1))), **HEAD},
+        products=2 * 6 + 1,
+    ),
+    "dictionary, fused q, k and v": Model(
+        lambda: build(attention=fused),
+        {**in_layers("layer_{}", dict.fromkeys(ATTENTION, Along(-2))), **WEIGHTS, **HEAD},
+        products=2 * 4 + 1,
+    ),
     "dictionary, LoRA": Model(
-        lambda: build(separate_lora, layer_linear=with_lora),
-        {**table(Along(-2)), **{path.replace("/w", f"/lora_{part}"): Along(-2) for path in WEIGHTS for part in "ab"}},
-        products=2 * 6 * 3 + 1,
+        lambda: build(separate_lora, kernel=with_lora),
+        {**WEIGHTS, **{path.replace("/w", f"/lora_{part}"): Along(-2) for path in WEIGHTS for part in "ab"}, **HEAD},
+        products=2 * 2 * 3 + 1,
     ),
     "dictionary, merged LoRA": Model(
-        lambda: build(merged_lora, layer_linear=with_lora),
-        table(Along(-2)),
-        products=1,
-        decompressed=frozenset(WEIGHTS),
-        rules=NAMED,
+        lambda: build(merged_lora, kernel=with_lora), {**WEIGHTS, **HEAD}, products=1, decompressed=frozenset(WEIGHTS), rules=NAMED
     ),
-    "dictionary, muP": Model(lambda: build(scaled), table(Along(-2)), products=2 * 6 + 1),
+    "dictionary, muP": Model(lambda: build(scaled), {**WEIGHTS, **HEAD}, products=2 * 2 + 1),
     "dictionary, weight normalisation": Model(
-        lambda: build(weight_normed, layer_linear=with_length), table(Along(-2)), products=1, decompressed=frozenset(WEIGHTS)
+        lambda: build(weight_normed, kernel=with_length), {**WEIGHTS, **HEAD}, products=1, decompressed=frozenset(WEIGHTS)
     ),
     "dictionary, weight standardisation": Model(
-        lambda: build(standardised),
-        table(Along(-2)),
-        products=1,
-        decompressed=frozenset(WEIGHTS),
-        rules=NAMED,
+        lambda: build(standardised), {**WEIGHTS, **HEAD}, products=1, decompressed=frozenset(WEIGHTS), rules=NAMED
     ),
 }

@@ -55,7 +55,7 @@ class Gemma(nnx.Module):
         self.embedder = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
         self.scan = scan
         if scan:
-            self.layers = nnx.vmap(Block, in_axes=0, out_axes=0)(rngs.fork(split=LAYERS))
+            self.layers = nnx.vmap(Block, in_axes=0, out_axes=0)(rngs.split(LAYERS))
         else:
             self.layers = nnx.List([Block(rngs) for _ in range(LAYERS)])
         self.final_norm = nnx.RMSNorm(WIDTH, rngs=rngs)

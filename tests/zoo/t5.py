@@ -130,7 +130,7 @@ class Stack(nn.Module):
 class T5(nn.Module):
     scan: bool = False
     one_hot: bool = False
-    tied: bool = True
+    tied: bool = False
 
     @nn.compact
     def __call__(self, sources, targets):
@@ -166,18 +166,13 @@ ENCODER, DECODER = layers(Along(-2))
 SCANNED_ENCODER, SCANNED_DECODER = layers(Along(-3, stack=(-2,)))
 
 MODELS = {
-    "T5, scan along axis 1": Model(
-        lambda: t5(scan=True),
+    "T5, scan along axis 1, tied": Model(
+        lambda: t5(scan=True, tied=True),
         {**in_layers("encoder/layers", SCANNED_ENCODER, 1), **in_layers("decoder/layers", SCANNED_DECODER, 1)},
         products=7 + 11,
     ),
-    "T5, one-hot, tied": Model(
+    "T5, one-hot lookups": Model(
         lambda: t5(one_hot=True),
-        {**in_layers("encoder/layers_{}", ENCODER), **in_layers("decoder/layers_{}", DECODER)},
-        products=2 * 7 + 2 * 11,
-    ),
-    "T5, one-hot, own logits": Model(
-        lambda: t5(one_hot=True, tied=False),
         {
             **in_layers("encoder/layers_{}", ENCODER),
             **in_layers("decoder/layers_{}", DECODER),
