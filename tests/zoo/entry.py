@@ -15,12 +15,12 @@ class Along(NamedTuple):
     Attributes:
       axis: the axis that groups run along.
       stack: the axes over separate weights.
-      summed: all axes that the product sums over, where `axis` is not the only one.
+      summed: all axes that the product sums over, where `axis` is not the only one; empty where the rule named the axis.
     """
 
     axis: int
     stack: tuple[int, ...] = ()
-    summed: tuple[int, ...] = ()
+    summed: tuple[int, ...] | None = None
 
 
 class Built(NamedTuple):

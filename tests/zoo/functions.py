@@ -142,9 +142,6 @@ ATTENTION = ("attn/query/w", "attn/key/w", "attn/value/w", "attn/linear/w")
 HEAD = {"head/w": Along(-2)}
 WEIGHTS = in_layers("layer_{}", dict.fromkeys(MLP, Along(-2)))
 
-# where other values are added to a weight, its groups are those that the rule names
-NAMED = {"layer_*/w": js.NM(2, 4, axis=-2), "head/w": "2:4"}
-
 MODELS = {
     "dictionary, einsum": Model(
         lambda: build(attention=by_einsum, attention_kernels=heads_of_three_axes),
@@ -179,13 +176,18 @@ MODELS = {
         products=2 * 2 * 3 + 1,
     ),
     "dictionary, merged LoRA": Model(
-        lambda: build(merged_lora, kernel=with_lora), {**WEIGHTS, **HEAD}, products=1, decompressed=frozenset(WEIGHTS), rules=NAMED
+        lambda: build(merged_lora, kernel=with_lora),
+        {**dict.fromkeys(WEIGHTS, Along(-2, summed=())), **HEAD},
+        products=1,
+        decompressed=frozenset(WEIGHTS),
+        rules={"layer_*/w": js.NM(2, 4, axis=-2), "head/w": "2:4"},
     ),
     "dictionary, muP": Model(lambda: build(scaled), {**WEIGHTS, **HEAD}, products=2 * 2 + 1),
+    # the scaled kernel runs compressed, its norm is taken of the whole
     "dictionary, weight normalisation": Model(
-        lambda: build(weight_normed, kernel=with_length), {**WEIGHTS, **HEAD}, products=1, decompressed=frozenset(WEIGHTS)
+        lambda: build(weight_normed, kernel=with_length), {**WEIGHTS, **HEAD}, products=2 * 2 + 1, decompressed=frozenset(WEIGHTS)
     ),
     "dictionary, weight standardisation": Model(
-        lambda: build(standardised), {**WEIGHTS, **HEAD}, products=1, decompressed=frozenset(WEIGHTS), rules=NAMED
+        lambda: build(standardised), {**WEIGHTS, **HEAD}, products=1, decompressed=frozenset(WEIGHTS)
     ),
 }

@@ -55,7 +55,7 @@ MODELS = {
             "decoder/mix/kernel": Along(-2),
             "projection/kernel": Along(-2),
         },
-        # the four kernels of a source are concatenated before one product in the encoder's cell
-        products=8 + 8 + 3,
+        # the encoder's cell concatenates the four kernels of a source before one product
+        products=2 + 8 + 3,
     ),
 }
