@@ -66,11 +66,12 @@ class LanguageModel(nn.Module):
 
 
 def under_a_mesh(fn):
+    """The function with a mesh around it, so that Flax constrains the sharding of every boxed parameter where it is used."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
 
     @functools.wraps(fn)
     def run(*args):
-        with mesh, nn.logical_axis_rules(LOGICAL_AXES):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(LOGICAL_AXES):
             return fn(*args)
 
     return run
