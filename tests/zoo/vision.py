@@ -97,7 +97,6 @@ def resnet():
 
 ATTENTION = "MultiHeadDotProductAttention_0"
 CONV = Along(-2, summed=(-4, -3, -2))
-OF_WINDOW_1 = Along(-2)
 
 MODELS = {
     "ViT, scan of remat": Model(
@@ -130,7 +129,7 @@ MODELS = {
                     "MlpBlock_0/Dense_1/kernel": Along(-2),
                 },
             ),
-            "head/kernel": OF_WINDOW_1,
+            "head/kernel": CONV,
         },
         products=2 * 6 + 1,
         decompressed=frozenset({"embedding/kernel"}),
@@ -138,13 +137,13 @@ MODELS = {
     "ResNet": Model(
         resnet,
         {
-            "Bottleneck_0/Conv_0/kernel": OF_WINDOW_1,
+            "Bottleneck_0/Conv_0/kernel": CONV,
             "Bottleneck_0/Conv_1/kernel": CONV,
-            "Bottleneck_0/Conv_2/kernel": OF_WINDOW_1,
-            "Bottleneck_0/conv_proj/kernel": OF_WINDOW_1,
-            "Bottleneck_1/Conv_0/kernel": OF_WINDOW_1,
+            "Bottleneck_0/Conv_2/kernel": CONV,
+            "Bottleneck_0/conv_proj/kernel": CONV,
+            "Bottleneck_1/Conv_0/kernel": CONV,
             "Bottleneck_1/Conv_1/kernel": CONV,
-            "Bottleneck_1/Conv_2/kernel": OF_WINDOW_1,
+            "Bottleneck_1/Conv_2/kernel": CONV,
             "head/kernel": Along(-2),
         },
         # convolutions of window 1 are matrix products, with a stride, too
