@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jaxsparse._program.flow import LOOKED_UP, Value, dots, input_value
+from jaxsparse._program.flow import Value, dots, input_value, is_looked_up
 from jaxsparse._program.walk import open_program, walk
 from jaxsparse.patterns import NM, Block, Pattern, TransposableNM
 from jaxsparse.plan import Plan, leaf_paths, match
@@ -227,9 +227,10 @@ class _Flops:
         if name in _PRODUCTS:
             shares = [{origin.source: origin.share for origin in value.origins} for value in values[:2]]
             if name == "dot_general":  # rows of a table are what a product takes, not its weight
+                pairs = zip(dots(eqn), (values[1], values[0]), strict=True)
                 shares = [
-                    {origin.source: origin.share for origin in values[i].origins if not origin.runs_over(LOOKED_UP, (*summed, *free))}
-                    for i, summed, _, free in dots(eqn)
+                    {origin.source: origin.share for origin in values[i].origins if not is_looked_up(origin, summed, free, other)}
+                    for (i, summed, _, free), other in pairs
                 ]
             of = min(filter(None, shares), key=lambda one: min(map(self.densities.__getitem__, one)), default={None: 1.0})
             for source, share in of.items():
@@ -239,6 +240,9 @@ class _Flops:
                 f"costs: the program has matrix products in `{name}`, where they cannot be counted. Pass a function that computes the "
                 "same with jax.numpy, jax.lax and, for its loops, lax.scan."
             )
+
+    def lose(self, eqn, values: list[Value]) -> None:
+        """Nothing: a carry is another value each time."""
 
     def enter(self, eqn) -> "_Flops":
         return _Flops(self.densities)

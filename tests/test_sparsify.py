@@ -261,6 +261,12 @@ def test_weights_anywhere_in_the_arguments():
     assert [row.path for row in js.sparsify(fn).report(X, extra={"inner": [packed]}).products] == ["extra/inner/0/w"]
 
 
+def test_a_weight_may_be_an_argument_itself():
+    packed, masked, _, _ = prepared("x @ w")
+    close(js.sparsify(jnp.matmul)(X, packed["w"]), X @ masked["w"])
+    assert [row.path for row in js.sparsify(jnp.matmul).report(X, packed["w"]).products] == ["argument 1"]
+
+
 def test_kernels_that_are_concatenated_and_two_weights_in_one_product():
     params = {name: weight(8, n) for name, n in (("q", 8), ("k", 4), ("v", 8))}
 
@@ -316,8 +322,10 @@ def test_what_is_no_array_is_refused_and_what_is_branched_on_explained():
     def fn(params, x, *, train):
         return x @ params["w"] if train else x
 
-    with pytest.raises(TypeError, match=r"sparsify: argument 'train' is a str, not an array.*functools.partial"):
+    with pytest.raises(TypeError, match=r"sparsify: train is a str, not an array.*functools.partial"):
         js.sparsify(fn)(packed, X, train="no")
+    with pytest.raises(TypeError, match=r"sparsify: argument 2 is a PjitFunction, not an array"):
+        js.sparsify(fn).report(packed, X, jnp.sin)
     with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
         js.sparsify(fn)(packed, X, train=True)
     assert any("functools.partial" in note for note in caught.value.__notes__)

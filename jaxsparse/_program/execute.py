@@ -133,6 +133,7 @@ class Sparsified:
     def report(self, *args, **kwargs) -> Report:
         """What the function does with the compressed weights in its arguments, which may be abstract."""
         rows: dict[Any, Usage] = {}
+        _checked_paths(args, kwargs)
         jax.eval_shape(lambda args, kwargs: self._call(rows, args, kwargs), args, kwargs)
         return Report(tuple(rows.values()))
 
@@ -140,13 +141,7 @@ class Sparsified:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_packed)
         if not any(map(_is_packed, leaves)):
             return self._fn(*args, **kwargs)
-        paths = [path for part in (*args, kwargs) for path in _paths(part)]
-        for path, leaf in zip(paths, leaves, strict=True):
-            if not _is_packed(leaf) and not is_traceable(leaf):
-                raise TypeError(
-                    f"sparsify: argument {path!r} is a {type(leaf).__name__}, not an array. Bind it with functools.partial, as in "
-                    "sparsify(functools.partial(model.apply, method=...))."
-                )
+        paths = _checked_paths(args, kwargs)
         dense_args, dense_kwargs = jax.tree.unflatten(treedef, [_dense_spec(leaf) if _is_packed(leaf) else leaf for leaf in leaves])
         try:
             program, out = self._trace(*dense_args, **dense_kwargs)
@@ -166,8 +161,20 @@ def _is_packed(leaf) -> bool:
     return isinstance(leaf, Sparse24)
 
 
-def _paths(tree) -> list[str]:
-    return leaf_paths(jax.tree.map(lambda leaf: 0, tree, is_leaf=_is_packed))
+def _checked_paths(args, kwargs) -> list[str]:
+    """The path of every leaf of the arguments, once they are known to be arrays."""
+    paths = []
+    for name, part in [*((f"argument {i}", arg) for i, arg in enumerate(args)), ("", kwargs)]:
+        leaves = jax.tree.leaves(part, is_leaf=_is_packed)
+        named = [path or name for path in leaf_paths(jax.tree.map(lambda leaf: 0, part, is_leaf=_is_packed))]
+        for path, leaf in zip(named, leaves, strict=True):
+            if not _is_packed(leaf) and not is_traceable(leaf):
+                raise TypeError(
+                    f"sparsify: {path} is a {type(leaf).__name__}, not an array. Bind it with functools.partial, as in "
+                    "sparsify(functools.partial(model.apply, method=...))."
+                )
+        paths += named
+    return paths
 
 
 def _dense_spec(leaf: Sparse24) -> jax.ShapeDtypeStruct:
@@ -377,7 +384,7 @@ class _Run:
         params = eqn.params
         program, consts = open_program(params["jaxpr"]), _consts(params["jaxpr"])
         fixed, carries = scan_counts(eqn)
-        held, carry, kept = self.loop_carry(program, fixed, operands[fixed : fixed + carries], 0)
+        held, carry, kept = self.loop_carry(program, fixed, operands[fixed : fixed + carries])
         slices = []
         for operand in operands[fixed + carries :]:
             try:
@@ -402,7 +409,7 @@ class _Run:
         fixed, bodies = params["cond_nconsts"], params["body_nconsts"]
         test, loop = params["cond_jaxpr"], params["body_jaxpr"]
         of_test, of_body = operands[:fixed], operands[fixed : fixed + bodies]
-        held, carry, kept = self.loop_carry(open_program(loop), bodies, operands[fixed + bodies :], 0)
+        held, carry, kept = self.loop_carry(open_program(loop), bodies, operands[fixed + bodies :])
 
         def condition(carry):
             (result,) = self.evaluate(open_program(test), _consts(test), [*of_test, *held(carry)])
@@ -414,9 +421,9 @@ class _Run:
 
         return held(lax.while_loop(condition, body, carry))
 
-    def loop_carry(self, program: Jaxpr, consts: int, carry: Sequence, skipped: int):
+    def loop_carry(self, program: Jaxpr, consts: int, carry: Sequence):
         """What of a carry changes: weights that a loop hands on as they are stay outside of it."""
-        same = invariant(program, consts, len(carry), skipped)
+        same = invariant(program, consts, len(carry))
         kept = [keep and isinstance(one, Weight) for keep, one in zip(same, carry, strict=True)]
         changing = [self.dense(one, "carried", "changed by a loop") for one, keep in zip(carry, kept, strict=True) if not keep]
 

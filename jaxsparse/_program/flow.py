@@ -16,6 +16,7 @@ __all__ = [
     "constant_axes",
     "dots",
     "input_value",
+    "is_looked_up",
     "outputs",
     "sliced",
     "stacked",
@@ -358,3 +359,10 @@ def dots(eqn) -> Iterator[tuple[int, Sequence[int], Sequence[int], Sequence[int]
     for i, atom in enumerate(eqn.invars[:2]):
         taken = {*summed[i], *batch[i]}
         yield i, summed[i], batch[i], [axis for axis in range(atom.aval.ndim) if axis not in taken]
+
+
+def is_looked_up(origin: Origin, summed: Sequence[int], free: Sequence[int], other: Value) -> bool:
+    """Whether a product with `other` takes rows that were looked up as what goes in, rather than weights that were chosen for each row."""
+    if origin.runs_over(LOOKED_UP, summed):
+        return True
+    return origin.runs_over(LOOKED_UP, free) and bool(other.origins or not any(map(origin.places, free)))

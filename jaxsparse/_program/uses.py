@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jax.extend.core import Jaxpr
 
-from jaxsparse._program.flow import LOOKED_UP, UNKNOWN, Origin, Value, dots, input_value
+from jaxsparse._program.flow import UNKNOWN, Origin, Value, dots, input_value, is_looked_up
 from jaxsparse._program.walk import walk
 
 __all__ = ["Use", "uses"]
@@ -56,6 +56,11 @@ class _Uses:
     def leave(self, eqn, inner):
         pass
 
+    def lose(self, eqn, values: list[Value]) -> None:
+        for value in values:
+            for origin in value.origins:
+                self.other(origin, f"changed by {eqn.primitive.name}")
+
     def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
         name = eqn.primitive.name
         if name == "dot_general":
@@ -63,7 +68,7 @@ class _Uses:
                 row = dict(zip(summed, eqn.params["dimension_numbers"][0][1 - i], strict=True))
                 looked_up = [axis for axis in summed if row[axis] in other.one_hot]
                 for origin in values[i].origins:
-                    self.note(origin, Use(reason=TABLE) if looked_up else _product(origin, summed, batch, free))
+                    self.note(origin, Use(reason=TABLE) if looked_up else _product(origin, summed, batch, free, other))
         elif name == "conv_general_dilated":
             for origin in values[0].origins:
                 self.note(origin, Use(reason="the input of a convolution"))
@@ -93,14 +98,14 @@ class _Uses:
             for origin in values[i].origins:
                 separate = (*batch[i], *dims)
                 free = [axis for axis in range(len(origin.axes)) if axis not in (*summed[i], *separate)]
-                self.note(origin, _product(origin, summed[i], separate, free))
+                self.note(origin, _product(origin, summed[i], separate, free, values[1 - i]))
 
 
-def _product(origin: Origin, summed: Sequence[int], batch: Sequence[int], free: Sequence[int]) -> Use:
-    """The use of a weight by a product that sums over some axes of the value made of it, and keeps others apart."""
+def _product(origin: Origin, summed: Sequence[int], batch: Sequence[int], free: Sequence[int], other: Value) -> Use:
+    """The use of a weight by a product with `other` that sums over some axes of the value made of it, and keeps others apart."""
     held = {axis for i in summed for axis in origin.places(i)}
     elsewhere = {axis for i in (*batch, *free) for axis in origin.places(i)}
-    if origin.runs_over(LOOKED_UP, (*summed, *free)):
+    if is_looked_up(origin, summed, free, other):
         return Use(reason=TABLE)
     if held & elsewhere or held & origin.hidden or origin.runs_over(UNKNOWN, summed):
         return Use(reason="reshaped before its matrix product, so that its axes cannot be told")

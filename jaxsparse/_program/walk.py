@@ -29,6 +29,9 @@ class Fold(Protocol):
     def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
         """Takes note of an equation that calls nothing: what is known of its operands and of its results."""
 
+    def lose(self, eqn, values: list[Value]) -> None:
+        """Takes note of values that enter a loop as what it changes, where they are not followed."""
+
     def enter(self, eqn) -> Self:
         """The fold for one program that an equation calls."""
 
@@ -53,6 +56,7 @@ def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]
             results = outputs(eqn, operands)
             fold.visit(eqn, operands, results)
         else:
+            fold.lose(eqn, changed_carry(eqn, operands))
             folds = [fold.enter(eqn) for _ in inner]
             ends = [walk(call.program, call.values, one) for call, one in zip(inner, folds, strict=True)]
             fold.leave(eqn, folds)
@@ -77,10 +81,32 @@ def scan_counts(eqn) -> tuple[int, int]:
     return len(consts), len(carries)
 
 
-def invariant(program: Jaxpr, consts: int, carries: int, skipped: int = 0) -> list[bool]:
+def invariant(program: Jaxpr, consts: int, carries: int) -> list[bool]:
     """For each carry of a loop, whether its body hands it on as it is."""
     inputs = program.invars[consts : consts + carries]
-    return [inner is outer for inner, outer in zip(inputs, program.outvars[skipped : skipped + carries], strict=True)]
+    return [inner is outer for inner, outer in zip(inputs, program.outvars[:carries], strict=True)]
+
+
+def carry_of(eqn, values: Sequence[Value]) -> tuple[list[Value], list[bool]]:
+    """What a loop carries, and for each whether its body hands it on as it is."""
+    if eqn.primitive.name == "while":
+        consts = eqn.params["body_nconsts"]
+        carry = list(values[eqn.params["cond_nconsts"] + consts :])
+        return carry, invariant(open_program(eqn.params["body_jaxpr"]), consts, len(carry))
+    consts, carries = scan_counts(eqn)
+    return list(values[consts : consts + carries]), invariant(open_program(eqn.params["jaxpr"]), consts, carries)
+
+
+def kept_carry(eqn, values: Sequence[Value]) -> list[Value]:
+    """What is known of a loop's carry at each step."""
+    return [value if same else NOTHING for value, same in zip(*carry_of(eqn, values), strict=True)]
+
+
+def changed_carry(eqn, values: Sequence[Value]) -> list[Value]:
+    """What was known of a carry before a loop changed it."""
+    if eqn.primitive.name not in ("scan", "while"):
+        return []
+    return [value for value, same in zip(*carry_of(eqn, values), strict=True) if not same]
 
 
 def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
@@ -88,15 +114,17 @@ def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
     name, params = eqn.primitive.name, eqn.params
     if name == "while":
         cond, body = params["cond_nconsts"], params["body_nconsts"]
-        loop = open_program(params["body_jaxpr"])
-        carry = _kept(values[cond + body :], invariant(loop, body, len(values) - cond - body))
-        return [Call(open_program(params["cond_jaxpr"]), [*values[:cond], *carry]), Call(loop, [*values[cond : cond + body], *carry])]
+        carry = kept_carry(eqn, values)
+        return [
+            Call(open_program(params["cond_jaxpr"]), [*values[:cond], *carry]),
+            Call(open_program(params["body_jaxpr"]), [*values[cond : cond + body], *carry]),
+        ]
     if name == "cond":
         return [Call(open_program(branch), list(values[1:])) for branch in params["branches"]]
     if name == "scan":
-        program, (consts, carries) = open_program(params["jaxpr"]), scan_counts(eqn)
-        carry = _kept(values[consts : consts + carries], invariant(program, consts, carries))
-        return [Call(program, [*values[:consts], *carry, *map(sliced, values[consts + carries :])])]
+        consts, carries = scan_counts(eqn)
+        slices = map(sliced, values[consts + carries :])
+        return [Call(open_program(params["jaxpr"]), [*values[:consts], *kept_carry(eqn, values), *slices])]
     only = called(eqn)
     return None if only is None else [Call(only, list(values))]
 
@@ -116,13 +144,11 @@ def returned(eqn, values: Sequence[Value], ends: list[list[Value]]) -> list[Valu
     """What is known of the outputs of an equation from what is known of those of the programs that it calls."""
     name = eqn.primitive.name
     if name == "while":
-        carried = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
-        loop = open_program(eqn.params["body_jaxpr"])
-        return _kept(values[carried:], invariant(loop, eqn.params["body_nconsts"], len(values) - carried))
+        return kept_carry(eqn, values)
     if name == "scan":
         consts, carries = scan_counts(eqn)
-        carry = _kept(values[consts : consts + carries], invariant(open_program(eqn.params["jaxpr"]), consts, carries))
-        return [*carry, *(stacked(value, values[consts + carries :], eqn.params["length"]) for value in ends[0][carries:])]
+        slices = values[consts + carries :]
+        return [*kept_carry(eqn, values), *(stacked(value, slices, eqn.params["length"]) for value in ends[0][carries:])]
     if name == "cond":
         return [_either(one) for one in zip(*ends, strict=True)]
     return ends[0]
@@ -134,7 +160,3 @@ def _either(values: Sequence[Value]) -> Value:
     if not made or any(value != made[0] for value in made):
         return NOTHING
     return made[0] if len(made) == len(values) else Value(made[0].origins)
-
-
-def _kept(values: Sequence[Value], keep: Sequence[bool]) -> list[Value]:
-    return [value if kept else NOTHING for value, kept in zip(values, keep, strict=True)]
