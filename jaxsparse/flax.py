@@ -108,8 +108,9 @@ def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
 
     def apply(params, rest, arrays):
         args, kwargs = rebuild(arrays)
-        out = model.apply({"params": params, **rest}, *args, **{"mutable": True, **kwargs}, rngs=rngs)
-        return split_arrays(_with_params(out, lambda params: None))[0]
+        kwargs = {"mutable": True, **kwargs}
+        out = model.apply({"params": params, **rest}, *args, **kwargs, rngs=rngs)
+        return split_arrays(_with_params(out, lambda params: None) if kwargs["mutable"] is not False else out)[0]
 
     variables = dict(jax.eval_shape(init, arrays))
     params = nn.meta.unbox(variables.pop("params", {}))
@@ -151,7 +152,7 @@ def _token_of(opt_state, gradient, implementation) -> _Token:
     return token
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Sparse:
     """How models run while the context lasts."""
 
@@ -170,32 +171,38 @@ class _Sparse:
         params = apply_masks(variables["params"], self.masks, self.treated, "flax.intercept", gradient=self.gradient)
         return {**variables, "params": params}
 
-    def apply(self, run, variables, args, kwargs):
-        """What `core.apply` returns, from effective or from compressed parameters."""
+    def apply(self, run, variables, mutable, args, kwargs):
+        """What `core.apply` returns, from effective or from compressed parameters; the parameters that it returns are those given."""
         effective = self.masked(variables)
+        returns = mutable is not False and "params" in variables
+        packed = any(isinstance(leaf, Sparse24) for leaf in jax.tree.leaves(variables, is_leaf=_is_packed))
         self.inside = True
         try:
-            if any(isinstance(leaf, Sparse24) for leaf in jax.tree.leaves(variables, is_leaf=_is_packed)):
-                return self.compressed(run, variables, args, kwargs)
-            out = run(effective, *args, **kwargs)
+            out = (self.compressed if packed else _plainly)(run, effective, returns, args, kwargs)
         finally:
             self.inside = False
-        return _with_params(out, lambda params: jax.tree.map(_unchanged, params, effective["params"], variables["params"]))
+        if not returns:
+            return out
+        if packed:
+            return _with_params(out, lambda params: variables["params"])
+        given = dict(zip(map(id, jax.tree.leaves(effective["params"])), jax.tree.leaves(variables["params"]), strict=True))
+        return _with_params(out, lambda params: jax.tree.map(lambda leaf: given.get(id(leaf), leaf), params))
 
-    def compressed(self, run, variables, args, kwargs):
-        """What `core.apply` returns, from compressed parameters."""
+    def compressed(self, run, variables, returns, args, kwargs):
+        """What `core.apply` returns, from compressed parameters, without these."""
         arrays, rebuild = split_arrays((args, kwargs), _is_packed)
         structure: list = []
 
         def called(variables, arrays):
             args, kwargs = rebuild(arrays)
-            out = _with_params(run(variables, *args, **kwargs), lambda params: None)
+            out = run(variables, *args, **kwargs)
+            out = _with_params(out, lambda params: None) if returns else out
             found, restore = split_arrays(out)
             structure[:] = [restore]
             return found
 
         found = sparsify(called, implementation=self.implementation)(variables, arrays)
-        return _with_params(structure[0](found), lambda params: variables["params"])
+        return structure[0](found)
 
 
 class _Active(threading.local):
@@ -215,15 +222,14 @@ def _is_packed(leaf):
     return isinstance(leaf, Sparse24)
 
 
-def _unchanged(new, effective, old):
-    return old if new is effective else new
+def _plainly(run, variables, returns, args, kwargs):
+    return run(variables, *args, **kwargs)
 
 
 def _with_params(out, change):
-    """What `apply` returned, with the parameters among the mutated variables changed."""
-    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Mapping) and "params" in out[1]:
-        return out[0], {**out[1], "params": change(out[1]["params"])}
-    return out
+    """What a mutating `apply` returned, with the parameters among the variables changed."""
+    y, variables = out
+    return (y, {**variables, "params": change(variables["params"])}) if "params" in variables else out
 
 
 def _current() -> _Sparse | None:
@@ -240,7 +246,7 @@ def _apply(fn, mutable=False, flags=None):
         if sparse is None:
             return _core_apply(fn, mutable=mutable, flags=flags)(variables, *args, **kwargs)
         run = _core_apply(fn, mutable=mutable, flags={**(flags or {}), _FLAG: sparse.token})
-        return sparse.apply(run, variables, args, kwargs)
+        return sparse.apply(run, variables, mutable, args, kwargs)
 
     return wrapper
 
@@ -288,8 +294,8 @@ def intercept(opt_state=None, *, gradient: str | None = None, implementation: st
     Around a compiled function it works, too, since it is part of the key of jit's caches: the function is traced anew for each
     set of masks, which become constants of the program.
 
-    Every model whose parameters fit the masks runs masked, a target network as well. Where only one of two is to be sparse, leave
-    the other outside of the context, or use `sparse_params` instead.
+    A context counts for its own thread alone. Every model in it whose parameters fit the masks runs masked, a target network as well:
+    where only one of two is to be sparse, leave the other outside of the context, or use `sparse_params` instead.
 
     Args:
       opt_state: an optimizer state that holds masks, or a pytree of masks; None for compressed leaves alone.
@@ -325,8 +331,8 @@ def intercept(opt_state=None, *, gradient: str | None = None, implementation: st
         bound = module.scope is not None and hasattr(type(module), context.method_name)  # and not what a lifted class wraps around
         if here and bound and not module.is_initializing() and module.scope.get_flag(_FLAG, None) is not token:
             raise ValueError(
-                f"flax.intercept: a {type(module).__name__} runs that was bound before the context was entered, so it would "
-                "run dense. Call model.apply or model.bind inside the context."
+                f"flax.intercept: a {type(module).__name__} runs that was bound, or wrapped by nn.apply, before the context was entered, "
+                "so it would run dense. Call model.apply, model.bind or nn.apply inside the context."
             )
         return next_fun(*args, **kwargs)
 

@@ -50,7 +50,8 @@ def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
       Fine-grained Structured Sparse Neural Networks From Scratch.
     """
     scores = array(scores, "nm_mask: `scores`")
-    return _nm_mask(scores, order_keys, *_check_nm(scores, n, m, axis))
+    n, m, axis = _check_nm(scores, n, m, axis)
+    return (_nm_mask_of_int if isinstance(n, int) else _nm_mask)(scores, order_keys, n, m, axis)
 
 
 def _nm_mask(values, keys_of, n, m, axis):
@@ -64,6 +65,9 @@ def _nm_mask(values, keys_of, n, m, axis):
         keys_of = lambda keys: keys  # noqa: E731
     groups = values.reshape(*values.shape[:axis], values.shape[axis] // m, m, *values.shape[axis + 1 :])
     return mask_groups(groups, keys_of, n, m, axis + 1).reshape(values.shape)
+
+
+_nm_mask_of_int = jax.jit(_nm_mask, static_argnums=(1, 2, 3, 4))  # compiled once for each shape when it is called eagerly
 
 
 def _check_nm(scores, n, m, axis):

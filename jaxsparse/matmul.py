@@ -15,7 +15,7 @@ from jaxsparse.kernels import ACTIVATIONS, KERNELS, misfit, preferred, unavailab
 from jaxsparse.layouts import tile, untile
 from jaxsparse.patterns import array
 
-__all__ = ["chosen", "sparse_matmul", "sparse_matmul_p"]
+__all__ = ["chosen", "common_dtype", "sparse_matmul", "sparse_matmul_p"]
 
 
 def sparse_matmul(
@@ -99,9 +99,10 @@ def sparse_matmul(
         raise ValueError(
             f"sparse_matmul: `bias` of shape {jnp.shape(bias)} does not fit `w`, which needs {(*stack, *w.output)}. Reshape the bias."
         )
-    dtype = jnp.promote_types(x.dtype, w.dtype)
+    dtype = common_dtype(x.dtype, w.dtype)
     rows, m, k = x.shape[len(stack) : ends], w.values.shape[-2], math.prod(w.contracting)
-    out_dtype = dtype if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    default = w.dtype if x.dtype == w.dtype else dtype
+    out_dtype = default if preferred_element_type is None else jnp.dtype(preferred_element_type)
     if implementation in KERNELS:
         wider = f"it returns {dtype}, and the result is to be {out_dtype}" if out_dtype != dtype else None
         _refuse(implementation, misfit(implementation, math.prod(rows), dtype) or wider, ValueError)
@@ -128,6 +129,14 @@ def _precision(precision):
     if not isinstance(precision, str):
         return precision
     return lax.DotAlgorithmPreset[precision] if precision in lax.DotAlgorithmPreset.__members__ else lax.Precision(precision)
+
+
+def common_dtype(a, b):
+    """The dtype in which two operands are multiplied; 8-bit floats, which promote to no other type by themselves, are widened."""
+    narrow = [dtype for dtype in (a, b) if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1]
+    if not narrow:
+        return jnp.promote_types(a, b)
+    return jnp.result_type(jnp.float32, *(dtype for dtype in (a, b) if dtype not in narrow))
 
 
 def check_implementation(implementation, call):
@@ -183,7 +192,7 @@ def _impl(*operands, **params):
 
 
 def _dense(x, values, metadata, *bias, activation, layout, precision, transposed, out_dtype, **_):
-    y = _contract(x, expand(values, _canonical(values, metadata, layout)), -1, -2 if transposed else -1, precision)
+    y = _contract(x, expand(values, _canonical(values, metadata, layout)), -1, -2 if transposed else -1, precision, out_dtype)
     if bias:
         y += bias[0][..., None, :]
     return ACTIVATIONS[activation](y).astype(out_dtype)
@@ -197,11 +206,14 @@ def _sum_dtype(dtype):
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def _contract(a, b, a_axis, b_axis, precision):
-    """Sums over one of the last two axes each; leading axes are batches. The result has the dtype of the sums."""
+def _contract(a, b, a_axis, b_axis, precision, wanted=None):
+    """Sums over one of the last two axes each; leading axes are batches. The result has the dtype of the sums, as wide as wanted."""
     stack = tuple(range(a.ndim - 2))
     sums = (((a.ndim + a_axis,), (b.ndim + b_axis,)), (stack, stack))
-    return lax.dot_general(a, b, sums, precision=precision, preferred_element_type=_sum_dtype(a.dtype))
+    dtype = _sum_dtype(a.dtype)
+    if wanted is not None and jnp.dtype(wanted).itemsize > 1:
+        dtype = jnp.promote_types(dtype, wanted)
+    return lax.dot_general(a, b, sums, precision=precision, preferred_element_type=dtype)
 
 
 _lower_dense = mlir.lower_fun(_dense, multiple_results=False)

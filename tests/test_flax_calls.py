@@ -129,6 +129,70 @@ def test_of_nested_contexts_the_innermost_counts():
         np.testing.assert_allclose(encode(PARAMS), masked(MASKS), rtol=1e-6, atol=1e-6)
 
 
+def test_the_same_state_may_be_entered_twice():
+    tx = js.recipes.rewired(optax.sgd(0.1), PLAN)
+    state = tx.init(PARAMS)
+    with js.flax.intercept(state):
+        with js.flax.intercept(state):
+            inner = dense(PARAMS)
+        outer = dense(PARAMS)
+    np.testing.assert_allclose(inner, masked(MASKS), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(outer, inner)
+    assert not np.allclose(dense(PARAMS), inner)
+
+
+def test_masks_and_packed_leaves_in_one_model():
+    params = {"params": {**PARAMS["params"], "head": PACKED["params"]["head"]}}
+    masks = {"params": {**MASKS["params"], "head": jax.tree.map(lambda _: jnp.asarray(True), MASKS["params"]["head"])}}
+    with js.flax.intercept(masks):
+        found = MODEL.apply({**params, **REST}, X, mutable=["batch_stats", "params"], rngs=RNGS)
+    expected = MODEL.apply({**SPARSE, **REST}, X, mutable=["batch_stats"], rngs=RNGS)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, dict(found[1]["params"]), params["params"])
+
+
+class Hyper(nn.Module):
+    """Returns what looks like mutated variables."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x, {"params": {"kernel": nn.Dense(8)(x)}}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_result_that_looks_like_variables_is_left_alone(packed):
+    model = Hyper()
+    params = model.init(jax.random.key(0), X)
+    plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
+    masks = js.magnitude_masks(params, plan)
+    expected = model.apply(js.sparse_params(params, masks), X)
+    with js.flax.intercept(None if packed else masks):
+        found = model.apply(js.compress(params, masks, plan) if packed else params, X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_frozen_variables_and_parameters_that_are_made_by_apply():
+    frozen = flax.core.freeze({**PARAMS, **REST})
+    with js.flax.intercept(MASKS):
+        y, variables = MODEL.apply(frozen, X, rngs=RNGS, mutable=True)
+        _, made = MODEL.apply({}, X, rngs=KEYS, mutable=["params", "batch_stats"])
+    np.testing.assert_array_equal(y, MODEL.apply({**SPARSE, **REST}, X, rngs=RNGS, mutable=True)[0])
+    jax.tree.map(np.testing.assert_array_equal, flax.core.unfreeze(variables["params"]), PARAMS["params"])
+    assert jax.tree.structure(dict(made["params"])) == jax.tree.structure(PARAMS["params"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_tracer_is_left_behind(packed):
+    with jax.checking_leaks():
+
+        @jax.jit
+        def encode(params, masks):
+            with js.flax.intercept(None if packed else masks):
+                return dense(params)
+
+        encode(PACKED if packed else PARAMS, MASKS)
+
+
 def test_a_function_that_is_compiled_for_nn_jit_follows_the_masks():
     model = nn.jit(nn.Dense)(8)
     params = model.init(jax.random.key(0), X)
@@ -166,7 +230,7 @@ def test_a_context_in_which_no_module_runs_is_an_error():
 
 def test_a_model_that_was_bound_outside_is_an_error_and_not_dense():
     bound = MODEL.bind({**PARAMS, **REST})
-    with pytest.raises(ValueError, match=r"flax\.intercept: a Net runs that was bound before"), js.flax.intercept(MASKS):
+    with pytest.raises(ValueError, match=r"flax\.intercept: a Net runs that was bound, or wrapped"), js.flax.intercept(MASKS):
         bound.encode(X)
 
 

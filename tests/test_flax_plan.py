@@ -12,6 +12,9 @@ import jaxsparse as js
 
 TABLE = "an embedding table: its rows are looked up"
 VARIES = "combined, before its matrix product, with values that vary along the axis summed over"
+RESHAPED = "reshaped before its matrix product, so that its axes cannot be told"
+CHANGED = "another value each time, or in each branch, of a "
+REPEATED = "the same for every row of its matrix product"
 GROUPED = "the kernel of a grouped convolution, which sums over a part of the input channels only"
 
 
@@ -30,6 +33,10 @@ class Custom(nn.Module):
 
 def custom(shape, use, x):
     return planned(Custom(shape, use), x)["w"]
+
+
+def convolved(kernel):
+    return jax.lax.conv(jnp.ones((1, 8, 3, 3)), kernel, (1, 1), "SAME")
 
 
 X = spec(2, 8)
@@ -112,7 +119,17 @@ def test_layers(model, x, expected):
         ((4, 8, 2), lambda x, w: w[jnp.array([0, 3])].sum(-1) @ x.T, TABLE),
         ((9, 8), lambda x, w: x @ w[jnp.array([0, 3])].T, TABLE),
         ((9, 8), lambda x, w: jax.lax.scan(lambda c, _: (jnp.tanh(c), None), w[jnp.array([0, 3])], length=2)[0] @ w.T, TABLE),
-        ((8, 8), lambda x, w: jax.lax.fori_loop(0, 2, lambda _, c: c @ c, w).sum() + x @ w, (-2, 1, ())),
+        ((8, 8), lambda x, w: jax.lax.fori_loop(0, 2, lambda _, c: c @ c, w).sum() + x @ w, CHANGED),
+        ((16, 8), lambda x, w: jax.lax.scan(lambda c, w: (c, x @ w), 0, jnp.moveaxis(w.reshape(8, 2, 8), 1, 0))[1], RESHAPED),
+        ((8, 8), lambda x, w: x @ jax.lax.cond(x.sum() > 0, lambda w: w, lambda w: w.T, w) + x @ w, CHANGED),
+        ((8, 8), lambda x, w: jax.lax.fori_loop(0, 2, lambda _, c: (c[0] * 0.5, c[1] @ c[0].T), (w, x))[1] + x @ w, CHANGED),
+        ((16, 8), lambda x, w: x @ w[::2], RESHAPED),
+        ((8, 12), lambda x, w: x @ w[:, ::2], (-2, 1, ())),
+        ((8, 4), lambda x, w: jnp.einsum("ab,ab->", jnp.roll(w, 1, 0), x.reshape(4, 4).repeat(2, 0)), (-1, 2, ())),
+        ((8,), lambda x, w: jnp.broadcast_to(w, (2, 8)) @ x.T, REPEATED),
+        ((8,), lambda x, w: (jnp.zeros((2, 8)) + w) @ x.T, REPEATED),
+        ((8,), lambda x, w: x @ w, (-1, 1, ())),
+        ((72, 4), lambda x, w: convolved(w.reshape(3, 3, 8, 4).transpose(3, 2, 0, 1)), (-2, 1, ())),
         ((3, 8, 4), lambda x, w: jax.lax.ragged_dot(x, w, jnp.array([1, 1, 0])), (-2, 1, (-3,))),
         ((8, 8), lambda x, w: jax.nn.one_hot(jnp.arange(2), 8) @ w, TABLE),
         ((8, 8), lambda x, w: (x > 0).astype(jnp.float32) @ w, (-2, 1, ())),
@@ -123,7 +140,8 @@ def test_layers(model, x, expected):
     ],
 )
 def test_kernels_of_custom_modules(shape, use, expected):
-    assert custom(shape, use, X) == expected
+    found = custom(shape, use, X)
+    assert found.startswith(expected) if isinstance(expected, str) else found == expected
 
 
 def test_attention_projections():

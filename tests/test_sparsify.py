@@ -48,6 +48,10 @@ def _(primals, tangents):
     return x @ w, 3 * (dx @ w + x @ dw)
 
 
+def index(x):
+    return (x.sum() > 1e9).astype(int)
+
+
 # name: shape of the weight, function of (weight, x), number of sparse products in its program
 FUNCTIONS = {
     "x @ w": ((8, 12), lambda w, x: x @ w, 1),
@@ -94,6 +98,12 @@ FUNCTIONS = {
     "changed by a scan": ((8, 8), lambda w, x: lax.scan(lambda c, _: (c * 0.5, x @ c), w, length=3)[1].sum(0), 0),
     "handed on by a scan of remat": ((3, 8, 8), lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), w)), x, w)[0], 1),
     "handed on and returned": ((3, 8, 8), lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), w), x, w), 1),
+    "stop_gradient": ((8, 12), lambda w, x: x @ lax.stop_gradient(w), 1),
+    "a negative dynamic start": ((8, 12), lambda w, x: x @ lax.dynamic_slice_in_dim(w, index(x) - 20, 4, 1), 1),
+    "a dynamic start": ((8, 12), lambda w, x: x @ lax.dynamic_slice_in_dim(w, index(x) - 5, 4, 1), 1),
+    "scaled by what was shifted": ((8, 8), lambda w, x: x @ (w * lax.pad(jnp.full((8, 8), 2.0), 0.5, ((-1, 1, 0), (0, 0, 0)))), 0),
+    "no outputs": ((8, 12), lambda w, x: x @ w[:, :0], 0),
+    "a stack of one": ((1, 8, 8), scanned, 1),
     "remat": ((8, 8), lambda w, x: jax.checkpoint(lambda x, w: jnp.sin(x @ w))(x, w), 1),
     "scan of remat": ((3, 8, 8), lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, w)[0], 1),
     "vmap": ((3, 8, 5), lambda w, x: jax.vmap(jnp.matmul)(x.reshape(3, 2, 8), w), 1),
@@ -153,7 +163,7 @@ def close(found, expected, tolerance=2e-5):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-        scale = max(1.0, float(jnp.abs(b).max()))
+        scale = max(1.0, float(jnp.abs(b).max(initial=0)))
         np.testing.assert_allclose(np.asarray(a, np.float32) / scale, np.asarray(b, np.float32) / scale, atol=tolerance)
 
 
@@ -259,6 +269,51 @@ def test_weights_anywhere_in_the_arguments():
 
     close(js.sparsify(fn)(X, extra={"inner": [packed]}), fn(X, extra={"inner": [masked]}))
     assert [row.path for row in js.sparsify(fn).report(X, extra={"inner": [packed]}).products] == ["extra/inner/0/w"]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+@pytest.mark.parametrize("wide", ["int32", "float32"])
+def test_integers_are_summed_as_wide_as_the_result(dtype, wide):
+    random = np.random.default_rng(0)
+    x, w = (jnp.asarray(random.integers(0 if dtype == "uint8" else -100, 100, shape), dtype) for shape in ((6, 64), (64, 8)))
+    params = {"w": w}
+    plan = js.plan(params, {"w": js.NM(2, 4, axis=0)})
+    masks = js.magnitude_masks(params, plan)
+    sparse = js.sparsify(lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=wide))
+    expected = np.asarray(x, np.int64) @ np.where(masks["w"], w, 0).astype(np.int64)
+    np.testing.assert_array_equal(np.asarray(sparse(js.compress(params, masks, plan), x), np.int64), expected)
+
+
+EIGHT_BITS = [("float8_e4m3fn",) * 2, ("float8_e5m2", "float8_e4m3fn"), ("bfloat16", "float8_e4m3fn"), ("float8_e5m2", "float32")]
+
+
+@pytest.mark.parametrize("dtypes", EIGHT_BITS, ids=" ".join)
+def test_floats_of_8_bits(dtypes):
+    x, w = (jnp.asarray(weight(*shape), dtype) for shape, dtype in zip(((6, 8), (8, 12)), dtypes, strict=True))
+    params = {"w": w}
+    plan = js.plan(params, {"w": js.NM(2, 4, axis=0)})
+    masks = js.magnitude_masks(params, plan)
+
+    def fn(params, x):
+        return lax.dot_general(x, params["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    expected = np.asarray(x, np.float32) @ np.where(masks["w"], np.asarray(w, np.float32), 0)
+    packed = js.compress(params, masks, plan)
+    np.testing.assert_allclose(js.sparsify(fn)(packed, x), expected, rtol=1e-5, atol=1e-5)
+    assert products(js.sparsify(fn), packed, x) == 1
+
+
+def test_weights_for_tensor_cores_that_are_cast_and_cut():
+    params = {"w": weight(8, 12, dtype=jnp.bfloat16)}
+
+    def fn(params, x):
+        return x @ params["w"].astype(jnp.float32)[:, :4]
+
+    plan = js.plan(params, {"w": "2:4"}, fn, X)
+    masks = js.magnitude_masks(params, plan)
+    packed = js.compress(params, masks, plan, layout="mma16")
+    close(js.sparsify(fn)(packed, X), fn(js.sparse_params(params, masks), X))
+    assert products(js.sparsify(fn), packed, X) == 1
 
 
 def test_a_weight_may_be_an_argument_itself():

@@ -1,7 +1,6 @@
 """Runs a traced program from compressed weights: every product with one that can becomes a sparse product."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import math
@@ -17,11 +16,11 @@ from jaxsparse._program import weights
 from jaxsparse._program.arguments import is_traceable
 from jaxsparse._program.flow import Value, outputs
 from jaxsparse._program.fusion import Product, activation_at, bias_of
-from jaxsparse._program.walk import called, calls, invariant, open_program, scan_counts
+from jaxsparse._program.walk import bind, called, calls, invariant, open_program, scan_counts
 from jaxsparse._program.weights import UnfitError, Weight
 from jaxsparse.compress import Sparse24
 from jaxsparse.kernels import KERNELS
-from jaxsparse.matmul import check_implementation, chosen
+from jaxsparse.matmul import check_implementation, chosen, common_dtype
 from jaxsparse.plan import leaf_paths
 
 __all__ = ["Report", "Sparsified", "Usage", "sparsify"]
@@ -184,14 +183,6 @@ def _dense_spec(leaf: Sparse24) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, manual_axis_type=varying, sharding=aval.sharding if varying else None)
 
 
-def _bind(eqn, operands) -> list:
-    params = eqn.primitive.get_bind_params(eqn.params)  # before jax 0.12: with the functions that it calls
-    functions, params = params if isinstance(params, tuple) else ((), params)
-    with getattr(eqn.ctx, "manager", contextlib.nullcontext()):
-        out = eqn.primitive.bind(*functions, *operands, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
 class _Run:
     """One evaluation of a program; notes what it does with each weight in `rows`."""
 
@@ -233,7 +224,7 @@ class _Run:
                 env[atom] = env[atom].result() if isinstance(env[atom], Product) else env[atom]
             operands = [read(atom) for atom in eqn.invars]
             some = any(isinstance(operand, Weight) for operand in operands)
-            env.update(zip(eqn.outvars, self.apply(eqn, operands, values, moved) if some else _bind(eqn, operands), strict=True))
+            env.update(zip(eqn.outvars, self.apply(eqn, operands, values, moved) if some else bind(eqn, operands), strict=True))
         return [result.result() if isinstance(result := read(atom), Product) else result for atom in program.outvars]
 
     def fused(self, eqns, i: int, atom, env, values, readers) -> tuple[Product, int] | None:
@@ -263,7 +254,7 @@ class _Run:
                 return self.call(eqn, operands)
             return weights.move(eqn, operands, values, moved)
         except UnfitError as unfit:
-            return _bind(eqn, [self.dense(operand, _described(eqn), str(unfit)) for operand in operands])
+            return bind(eqn, [self.dense(operand, _described(eqn), str(unfit)) for operand in operands])
 
     # --- products
 
@@ -320,7 +311,7 @@ class _Run:
         ready = weights.operands(w, x, *pairs)
         leaf, aval = ready.leaf, eqn.outvars[0].aval
         rows = math.prod(ready.x.shape[leaf.values.ndim - 2 : ready.x.ndim - len(leaf.contracting)])
-        run = chosen(self.implementation, rows, leaf, jnp.promote_types(x.dtype, leaf.dtype), aval.dtype)
+        run = chosen(self.implementation, rows, leaf, common_dtype(x.dtype, leaf.dtype), aval.dtype)
         self.note(w, _described(eqn), "", run)
 
         def multiply(bias=None, activation=None):
@@ -356,16 +347,13 @@ class _Run:
             if name in ("jit", "pjit", "closed_call", "core_call"):
                 results = self.evaluate(open_program(closed), _consts(closed), operands)
                 return [_constrained(*pair) for pair in zip(results, params.get("out_shardings", [None] * len(results)), strict=True)]
+            if name.startswith("custom_"):
+                return self.custom(eqn, closed, operands)
             arrays, rebuild = weights.split(operands)
             if name in ("checkpoint", "remat", "remat2"):
                 same = _HandedOn(operands)
                 run = functools.partial(self.inner, closed, rebuild, same=same)
                 return same.put_back(jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])(*arrays))
-            run = functools.partial(self.inner, closed, rebuild)
-            if name.startswith("custom_jvp_call"):
-                return _with_derivative(jax.custom_jvp, run, functools.partial(self.as_written, eqn, rebuild))(*arrays)
-            if name.startswith("custom_vjp_call"):
-                return _with_derivative(jax.custom_vjp, run, functools.partial(self.as_written, eqn, rebuild))(*arrays)
             raise UnfitError(f"handed to {name}")
         finally:
             self.place = place
@@ -376,9 +364,22 @@ class _Run:
         results = self.evaluate(open_program(program), _consts(program), operands)
         return [self.dense(result, "returned") for result in (same.taken_out(results, operands) if same else results)]
 
-    def as_written(self, eqn, rebuild, *arrays) -> list:
-        """The results of an equation with its weights decompressed."""
-        return _bind(eqn, [operand.dense() if isinstance(operand, Weight) else operand for operand in rebuild(arrays)])
+    def custom(self, eqn, program, operands) -> list:
+        """The results of a function with a derivative of its own, and that derivative, which takes the weights decompressed."""
+        kind = next((one for one in (jax.custom_jvp, jax.custom_vjp) if eqn.primitive.name.startswith(f"{one.__name__}_call")), None)
+        if kind is None:
+            raise UnfitError(f"handed to {eqn.primitive.name}")
+        count = eqn.params.get("num_consts", 0)
+        consts = [self.dense(one, _described(eqn), "a constant of a function with a derivative of its own") for one in operands[:count]]
+        arrays, rebuild = weights.split(operands[count:])
+
+        def inner(*arrays):
+            return self.inner(program, lambda arrays: [*consts, *rebuild(arrays)], *arrays)
+
+        def as_written(*arrays):
+            return bind(eqn, [*consts, *(one.dense() if isinstance(one, Weight) else one for one in rebuild(arrays))])
+
+        return _with_derivative(kind, inner, as_written)(*arrays)
 
     def scan(self, eqn, operands) -> list:
         params = eqn.params

@@ -24,7 +24,7 @@ __all__ = [
 
 
 class Atom(NamedTuple):
-    """A run of places along one axis of an input: `size` of them, `stride` apart.
+    """A run of places along one axis of an input: `size` of them, `stride` apart; a stride of 0 marks one place that was cut out.
 
     The axis is that of the input, or one of `REPEATED` (the elements repeat along it), `LOOKED_UP` (it runs over rows that
     indices choose) and `UNKNOWN`.
@@ -161,7 +161,7 @@ def outputs(eqn, values: Sequence[Value]) -> list[Value]:
     if name in ("reshape", "squeeze", "expand_dims"):
         return [_reshaped(values[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)]
     if name in _RESIZES:
-        return [_resized(values[0], eqn.invars[0].aval.shape, out.aval.shape) for out in eqn.outvars]
+        return [_cut(eqn, values[0], out.aval.shape) for out in eqn.outvars]
     if name == "concatenate":
         return [_concatenated(eqn, values)]
     if name == "gather":
@@ -205,14 +205,15 @@ def _regrouped(origin: Origin, before, after) -> Origin:
     """The origin after a reshape: in each part that it leaves whole, the atoms are dealt out anew, split where an axis is split."""
     axes: list[tuple[Atom, ...]] = []
     hidden = origin.hidden
+    taken = frozenset(atom.axis for atoms in origin.axes for atom in atoms if atom.stride == 0)
     for old, new in _parts(before, after):
         sizes = [after[i] for i in new]
-        dealt = _dealt([atom for i in old for atom in origin.axes[i] if atom.size != 1], sizes)
+        dealt = _dealt([atom for i in old for atom in origin.axes[i] if atom.size != 1], sizes) if 0 not in sizes else None
         if dealt is None:
             hidden = hidden.union(*map(origin.places, old))
             dealt = [(Atom(UNKNOWN, 1, n),) if n != 1 else () for n in sizes]
         axes += dealt
-    return origin._replace(axes=tuple(axes), hidden=hidden)
+    return origin._replace(axes=tuple(axes), hidden=hidden, stack=origin.stack | taken)
 
 
 def _parts(before, after) -> Iterator[tuple[list[int], list[int]]]:
@@ -256,32 +257,45 @@ def _dealt(atoms: list[Atom], sizes: list[int]) -> list[tuple[Atom, ...]] | None
     return None if queue else axes
 
 
-def _resized(value: Value, before, after) -> Value:
+def _cut(eqn, value: Value, after) -> Value:
+    """What is known of a part of a value, or of a longer one that holds it."""
+    name, params = eqn.primitive.name, eqn.params
+    before = eqn.invars[0].aval.shape
+    moved = {axis for axis, (n, m) in enumerate(zip(before, after, strict=True)) if n != m}
+    uneven: set[int] = set()
+    if name == "pad":
+        moved |= {axis for axis, config in enumerate(params["padding_config"]) if any(config)}
+        uneven = {axis for axis, (_, _, inside) in enumerate(params["padding_config"]) if inside}
+    if name == "slice" and params["strides"]:
+        uneven = {axis for axis, stride in enumerate(params["strides"]) if stride != 1}
+    origins = tuple(origin._replace(hidden=origin.hidden.union(*map(origin.places, uneven))) for origin in value.origins)
+    return _resized(value._replace(origins=origins), after, moved)
+
+
+def _resized(value: Value, after, moved: Iterable[int]) -> Value:
+    """What is known of a value of another size along the axes that are `moved`."""
+
     def resize(origin: Origin) -> Origin:
-        axes, hidden, stack = list(origin.axes), set(origin.hidden), set(origin.stack)
-        for i, (n, m) in enumerate(zip(before, after, strict=True)):
-            if n == m:
-                continue
-            atoms = axes[i]
+        axes, hidden = list(origin.axes), set(origin.hidden)
+        for i in moved:
+            atoms, m = axes[i], after[i]
             alone = len(atoms) == 1 and sum(atom.axis == atoms[0].axis for axis in origin.axes for atom in axis) == 1
             if not atoms or alone:
                 kind = atoms[0].axis if atoms else REPEATED
-                axes[i] = (Atom(kind, 1, m),) if m != 1 else ()
-                stack |= {kind} if m == 1 and kind >= 0 else set()
+                axes[i] = (Atom(kind, 0 if m == 1 and kind >= 0 else 1, m),)
             else:
                 hidden |= origin.places(i)
                 axes[i] = (Atom(UNKNOWN, 1, m),) if m != 1 else ()
-        return origin._replace(axes=tuple(axes), hidden=frozenset(hidden), stack=frozenset(stack))
+        return origin._replace(axes=tuple(axes), hidden=frozenset(hidden))
 
-    same = frozenset(i for i, (n, m) in enumerate(zip(before, after, strict=True)) if n == m)
-    return Value(tuple(map(resize, value.origins)), value.constant & same, value.one_hot & same)
+    return Value(tuple(map(resize, value.origins)), value.constant - set(moved), value.one_hot - set(moved))
 
 
 def _concatenated(eqn, values: Sequence[Value]) -> Value:
     axis, shape = eqn.params["dimension"], eqn.outvars[0].aval.shape
     origins = []
     for value, atom in zip(values, eqn.invars, strict=True):
-        long = _resized(value, atom.aval.shape, shape)
+        long = _resized(value, shape, [axis])
         origins += [origin._replace(share=origin.share * atom.aval.shape[axis] / shape[axis]) for origin in long.origins]
     constant = frozenset.intersection(*(value.constant for value in values)) - {axis}
     return Value(tuple(origins), constant)

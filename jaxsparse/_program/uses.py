@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jax.extend.core import Jaxpr
 
-from jaxsparse._program.flow import UNKNOWN, Origin, Value, dots, input_value, is_looked_up
+from jaxsparse._program.flow import REPEATED, UNKNOWN, Origin, Value, dots, input_value, is_looked_up
 from jaxsparse._program.walk import walk
 
 __all__ = ["Use", "uses"]
@@ -59,7 +59,8 @@ class _Uses:
     def lose(self, eqn, values: list[Value]) -> None:
         for value in values:
             for origin in value.origins:
-                self.other(origin, f"changed by {eqn.primitive.name}")
+                changed = Use(reason=f"another value each time, or in each branch, of a {eqn.primitive.name}")
+                self.note(origin, Use(reason=TABLE) if origin.looked_up else changed)
 
     def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
         name = eqn.primitive.name
@@ -71,7 +72,7 @@ class _Uses:
                     self.note(origin, Use(reason=TABLE) if looked_up else _product(origin, summed, batch, free, other))
         elif name == "conv_general_dilated":
             for origin in values[0].origins:
-                self.note(origin, Use(reason="the input of a convolution"))
+                self.note(origin, Use(reason=TABLE if origin.looked_up else "the input of a convolution"))
             for origin in values[1].origins:
                 self.note(origin, _convolution(origin, eqn.params))
         elif name == "ragged_dot_general":
@@ -107,13 +108,16 @@ def _product(origin: Origin, summed: Sequence[int], batch: Sequence[int], free: 
     elsewhere = {axis for i in (*batch, *free) for axis in origin.places(i)}
     if is_looked_up(origin, summed, free, other):
         return Use(reason=TABLE)
-    if held & elsewhere or held & origin.hidden or origin.runs_over(UNKNOWN, summed):
+    one_place = {atom.axis for atoms in origin.axes for atom in atoms if atom.stride == 0}
+    stack = origin.stack.union(one_place, *(origin.places(i) for i in batch))
+    if held & (elsewhere | stack | origin.hidden) or origin.runs_over(UNKNOWN, summed):
         return Use(reason="reshaped before its matrix product, so that its axes cannot be told")
     if not held:
         return Use(reason="an operand of an outer product")
     if held & origin.varies:
         return Use(reason="combined, before its matrix product, with values that vary along the axis summed over")
-    stack = origin.stack.union(*(origin.places(i) for i in batch))
+    if origin.runs_over(REPEATED, free) and not any(map(origin.places, free)):
+        return Use(reason="the same for every row of its matrix product")
     return Use(tuple(sorted(held)), tuple(sorted(stack)))
 
 
@@ -122,10 +126,12 @@ def _convolution(kernel: Origin, params) -> Use:
         return Use(reason="the kernel of a grouped convolution, which sums over a part of the input channels only")
     _, channels, *window = params["dimension_numbers"].rhs_spec
     held = [sorted(kernel.places(i)) for i in (*window, channels)]
-    if kernel.hidden or any(len(axes) > 1 for axes in held) or kernel.runs_over(UNKNOWN, range(len(kernel.axes))):
+    lost = kernel.hidden | kernel.stack & {axis for axes in held for axis in axes}
+    if lost or any(len(axes) > 1 for axes in held) or kernel.runs_over(UNKNOWN, range(len(kernel.axes))):
         return Use(reason="reshaped before its convolution, so that its axes cannot be told")
     if not held[-1]:
         return Use(reason="the kernel of a convolution over a single input channel")
     if set(held[-1]) & kernel.varies:
         return Use(reason="combined, before its convolution, with values that vary along the axis summed over")
-    return Use(tuple(axis for axes in held for axis in axes), tuple(sorted(kernel.stack)))
+    order = [axis for axes in held for axis in axes]
+    return Use(tuple(axis for i, axis in enumerate(order) if axis not in order[i + 1 :]), tuple(sorted(kernel.stack)))

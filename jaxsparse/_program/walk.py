@@ -1,5 +1,6 @@
 """The walk over a traced program, called programs included, that every analysis of programs shares."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
@@ -8,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxsparse._program.flow import NOTHING, Value, outputs, sliced, stacked
 
-__all__ = ["Call", "Fold", "called", "calls", "invariant", "open_program", "scan_counts", "walk"]
+__all__ = ["Call", "Fold", "bind", "called", "calls", "invariant", "open_program", "scan_counts", "walk"]
 
 
 class Call(NamedTuple):
@@ -30,7 +31,7 @@ class Fold(Protocol):
         """Takes note of an equation that calls nothing: what is known of its operands and of its results."""
 
     def lose(self, eqn, values: list[Value]) -> None:
-        """Takes note of values that enter a loop as what it changes, where they are not followed."""
+        """Takes note of values that are not followed: what a loop changes, and what differs between branches."""
 
     def enter(self, eqn) -> Self:
         """The fold for one program that an equation calls."""
@@ -61,6 +62,8 @@ def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]
             ends = [walk(call.program, call.values, one) for call, one in zip(inner, folds, strict=True)]
             fold.leave(eqn, folds)
             results = returned(eqn, operands, ends)
+            if eqn.primitive.name == "cond":
+                fold.lose(eqn, [one for end in ends for one, result in zip(end, results, strict=True) if not result.origins])
         known.update((var, value) for var, value in zip(eqn.outvars, results, strict=True) if any(value))
     return [value_of(atom) for atom in program.outvars]
 
@@ -85,6 +88,15 @@ def invariant(program: Jaxpr, consts: int, carries: int) -> list[bool]:
     """For each carry of a loop, whether its body hands it on as it is."""
     inputs = program.invars[consts : consts + carries]
     return [inner is outer for inner, outer in zip(inputs, program.outvars[:carries], strict=True)]
+
+
+def bind(eqn, operands: Sequence) -> list:
+    """The results of an equation."""
+    params = eqn.primitive.get_bind_params(eqn.params)  # before jax 0.12: with the functions that it calls
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with getattr(eqn.ctx, "manager", contextlib.nullcontext()):
+        out = eqn.primitive.bind(*functions, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def carry_of(eqn, values: Sequence[Value]) -> tuple[list[Value], list[bool]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._program.flow import Atom, Origin, Value, constant_axes, input_value
+from jaxsparse._program.walk import bind
 from jaxsparse.compress import Sparse24, decompress
 from jaxsparse.matmul import sparse_matmul
 
@@ -159,6 +160,9 @@ def _cut(leaf: Sparse24, axis: int, cut: Callable) -> Sparse24:
 
 def sliced(w: Weight) -> Weight:
     """What a loop over the first axis of a weight takes: the weight whose arrays are to be sliced along theirs."""
+    if w.shape[0] == 1:
+        leaf = dataclasses.replace(w.leaf, values=w.leaf.values[None], metadata=w.leaf.metadata[None], axes=w.leaf.kinds)
+        return Weight(leaf, w.origin._replace(axes=w.origin.axes[1:]), w.shape[1:], w.sources)
     axis = w.axis(0)
     if axis is None or w.leaf.kinds[axis] == "K":
         raise UnfitError("a loop runs over the axis that the product sums over, or over several at once")
@@ -174,8 +178,8 @@ def sliced(w: Weight) -> Weight:
 
 # --- equations that move weights
 
-_VIEWS = {"broadcast_in_dim", "copy", "copy_p", "expand_dims", "mesh_cast", "name", "reshape", "reshard", "sharding_constraint"}
-_VIEWS |= {"squeeze", "stop_gradient", "transpose"}
+_VIEWS = {"broadcast_in_dim", "expand_dims", "mesh_cast", "reshape", "reshard", "sharding_constraint", "squeeze", "transpose"}
+_OF_VALUES = {"copy", "copy_p", "name", "reduce_precision", "stop_gradient"}
 
 
 def move(eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
@@ -183,6 +187,8 @@ def move(eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
     name, params = eqn.primitive.name, eqn.params
     shapes = [var.aval.shape for var in eqn.outvars]
     known = [isinstance(operand, Weight) for operand in operands]
+    if any(0 in shape for shape in shapes):
+        raise UnfitError("empty")
     if name == "optimization_barrier":
         arrays, rebuild = split(operands)
         return rebuild(lax.optimization_barrier(arrays))
@@ -195,18 +201,22 @@ def move(eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
     w: Weight = operands[0]
     if name in _VIEWS:
         return [w.seen(moved[0].origins[0], shapes[0])]
+    if name in _OF_VALUES:
+        (values_,) = bind(eqn, [w.leaf.values])
+        return [dataclasses.replace(w, leaf=dataclasses.replace(w.leaf, values=values_))]
     if name == "convert_element_type":
-        if not jnp.issubdtype(params["new_dtype"], jnp.floating):
-            raise UnfitError(f"cast to {params['new_dtype']}")
-        leaf = dataclasses.replace(w.leaf, values=w.leaf.values.astype(params["new_dtype"]))
-        return [dataclasses.replace(w, leaf=leaf)]
+        dtype = jnp.dtype(params["new_dtype"])
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise UnfitError(f"cast to {dtype}")
+        leaf = w.leaf if dtype.itemsize == w.dtype.itemsize else w.leaf.with_layout("canonical")
+        return [dataclasses.replace(w, leaf=dataclasses.replace(leaf, values=leaf.values.astype(dtype)))]
     if name == "slice":
         starts, strides = params["start_indices"], params["strides"] or (1,) * len(w.shape)
         cuts = list(zip(starts, params["limit_indices"], strides, strict=True))
         return [_parts(w, moved[0], shapes[0], lambda a, place, axis: lax.slice_in_dim(a, *cuts[axis], axis=place))]
     if name == "dynamic_slice":
         starts, sizes = operands[1:], params["slice_sizes"]
-        return [_parts(w, moved[0], shapes[0], lambda a, p, axis: lax.dynamic_slice_in_dim(a, starts[axis], sizes[axis], p))]
+        return [_parts(w, moved[0], shapes[0], lambda a, place, axis: _dynamic_slice(a, starts[axis], sizes[axis], place))]
     if name == "split":
         ends = [sum(params["sizes"][: i + 1]) for i in range(len(shapes))]
         return [
@@ -214,6 +224,13 @@ def move(eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
             for value, shape, end in zip(moved, shapes, ends, strict=True)
         ]
     raise UnfitError(f"used by {name}")
+
+
+def _dynamic_slice(a: jax.Array, start, size: int, axis: int) -> jax.Array:
+    """A part of an array along one axis; `start` is counted from the front, as the program has seen to already."""
+    starts = [start if i == axis else jnp.zeros_like(start) for i in range(a.ndim)]
+    sizes = [size if i == axis else n for i, n in enumerate(a.shape)]
+    return lax.dynamic_slice(a, starts, sizes, allow_negative_indices=False)
 
 
 def _parts(w: Weight, value: Value, shape: tuple[int, ...], cut: Callable) -> Weight:
