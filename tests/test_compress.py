@@ -70,7 +70,7 @@ def check_format(w, mask, packed, begin, end, output_first=False):
     np.testing.assert_array_equal(bits(packed.values).reshape(len(rows), -1), bits(np.array(values, w.dtype)))
     np.testing.assert_array_equal(np.asarray(packed.metadata).reshape(len(rows), -1), np.array(words))
     assert packed.shape == w.shape
-    assert packed.ndim == w.ndim
+    assert packed.ndim == w.ndim and packed.size == w.size
     assert packed.dtype == w.dtype
     assert packed.nbytes == packed.values.size * w.dtype.itemsize + 2 * packed.metadata.size
 

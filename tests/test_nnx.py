@@ -1,6 +1,8 @@
 """`jaxsparse.nnx`: plans of Modules, the context in which their Params hold the effective weights, and a model as in `char_lm`."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -357,41 +359,13 @@ def test_arguments_that_are_no_arrays_and_other_methods():
     assert rngs.default.count[...] == 0
 
 
-LOOP = """
-import jax, jax.numpy as jnp, optax, jaxsparse as js
-from flax import nnx
-
-x, y = jax.random.normal(jax.random.key(1), (32, 64)), jnp.arange(32) % 10
-batches = [(x, y)] * 20
-
-rngs = nnx.Rngs(0)
-model = nnx.Sequential(nnx.Linear(64, 256, rngs=rngs), nnx.relu, nnx.Linear(256, 10, rngs=rngs))
-plan = js.nnx.plan(model, {"layers/0/kernel": "2:4"}, x)  # which Param, which axis; print(plan) says why not
-optimizer = nnx.Optimizer(model, js.recipes.rewired(optax.adamw(1e-3), plan, reset_every=1000), wrt=nnx.Param)
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
-@nnx.jit
-def step(model, optimizer, x, y):
-    def loss(model):
-        with js.nnx.intercept(model, optimizer):  # inside the differentiated function
-            logits = model(x)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    optimizer.update(model, nnx.grad(loss)(model))  # dense gradients: every weight learns
-
-
-for x, y in batches:
-    step(model, optimizer, x, y)
-
-graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-packed = nnx.merge(graphdef, js.compress(params, optimizer), rest)  # 2:4 Params hold a js.Sparse24
-logits = nnx.jit(js.sparsify(nnx.Sequential.__call__))(packed, x)  # runs from the compressed weights
-"""
-
-
-def test_the_loop_runs_as_printed():
+def test_the_loop_of_the_readme_runs_as_printed():
+    (loop,) = re.findall(r"```python\n(import [^\n]*\nfrom flax import nnx\n.*?)```", README, re.S)
     found = {}
-    exec(LOOP, found)
+    exec(loop, found)
     model, optimizer, params, packed, x = (found[name] for name in ("model", "optimizer", "params", "packed", "x"))
     assert isinstance(packed.layers[0].kernel.get_value(), js.Sparse24)
     mask = js.masks(optimizer)["layers"][0]["kernel"].get_value()
