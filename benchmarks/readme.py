@@ -37,6 +37,14 @@ def plan(result):
     return f"```\n{result['plan']}\n```"
 
 
+def models(result):
+    rows = [row[:3] for row in result["rows"]]
+    return (
+        f"Weights planned and uses run compressed, in small models with the structure of public ones (`python benchmarks/models.py`; "
+        f"{where(result)}):\n\n" + tabulate.tabulate(rows, result["header"][:3], tablefmt="github")
+    )
+
+
 def masks(result):
     return (
         f"The time of a mask over that of reading the same weights once and writing a mask (`abs(w) > 0.5`), medians of {result['rounds']} "
@@ -100,6 +108,7 @@ TABLES = {
     "quality": lambda: written("quality/findings", quality),
     "masks": lambda: written("masks", masks),
     "mask_peers": lambda: written("mask_peers", mask_peers),
+    "models": lambda: written("models", models),
     "plan": lambda: written("char_lm", plan),
     "char_lm": lambda: written("char_lm", char_lm),
     "train_step": lambda: written("train_step", train_step),
