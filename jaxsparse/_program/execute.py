@@ -86,7 +86,7 @@ def sparsify(fn: Callable, *, implementation: str | None = None) -> "Sparsified"
 
     Raises:
       TypeError: `fn` is not callable; or, in a call, an argument is not an array.
-      ValueError: there is no such implementation.
+      ValueError: `implementation` is not one that `sparse_matmul` knows.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -88,7 +88,7 @@ class _Uses:
         self.found[origin.source].add(use)
 
     def other(self, origin: Origin, what: str):
-        """Notes a use that is no product."""
+        """Notes a use other than a product."""
         table = what == "used by gather" or origin.looked_up
         self.note(origin, Use(reason=TABLE) if table else Use(reason=f"{what}, not by a matrix product", decides=False))
 
