@@ -16,5 +16,14 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=char_lm.STEPS)
     args = parser.parse_args()
     start = time.perf_counter()
-    plan, header, rows = char_lm.main(["--steps", str(args.steps), "--plot", str(timing.RESULTS / "char_lm.png")])
-    timing.save("char_lm", steps=args.steps, seconds=time.perf_counter() - start, plan=str(plan), header=header, rows=rows)
+    plan, header, rows = char_lm.main(
+        ["--steps", str(args.steps), "--plot", str(timing.RESULTS / "char_lm.png")]
+    )
+    timing.save(
+        "char_lm",
+        steps=args.steps,
+        seconds=time.perf_counter() - start,
+        plan=str(plan),
+        header=header,
+        rows=rows,
+    )

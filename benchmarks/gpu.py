@@ -1,13 +1,16 @@
-"""2:4 products on a GPU, in one command of under 10 minutes: are they right, and how fast against the dense product?
+"""2:4 products on a GPU, in one command of under 10 minutes: are they right, and how fast against
+the dense product?
 
 python benchmarks/gpu.py              writes benchmarks/results/<device>.json and a plot beside it
-python benchmarks/gpu.py --smoke      the same steps with small shapes on any device, writing nothing
+python benchmarks/gpu.py --smoke      the same steps with small shapes on any device, writing
+nothing
 
-First every kernel that the device has is read out operand by operand and multiplies integers and random numbers, forwards and for the
-gradient of x; a kernel that is wrong is not timed. Then masks, packing and gradients of x are timed, and kernels, the dense
-product of jax and, where torch can be imported, its semi-structured product take turns on random data, shape after shape,
-until the time is up. What is timed is compared with the product in float32 too. Last it prints the rows that the timings
-imply for the table of automatic choices.
+First every kernel that the device has is read out operand by operand and multiplies integers and
+random numbers, forwards and for the gradient of x; a kernel that is wrong is not timed. Then masks,
+packing and gradients of x are timed, and kernels, the dense product of jax and, where torch can be
+imported, its semi-structured product take turns on random data, shape after shape, until the time
+is up. What is timed is compared with the product in float32 too. Last it prints the rows that the
+timings imply for the table of automatic choices.
 """
 
 import argparse
@@ -32,8 +35,8 @@ import tabulate
 import timing
 
 import jaxsparse as js
-from jaxsparse.compress import turn
-from jaxsparse.kernels import KERNELS, misfit
+from jaxsparse._kernels import KERNELS, misfit
+from jaxsparse._packed.compress import turn
 
 SHAPES = {  # output features M, contraction K
     "8192 x 8192": (8192, 8192),
@@ -58,24 +61,50 @@ SHAPES = {  # output features M, contraction K
 }
 CHECKED = ("Llama-3-8B gate and up", "GPT-2 mlp out", "ViT-So400m mlp out", "padded")
 CHECKED_ROWS = (1, 8, 13, 64, 1024)
-GRADIENTS = ("8192 x 8192", "Llama-3-8B gate", "Llama-3-8B down", "Llama-3-8B attention out")  # at the first of the rows
+# at the first of the rows
+GRADIENTS = ("8192 x 8192", "Llama-3-8B gate", "Llama-3-8B down", "Llama-3-8B attention out")
 ROWS = (8192, 16, 4096, 1, 1024, 64, 256, 8)  # the most telling first, should the time run out
-TIMED_ROWS = {"hopper": (64, 1 << 31), "ampere": (64, 1 << 31), "decode": (1, 64)}  # with fewer or more, another kernel is meant
-MASKS = ("2:4 axis 0", "2:4 axis 1", "4:8 axis 1", "1:16 axis 1", "2:4 both axes", "top 50%", "blocks of 32x32, 50%")
+# with fewer or more, another kernel is meant
+TIMED_ROWS = {"hopper": (64, 1 << 31), "ampere": (64, 1 << 31), "decode": (1, 64)}
+MASKS = (
+    "2:4 axis 0",
+    "2:4 axis 1",
+    "4:8 axis 1",
+    "1:16 axis 1",
+    "2:4 both axes",
+    "top 50%",
+    "blocks of 32x32, 50%",
+)
 SMOKE_SHAPES, SMOKE_ROWS = {"small": (128, 128), "padded": (133, 132)}, (8, 3)
 
 # kernel: N, M, K, and the configurations that only hardware can decide between
 VARIANTS = {
     "hopper": (
         *(8192, 8192, 8192),
-        [{"cluster": c, "in_flight": f, "stripe": s} for c, f, s in [(1, 0, 8), (2, 0, 8), (2, 1, 8), (2, 0, 4), (2, 0, 16)]],
+        [
+            {"cluster": c, "in_flight": f, "stripe": s}
+            for c, f, s in [(1, 0, 8), (2, 0, 8), (2, 1, 8), (2, 0, 4), (2, 0, 16)]
+        ],
     ),
-    "ampere": (4096, 4096, 4096, [{"tile_m": t, "stages": s} for t, s in [(128, 3), (128, 4), (256, 3), (256, 4)]]),
+    "ampere": (
+        4096,
+        4096,
+        4096,
+        [{"tile_m": t, "stages": s} for t, s in [(128, 3), (128, 4), (256, 3), (256, 4)]],
+    ),
     "decode": (
         *(16, 14336, 4096),
         [
             {"tile_m": t, "unroll": u, "warpgroups": w}
-            for t, u, w in [(16, 8, 1), (32, 4, 1), (32, 2, 2), (64, 1, 1), (64, 1, 2), (64, 2, 2), (64, 1, 4)]
+            for t, u, w in [
+                (16, 8, 1),
+                (32, 4, 1),
+                (32, 2, 2),
+                (64, 1, 1),
+                (64, 1, 2),
+                (64, 2, 2),
+                (64, 1, 4),
+            ]
         ],
     ),
 }
@@ -87,13 +116,17 @@ PEAKS = {
     "A100-SXM4-80GB": (624e12, 2.04e12),
     "A100-SXM4-40GB": (624e12, 1.56e12),
 }
-# bytes of weights in rotation, several times an L2 cache; seconds that one call should keep the device busy, against the time of its start
+# bytes of weights in rotation, several times an L2 cache; seconds that one call should keep the
+# device busy, against the time of its start
 EACH_CALL = 256e6, 1e-3
 
 
 def runs_here(name):
     """Why a kernel does not run on this device, or None; whatever it is, the other kernels go on."""
-    x, w = gpu_checks.random_rows(jax.random.key(0), 8, 128), gpu_checks.random_weight(jax.random.key(1), 128, 128)
+    x, w = (
+        gpu_checks.random_rows(jax.random.key(0), 8, 128),
+        gpu_checks.random_weight(jax.random.key(1), 128, 128),
+    )
     try:
         product(name)(x, w).block_until_ready()
     except Exception as error:
@@ -110,7 +143,12 @@ def examined(name, shapes, rows):
 def examined_apart(name, seconds):
     """The same in a process of its own: a kernel that hangs or faults takes nothing with it."""
     try:
-        done = subprocess.run([sys.executable, __file__, "--check", name], capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(
+            [sys.executable, __file__, "--check", name],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
     except subprocess.TimeoutExpired:
         return {"right": False, "why": f"its checks did not end in {seconds:.0f} seconds"}
     if done.returncode:
@@ -126,7 +164,11 @@ def product(implementation):
 @functools.cache
 def fused(implementation):
     """From x, a weight and a bias to the activation of their product and sum."""
-    return jax.jit(lambda x, w, bias: js.sparse_matmul(x, w, bias=bias, activation="gelu", implementation=implementation))
+    return jax.jit(
+        lambda x, w, bias: js.sparse_matmul(
+            x, w, bias=bias, activation="gelu", implementation=implementation
+        )
+    )
 
 
 @functools.cache
@@ -135,7 +177,9 @@ def x_gradient(implementation):
 
     def gradient(ct, w):
         x = jax.ShapeDtypeStruct((len(ct), *w.contracting), ct.dtype)
-        return jax.linear_transpose(lambda x: js.sparse_matmul(x, w, implementation=implementation), x)(ct)[0]
+        return jax.linear_transpose(
+            lambda x: js.sparse_matmul(x, w, implementation=implementation), x
+        )(ct)[0]
 
     return jax.jit(gradient)
 
@@ -158,25 +202,45 @@ def checks(name, shapes, rows):
     transposable = [(n, m, k) for n, m, k in cases if m % 4 == 0 and n in rows[::2]]
     found = {
         "wrong in probes": gpu_checks.probes(multiply),
-        "wrong integers": {f"{n} x {m} x {k}": gpu_checks.wrong_integers(multiply, n, m, k) for n, m, k in cases},
+        "wrong integers": {
+            f"{n} x {m} x {k}": gpu_checks.wrong_integers(multiply, n, m, k) for n, m, k in cases
+        },
         "error": {f"{n} x {m} x {k}": gpu_checks.error(multiply, n, m, k) for n, m, k in cases},
         "error with bias and gelu": {
-            f"{n} x {m} x {k}": gpu_checks.fused_error(fused(name), n, m, k) for n, m, k in cases if n in rows[::2]
+            f"{n} x {m} x {k}": gpu_checks.fused_error(fused(name), n, m, k)
+            for n, m, k in cases
+            if n in rows[::2]
         },
         "wrong integers of gradients": {
-            f"{n} x {m} x {k}": gpu_checks.wrong_integers(gradient, n, m, k, gradient=True) for n, m, k in transposable
+            f"{n} x {m} x {k}": gpu_checks.wrong_integers(gradient, n, m, k, gradient=True)
+            for n, m, k in transposable
         },
-        "error of gradients": {f"{n} x {m} x {k}": gpu_checks.error(gradient, n, m, k, gradient=True) for n, m, k in transposable},
+        "error of gradients": {
+            f"{n} x {m} x {k}": gpu_checks.error(gradient, n, m, k, gradient=True)
+            for n, m, k in transposable
+        },
     }
-    wrong = [count for check, counts in found.items() if check.startswith("wrong") for count in counts.values()]
-    errors = [error for check, cases in found.items() if check.startswith("error") for error in cases.values()]
+    wrong = [
+        count
+        for check, counts in found.items()
+        if check.startswith("wrong")
+        for count in counts.values()
+    ]
+    errors = [
+        error
+        for check, cases in found.items()
+        if check.startswith("error")
+        for error in cases.values()
+    ]
     return {**found, "right": not any(wrong) and all(error < 1 for error in errors)}
 
 
 def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
-    """Seconds of one product for each competitor, medians over rounds in which they take turns, and the largest error of each.
+    """Seconds of one product for each competitor, medians over rounds in which they take turns, and
+    the largest error of each.
 
-    The products of one call have other rows each, and take turns with weights that are more than the L2 cache holds.
+    The products of one call have other rows each, and take turns with weights that are more than
+    the L2 cache holds.
     """
     weights = int(np.clip(np.ceil(each_call[0] / (2 * m * k)), 2, 16))
     count = int(np.clip(each_call[1] / max(2 * n * m * k / 800e12, 2 * m * k / 4e12), weights, 64))
@@ -185,8 +249,13 @@ def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
     packed = [gpu_checks.random_weight(key, m, k) for key in keys[count:]]
     kernels = [jax.block_until_ready(js.decompress(w)) for w in packed]
 
-    def all_products(one):  # the barrier keeps XLA from making one product of those that share a weight
-        return jax.jit(lambda x, w: [one(*jax.lax.optimization_barrier((a, w[i % weights]))) for i, a in enumerate(x)])
+    # the barrier keeps XLA from making one product of those that share a weight
+    def all_products(one):
+        return jax.jit(
+            lambda x, w: [
+                one(*jax.lax.optimization_barrier((a, w[i % weights]))) for i, a in enumerate(x)
+            ]
+        )
 
     calls = {name: functools.partial(all_products(product(name)), x, packed) for name in names}
     calls["jax dense"] = functools.partial(all_products(jnp.dot), x, kernels)
@@ -196,7 +265,9 @@ def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
         try:
             calls["torch semi-structured"] = torch_call(x, kernels)
             calls["torch semi-structured"]()
-        except Exception as error:  # a shape that it does not take, or whatever else: it is not what is measured
+        except (
+            Exception
+        ) as error:  # a shape that it does not take, or whatever else: it is not what is measured
             print(f"torch, {n} x {m} x {k}: {type(error).__name__}: {error}"[:300], flush=True)
             calls.pop("torch semi-structured", None)
     seconds = timing.in_turns(calls, rounds, f"{n} x {m} x {k}")
@@ -204,15 +275,21 @@ def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
 
 
 def gradient_turns(n, m, k, names, rounds, each_call=EACH_CALL):
-    """Seconds of the gradient of x, as `turns` takes them, and of its parts: turning the weight, and the product with a turned one."""
+    """Seconds of the gradient of x, as `turns` takes them, and of its parts: turning the weight,
+    and the product with a turned one.
+    """
     count = int(np.clip(np.ceil(each_call[0] / (2 * m * k)), 2, 16))
     keys = jax.random.split(jax.random.key(0), 2 * count)
     ct = [gpu_checks.random_rows(key, n, m) for key in keys[:count]]
     packed = [gpu_checks.random_weight(key, m, k, transposable=True) for key in keys[count:]]
-    backwards, kernels = ([jax.block_until_ready(change(w)) for w in packed] for change in (turned, js.decompress))
+    backwards, kernels = (
+        [jax.block_until_ready(change(w)) for w in packed] for change in (turned, js.decompress)
+    )
 
     def all_products(one, weights):
-        return functools.partial(jax.jit(lambda ct, w: [one(*pair) for pair in zip(ct, w, strict=True)]), ct, weights)
+        return functools.partial(
+            jax.jit(lambda ct, w: [one(*pair) for pair in zip(ct, w, strict=True)]), ct, weights
+        )
 
     calls = {name: all_products(x_gradient(name), packed) for name in names}
     calls |= {f"{name}, turned before": all_products(product(name), backwards) for name in names}
@@ -228,24 +305,36 @@ def weights_once(size, rounds):
     w = masks.weights((size, size), "bfloat16")
     plan = js.plan({"w": w}, {"w": js.NM(2, 4, axis=0)})
     mask = jax.block_until_ready(jax.jit(lambda w: js.magnitude_masks({"w": w}, plan))(w))
-    calls = {"read once": masks.stream, **{name: masks.mask(masks.patterns()[name], w) for name in MASKS}}
+    calls = {
+        "read once": masks.stream,
+        **{name: masks.mask(masks.patterns()[name], w) for name in MASKS},
+    }
     for layout in ("canonical", "mma16"):
         pack = jax.jit(functools.partial(js.compress, plan=plan, layout=layout))
         calls[f"compress, {layout}"] = lambda w, pack=pack: pack({"w": w}, mask)
-    seconds = timing.in_turns({name: functools.partial(call, w) for name, call in calls.items()}, rounds, "masks and packing")
+    seconds = timing.in_turns(
+        {name: functools.partial(call, w) for name, call in calls.items()},
+        rounds,
+        "masks and packing",
+    )
     read = np.array(seconds["read once"])
     return [
         {
             "what": name,
             "over reading once": float(np.median(np.array(times) / read)),
-            "GB/s": (4.125 if name.startswith("compress") else 3) * size**2 / float(np.median(times)) / 1e9,
+            "GB/s": (4.125 if name.startswith("compress") else 3)
+            * size**2
+            / float(np.median(times))
+            / 1e9,
         }
         for name, times in seconds.items()
     ]
 
 
 def torch_products():
-    """A function from lists of x and weights to a call that multiplies them all in torch, or the reason there is none."""
+    """A function from lists of x and weights to a call that multiplies them all in torch, or the
+    reason there is none.
+    """
     try:
         torch = importlib.import_module("torch")
         semi = torch.sparse.to_sparse_semi_structured
@@ -269,9 +358,14 @@ def torch_products():
 
 
 def variants(name, n, m, k, configs, rounds):
-    """Seconds of a kernel under each configuration, given by keyword, and how far its result is from the dense product."""
-    kernel = importlib.import_module(f"jaxsparse.kernels.{name}")
-    x, w = gpu_checks.random_rows(jax.random.key(0), n, k), gpu_checks.random_weight(jax.random.key(1), m, k)
+    """Seconds of a kernel under each configuration, given by keyword, and how far its result is
+    from the dense product.
+    """
+    kernel = importlib.import_module(f"jaxsparse._kernels.{name}")
+    x, w = (
+        gpu_checks.random_rows(jax.random.key(0), n, k),
+        gpu_checks.random_weight(jax.random.key(1), m, k),
+    )
     cores = getattr(jax.devices()[0], "core_count", 1)
     expected = product("dense")(x, w).astype(jnp.float32)
     calls, differs, found = {}, {}, []
@@ -284,40 +378,70 @@ def variants(name, n, m, k, configs, rounds):
         except Exception as error:  # too much shared memory, say; the others go on
             found.append({"config": str(config), "why": f"{type(error).__name__}: {error}"[:500]})
     seconds = timing.in_turns(calls, rounds, f"{name} variants")
-    return found + [{"config": one, "microseconds": 1e6 * float(np.median(t)), "differs": differs[one]} for one, t in seconds.items()]
+    return found + [
+        {"config": one, "microseconds": 1e6 * float(np.median(t)), "differs": differs[one]}
+        for one, t in seconds.items()
+    ]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small shapes, few rounds; a CPU takes the dense fallback for a kernel")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="small shapes, few rounds; a CPU takes the dense fallback for a kernel",
+    )
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=540, help="after which no further shape is timed")
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="after which no further shape is timed"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=timing.RESULTS)
-    parser.add_argument("--check", choices=KERNELS, help="only whether one kernel is right, as the last line printed")
+    parser.add_argument(
+        "--check",
+        choices=KERNELS,
+        help="only whether one kernel is right, as the last line printed",
+    )
     args = parser.parse_args(argv)
-    some = (SMOKE_SHAPES, SMOKE_ROWS) if args.smoke else ({key: SHAPES[key] for key in CHECKED}, CHECKED_ROWS)
+    some = (
+        (SMOKE_SHAPES, SMOKE_ROWS)
+        if args.smoke
+        else ({key: SHAPES[key] for key in CHECKED}, CHECKED_ROWS)
+    )
     if args.check:
         print(json.dumps(examined(args.check, *some)))
         return
     start = time.monotonic()
-    shapes, rows, rounds = (SMOKE_SHAPES, SMOKE_ROWS, 2) if args.smoke else (SHAPES, ROWS, args.rounds)
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the checks run in processes of their own
+    shapes, rows, rounds = (
+        (SMOKE_SHAPES, SMOKE_ROWS, 2) if args.smoke else (SHAPES, ROWS, args.rounds)
+    )
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = (
+        "false"  # the checks run in processes of their own
+    )
     device = jax.devices()[0]
     if device.platform != "gpu" and not args.smoke:
         parser.error(f"{device.device_kind} is no GPU; --smoke runs the steps without one")
 
-    folder = pathlib.Path(tempfile.mkdtemp()) if args.smoke and args.out == timing.RESULTS else args.out
+    folder = (
+        pathlib.Path(tempfile.mkdtemp()) if args.smoke and args.out == timing.RESULTS else args.out
+    )
     file = re.sub(r"\W+", "_", device.device_kind).strip("_")
     save = functools.partial(timing.save, file, folder)
 
     folder.mkdir(parents=True, exist_ok=True)
-    seen = {name: examined(name, *some) if args.smoke else examined_apart(name, args.seconds / 3) for name in KERNELS}
+    seen = {
+        name: examined(name, *some) if args.smoke else examined_apart(name, args.seconds / 3)
+        for name in KERNELS
+    }
     if args.smoke and not any(one["right"] for one in seen.values()):
         seen["dense"] = examined("dense", *some)
     found = {"checks": seen}
     save(**found)
     for name, one in seen.items():
-        print(name, "is right" if one["right"] else f"IS NOT RIGHT: {one.get('why', one)}", flush=True)
+        print(
+            name, "is right" if one["right"] else f"IS NOT RIGHT: {one.get('why', one)}", flush=True
+        )
     names = [name for name in seen if seen[name]["right"]]
 
     torch_call, why_no_torch = torch_products()
@@ -340,22 +464,48 @@ def main(argv=None):
         found["variants"][name] = variants(name, *VARIANTS[name], rounds)
 
     def able(n):
-        return [name for name in names if fits(name, n) and (name == "dense" or TIMED_ROWS[name][0] <= n <= TIMED_ROWS[name][1])]
+        return [
+            name
+            for name in names
+            if fits(name, n)
+            and (name == "dense" or TIMED_ROWS[name][0] <= n <= TIMED_ROWS[name][1])
+        ]
 
     def time_gradients(shape, n):
-        seconds = gradient_turns(n, *shapes[shape], able(n), rounds, (0, 0) if args.smoke else EACH_CALL)
-        found["gradients"].append({"shape": shape, "rows": n, **{name: 1e6 * t for name, t in seconds.items()}})
+        seconds = gradient_turns(
+            n, *shapes[shape], able(n), rounds, (0, 0) if args.smoke else EACH_CALL
+        )
+        found["gradients"].append(
+            {"shape": shape, "rows": n, **{name: 1e6 * t for name, t in seconds.items()}}
+        )
 
     def time_products(shape, n):
-        seconds, errors = turns(n, *shapes[shape], able(n), rounds, torch_call, (0, 0) if args.smoke else EACH_CALL)
+        seconds, errors = turns(
+            n, *shapes[shape], able(n), rounds, torch_call, (0, 0) if args.smoke else EACH_CALL
+        )
         found["timings"].append(gpu_report.row(shape, n, *shapes[shape], seconds, peaks))
-        found["wrong"] += [{"shape": shape, "rows": n, "kernel": name, "error": error} for name, error in errors.items() if not error < 1]
+        found["wrong"] += [
+            {"shape": shape, "rows": n, "kernel": name, "error": error}
+            for name, error in errors.items()
+            if not error < 1
+        ]
 
     jobs = {"masks and packing": time_weights}
-    jobs |= {f"variants of {name}": functools.partial(time_variants, name) for name in names if name in VARIANTS and not args.smoke}
+    jobs |= {
+        f"variants of {name}": functools.partial(time_variants, name)
+        for name in names
+        if name in VARIANTS and not args.smoke
+    }
     turned_shapes = ["small"] if args.smoke else GRADIENTS
-    jobs |= {f"gradient of {shape}": functools.partial(time_gradients, shape, rows[0]) for shape in turned_shapes}
-    jobs |= {f"{shape}, {n} rows": functools.partial(time_products, shape, n) for n in rows for shape in shapes}
+    jobs |= {
+        f"gradient of {shape}": functools.partial(time_gradients, shape, rows[0])
+        for shape in turned_shapes
+    }
+    jobs |= {
+        f"{shape}, {n} rows": functools.partial(time_products, shape, n)
+        for n in rows
+        for shape in shapes
+    }
     saved = time.monotonic()
     for name, job in jobs.items():
         if time.monotonic() - start > args.seconds:
@@ -370,9 +520,14 @@ def main(argv=None):
             save(**found)
             saved = time.monotonic()
 
-    capability = tuple(int(part) for part in str(getattr(device, "compute_capability", "0.0")).split("."))
+    capability = tuple(
+        int(part) for part in str(getattr(device, "compute_capability", "0.0")).split(".")
+    )
     found["choices"] = gpu_report.choices(found["timings"], found["wrong"], capability)
-    tables = [tabulate.tabulate(found[part], "keys", floatfmt=".2f") for part in ("weights once", "gradients")]
+    tables = [
+        tabulate.tabulate(found[part], "keys", floatfmt=".2f")
+        for part in ("weights once", "gradients")
+    ]
     print(gpu_report.table(found["timings"]), *tables, sep="\n\n", end="\n\n")
     print("_PREFERENCES that these timings imply:", *found["choices"], sep="\n")
     if found["wrong"]:

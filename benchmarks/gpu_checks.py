@@ -1,4 +1,6 @@
-"""Whether a product with compressed weights is right: one operand at a time, then integers, then random numbers."""
+"""Whether a product with compressed weights is right: one operand at a time, then integers, then
+random numbers.
+"""
 
 import functools
 
@@ -13,7 +15,10 @@ NIBBLES = np.array([4, 8, 9, 12, 13, 14], np.uint16)
 
 def weight(values, nibbles, layout="mma16"):
     """A weight from values `[M, K/2]` and the nibble of every group `[M, K/4]`, K a multiple of 16."""
-    words = (np.asarray(nibbles, np.uint16).reshape(len(nibbles), -1, 4) << np.arange(0, 16, 4, dtype=np.uint16)).sum(-1, dtype=np.uint16)
+    words = (
+        np.asarray(nibbles, np.uint16).reshape(len(nibbles), -1, 4)
+        << np.arange(0, 16, 4, dtype=np.uint16)
+    ).sum(-1, dtype=np.uint16)
     m, half = values.shape
     return js.Sparse24(values, jnp.asarray(words), (2 * half,), (m,)).with_layout(layout)
 
@@ -38,14 +43,20 @@ def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
     """
     place = np.arange(m * k // 2).reshape(m, k // 2)
     group = np.arange(m)[:, None] + np.arange(k // 4)
-    column = np.arange(k // 2) // 8 % 4  # 16 compressed values are one selector, 8 are one lane of it
+    # 16 compressed values are one selector, 8 are one lane of it
+    column = np.arange(k // 2) // 8 % 4
     one = jnp.eye(k, dtype=dtype)
     found = {}
 
     def read(name, values, nibbles):
         """Rows of the identity read the weight out, a row of x for every column."""
         w = weight(jnp.asarray(values, dtype), nibbles)
-        y = np.concatenate([np.asarray(multiply(one[first : first + rows], w), np.float32) for first in range(0, k, rows)])
+        y = np.concatenate(
+            [
+                np.asarray(multiply(one[first : first + rows], w), np.float32)
+                for first in range(0, k, rows)
+            ]
+        )
         found[name] = found.get(name, 0) + int((y != dense(w)).sum())
 
     for code in (place % 251 + 1, place // 251 % 251 + 1):  # together they name every place
@@ -65,24 +76,36 @@ def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
 
 
 def random_weight(key, m, k, dtype=jnp.bfloat16, integers=False, transposable=False):
-    """A weight of which the largest are kept: normal values scaled for the contraction, or integers up to 4."""
+    """A weight of which the largest are kept: normal values scaled for the contraction, or integers
+    up to 4.
+    """
     return _random_weight(key, m, k, jnp.dtype(dtype), integers, transposable)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _random_weight(key, m, k, dtype, integers, transposable):
-    numbers = jax.random.randint(key, (k, m), -4, 5) if integers else jax.random.normal(key, (k, m)) * k**-0.5
+    numbers = (
+        jax.random.randint(key, (k, m), -4, 5)
+        if integers
+        else jax.random.normal(key, (k, m)) * k**-0.5
+    )
     w = {"w": numbers.astype(dtype)}
-    plan = js.plan(w, {"w": js.TransposableNM(2, 4, axes=(0, 1)) if transposable else js.NM(2, 4, axis=0)})
+    plan = js.plan(
+        w, {"w": js.TransposableNM(2, 4, axes=(0, 1)) if transposable else js.NM(2, 4, axis=0)}
+    )
     return js.compress(w, js.magnitude_masks(w, plan), plan, layout="mma16")["w"]
 
 
 def random_rows(key, n, k, dtype=jnp.bfloat16, integers=False):
-    return (jax.random.randint(key, (n, k), -4, 5) if integers else jax.random.normal(key, (n, k))).astype(dtype)
+    return (
+        jax.random.randint(key, (n, k), -4, 5) if integers else jax.random.normal(key, (n, k))
+    ).astype(dtype)
 
 
 def _problem(n, m, k, dtype, integers, gradient):
-    """x and a weight, and their product in float32; or the gradient of a product, a transposable weight, and the gradient of x."""
+    """x and a weight, and their product in float32; or the gradient of a product, a transposable
+    weight, and the gradient of x.
+    """
     x = random_rows(jax.random.key(n), n, m if gradient else k, dtype, integers)
     w = random_weight(jax.random.key(m + k), m, k, dtype, integers, gradient)
     return x, w, _reference(x, w, gradient)
@@ -98,7 +121,8 @@ def _reference(x, w, transposed):
 def wrong_integers(multiply, n, m, k, dtype=jnp.bfloat16, gradient=False):
     """How many elements of a product of small integers, whose sums are exact in float32, are wrong.
 
-    With `gradient`, `multiply` takes the gradient of a product `[N, M]` and a weight to that of x, `[N, K]`.
+    With `gradient`, `multiply` takes the gradient of a product `[N, M]` and a weight to that of x,
+    `[N, K]`.
     """
     x, w, exact = _problem(n, m, k, dtype, True, gradient)
     return int((multiply(x, w) != exact.astype(dtype)).sum())
@@ -111,14 +135,18 @@ def error(multiply, n, m, k, dtype=jnp.bfloat16, gradient=False):
 
 
 def fused_error(multiply, n, m, k, dtype=jnp.bfloat16):
-    """The largest error of a random product to which a bias is added and then GELU taken, in `units`; `multiply` takes the bias last."""
+    """The largest error of a random product to which a bias is added and then GELU taken, in
+    `units`; `multiply` takes the bias last.
+    """
     x, w, exact = _problem(n, m, k, dtype, False, False)
     bias = jax.random.normal(jax.random.key(m), (m,))
     return _units(multiply(x, w, bias), jax.nn.gelu(exact + bias))
 
 
 def units(y, x, w):
-    """The largest error of a product, in units of the last place of the largest result; half a unit is rounding."""
+    """The largest error of a product, in units of the last place of the largest result; half a unit
+    is rounding.
+    """
     return _units(y, _reference(x, w, False))
 
 

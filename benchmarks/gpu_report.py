@@ -5,9 +5,11 @@ import statistics
 
 import tabulate
 
-from jaxsparse.kernels import KERNELS
+from jaxsparse._kernels import KERNELS
 
-MARGIN = 1.05  # by which a kernel must win at every measured product of a row of the table of choices
+MARGIN = (
+    1.05  # by which a kernel must win at every measured product of a row of the table of choices
+)
 
 COLUMNS = ("shape", "rows", "best", "over jax dense", "over torch", "TFLOP/s", "GB/s", "of bound")
 
@@ -18,7 +20,13 @@ def row(shape, n, m, k, seconds, peaks):
     ours = {name: t for name, t in seconds.items() if name in KERNELS}
     best = min(ours, key=ours.get) if ours else None
     flops, bytes_moved = 2 * n * m * k, 1.125 * m * k + 2 * n * (m + k)
-    out = {"shape": shape, "rows": n, "M": m, "K": k, "microseconds": {name: 1e6 * t for name, t in seconds.items()}}
+    out = {
+        "shape": shape,
+        "rows": n,
+        "M": m,
+        "K": k,
+        "microseconds": {name: 1e6 * t for name, t in seconds.items()},
+    }
     if best is None:
         return out
     t = ours[best]
@@ -27,7 +35,9 @@ def row(shape, n, m, k, seconds, peaks):
         **out,
         "best": best,
         "over jax dense": dense / t,
-        "over torch": seconds["torch semi-structured"] / t if "torch semi-structured" in seconds else None,
+        "over torch": seconds["torch semi-structured"] / t
+        if "torch semi-structured" in seconds
+        else None,
         "TFLOP/s": flops / t / 1e12,
         "GB/s": bytes_moved / t / 1e9,
         "of bound": bound / t if bound else None,
@@ -35,26 +45,37 @@ def row(shape, n, m, k, seconds, peaks):
 
 
 def table(timings):
-    return tabulate.tabulate([[one.get(column) for column in COLUMNS] for one in timings], COLUMNS, floatfmt=".2f")
+    return tabulate.tabulate(
+        [[one.get(column) for column in COLUMNS] for one in timings], COLUMNS, floatfmt=".2f"
+    )
 
 
 def choices(timings, wrong, capability):
-    """Rows of `_PREFERENCES` in `jaxsparse/kernels/__init__.py` that measurements on one device imply.
+    """Rows of `_PREFERENCES` in `jaxsparse/kernels/__init__.py` that measurements on one device
+    imply.
 
-    A row says from how many weights on a kernel beats the dense product by `MARGIN` in every shape that was measured, for
-    neighbouring row counts of which that holds from the same number on. A shape at which the kernel was wrong it did not win.
-    Between and beyond the measured row counts a row claims nothing. The first that fits is taken: the fastest come first.
+    A row says from how many weights on a kernel beats the dense product by `MARGIN` in every shape
+    that was measured, for neighbouring row counts of which that holds from the same number on. A
+    shape at which the kernel was wrong it did not win. Between and beyond the measured row counts a
+    row claims nothing. The first that fits is taken: the fastest come first.
     """
     failed = {(one["kernel"], one["shape"], one["rows"]) for one in wrong}
     rows, gains = [], []
     for name in KERNELS:
         last = None
         for n in sorted({one["rows"] for one in timings}):
-            measured = [one for one in timings if one["rows"] == n and (name in one["microseconds"] or (name, one["shape"], n) in failed)]
+            measured = [
+                one
+                for one in timings
+                if one["rows"] == n
+                and (name in one["microseconds"] or (name, one["shape"], n) in failed)
+            ]
             measured.sort(key=lambda one: -one["M"] * one["K"])
             wins = []
             for one in measured:
-                if one["microseconds"]["jax dense"] < MARGIN * one["microseconds"].get(name, math.inf):
+                if one["microseconds"]["jax dense"] < MARGIN * one["microseconds"].get(
+                    name, math.inf
+                ):
                     wins = [w for w in wins if w["M"] * w["K"] > one["M"] * one["K"]]
                     break
                 wins.append(one)
@@ -66,7 +87,14 @@ def choices(timings, wrong, capability):
                 last[3] = n
                 gains[-1] += gain
             else:
-                last = [(capability,), name, n, n, weights, min(min(one["M"], one["K"]) for one in wins)]
+                last = [
+                    (capability,),
+                    name,
+                    n,
+                    n,
+                    weights,
+                    min(min(one["M"], one["K"]) for one in wins),
+                ]
                 rows.append(last)
                 gains.append(gain)
     order = sorted(range(len(rows)), key=lambda i: -statistics.geometric_mean(gains[i]))
@@ -78,11 +106,22 @@ def plot(timings, device, path):
     from matplotlib.figure import Figure  # so that measuring does not need it
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="rows of x", ylabel="times as fast as jax's dense product", xscale="log", title=device)
+    axes = figure.add_subplot(
+        xlabel="rows of x",
+        ylabel="times as fast as jax's dense product",
+        xscale="log",
+        title=device,
+    )
     axes.set_xscale("log", base=2)
     for shape in dict.fromkeys(one["shape"] for one in timings):
-        points = sorted((one["rows"], one["over jax dense"]) for one in timings if one["shape"] == shape and "over jax dense" in one)
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=shape) if points else None
+        points = sorted(
+            (one["rows"], one["over jax dense"])
+            for one in timings
+            if one["shape"] == shape and "over jax dense" in one
+        )
+        axes.plot(
+            *zip(*points, strict=True), marker="o", markersize=3, label=shape
+        ) if points else None
     axes.axhline(1, color="black", linewidth=0.8)
     if axes.lines[1:]:
         axes.legend(fontsize=7, ncols=2)

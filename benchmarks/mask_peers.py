@@ -1,7 +1,8 @@
-"""What a 2:4 and a 1:16 mask cost elsewhere: the library beside naive forms, and beside the peers that are installed.
+"""What a 2:4 and a 1:16 mask cost elsewhere: the library beside naive forms, and beside the peers
+that are installed.
 
-python benchmarks/mask_peers.py                                   # pip install qwix torch brings the peers
-PYTHONPATH=path/to/qwix python benchmarks/mask_peers.py           # or a checkout of one
+python benchmarks/mask_peers.py                                   # pip install qwix torch brings
+the peers PYTHONPATH=path/to/qwix python benchmarks/mask_peers.py           # or a checkout of one
 """
 
 import argparse
@@ -50,7 +51,9 @@ def torch_weight_norm(n, m, w):
     layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=getattr(torch, w.dtype.name))
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(jnp.asarray(w, jnp.float32).__array__().copy()))
-    sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, m), zeros_per_block=m - n)
+    sparsifier = WeightNormSparsifier(
+        sparsity_level=1.0, sparse_block_shape=(1, m), zeros_per_block=m - n
+    )
     sparsifier.prepare(layer, [{"tensor_fqn": "weight"}])
 
     def step(_):
@@ -61,9 +64,15 @@ def torch_weight_norm(n, m, w):
 
 def candidates(n, m, w):
     """Each that can run here, by name, along the last axis, and a reason for each that cannot."""
-    peers = {"qwix get_sparsity_mask": lambda: qwix(n, m), "torch.ao WeightNormSparsifier": lambda: torch_weight_norm(n, m, w)}
+    peers = {
+        "qwix get_sparsity_mask": lambda: qwix(n, m),
+        "torch.ao WeightNormSparsifier": lambda: torch_weight_norm(n, m, w),
+    }
     calls, missing = {"jaxsparse": masks.mask(masks.nm(f"{n}:{m}", 1), w)}, {}
-    calls |= {"top_k and one-hot": jitted(top_k_one_hot, n, m), "argsort twice": jitted(double_argsort, n, m)}
+    calls |= {
+        "top_k and one-hot": jitted(top_k_one_hot, n, m),
+        "argsort twice": jitted(double_argsort, n, m),
+    }
     for name, peer in peers.items():
         try:
             calls[name] = peer()
@@ -73,7 +82,9 @@ def candidates(n, m, w):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     rows, missing = {}, {}
@@ -83,13 +94,22 @@ def main():
             calls, missing = candidates(n, m, w)
             for name, ratio in masks.ratios(calls, w, rounds, f"{n}:{m} {dtype}").items():
                 rows.setdefault(name, []).append(ratio)
-    header = ("mask along the last axis", *(f"{n}:{m} {dtype}" for n, m in PATTERNS for dtype in masks.DTYPES))
+    header = (
+        "mask along the last axis",
+        *(f"{n}:{m} {dtype}" for n, m in PATTERNS for dtype in masks.DTYPES),
+    )
     rows = [(name, *ratios) for name, ratios in rows.items()]
     print(tabulate.tabulate(rows, header, floatfmt=".2f"))
     for name, reason in missing.items():
         print(f"Not measured: {name} ({reason})")
-    versions = {name: importlib.metadata.version(name) for name in ("qwix", "torch") if not any(name in peer for peer in missing)}
-    timing.save("mask_peers", rounds=rounds, header=header, rows=rows, missing=missing, versions=versions)
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("qwix", "torch")
+        if not any(name in peer for peer in missing)
+    }
+    timing.save(
+        "mask_peers", rounds=rounds, header=header, rows=rows, missing=missing, versions=versions
+    )
 
 
 if __name__ == "__main__":

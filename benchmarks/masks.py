@@ -1,4 +1,5 @@
-"""What a mask costs: its time over that of reading the weights once, for every pattern, on shapes of real models.
+"""What a mask costs: its time over that of reading the weights once, for every pattern, on shapes
+of real models.
 
 python benchmarks/masks.py
 """
@@ -42,7 +43,10 @@ def patterns():
         **{f"{name} axis {axis}": nm(name, axis) for name in NM for axis in (0, 1)},
         **{f"{n}:4 both axes": js.TransposableNM(n, 4, axes=(0, 1)) for n in (1, 2, 3)},
         **{f"top {density:.0%}": js.Unstructured(density) for density in (0.5, 0.1, 0.01)},
-        **{f"blocks of {size}x{size}, 50%": js.Block((size, size), 0.5, axes=(0, 1)) for size in (4, 32)},
+        **{
+            f"blocks of {size}x{size}, 50%": js.Block((size, size), 0.5, axes=(0, 1))
+            for size in (4, 32)
+        },
     }
 
 
@@ -59,7 +63,9 @@ def mask(pattern, w):
 
 def ratios(calls, w, rounds, label):
     """The median of each call's time over that of `stream` in the same round."""
-    seconds = timing.in_turns({name: lambda f=f: f(w) for name, f in {"stream": stream, **calls}.items()}, rounds, label)
+    seconds = timing.in_turns(
+        {name: lambda f=f: f(w) for name, f in {"stream": stream, **calls}.items()}, rounds, label
+    )
     base = np.array(seconds["stream"])
     return {name: float(np.median(np.array(seconds[name]) / base)) for name in calls}
 
@@ -82,7 +88,10 @@ def by_shape(rounds):
     for name, shape in SHAPES.items():
         w = {dtype: weights(shape, dtype) for dtype in DTYPES}
         axis = len(shape) - 2
-        found = [ratios({"mask": mask(nm("2:4", axis), w[dtype])}, w[dtype], rounds, name)["mask"] for dtype in DTYPES]
+        found = [
+            ratios({"mask": mask(nm("2:4", axis), w[dtype])}, w[dtype], rounds, name)["mask"]
+            for dtype in DTYPES
+        ]
         rows.append((name, "x".join(map(str, shape)), *found))
     return rows
 
@@ -101,14 +110,18 @@ def plot(rows, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     rows, shapes = by_pattern(rounds), by_shape(rounds)
     header, shape_header = ("mask", *DTYPES), ("2:4 of", "shape", *DTYPES)
     print(tabulate.tabulate(rows, header, floatfmt=".2f"), end="\n\n")
     print(tabulate.tabulate(shapes, shape_header, floatfmt=".2f"))
-    timing.save("masks", rounds=rounds, header=header, rows=rows, shape_header=shape_header, shapes=shapes)
+    timing.save(
+        "masks", rounds=rounds, header=header, rows=rows, shape_header=shape_header, shapes=shapes
+    )
     plot(rows, timing.RESULTS / "masks.png")
 
 

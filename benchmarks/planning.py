@@ -1,4 +1,5 @@
-"""What planning and tracing cost for a language model of 70 billion parameters, scanned and unrolled; nothing runs on a device.
+"""What planning and tracing cost for a language model of 70 billion parameters, scanned and
+unrolled; nothing runs on a device.
 
 python benchmarks/planning.py
 """
@@ -34,11 +35,16 @@ class Block(nn.Module):
             return nn.DenseGeneral(features, axis=axis, use_bias=False, name=name)
 
         h = nn.RMSNorm(name="attention_norm")(x)
-        q, k, v = (project((n, WIDTH // HEADS), name)(h) for n, name in ((HEADS, "q"), (GROUPS, "k"), (GROUPS, "v")))
+        q, k, v = (
+            project((n, WIDTH // HEADS), name)(h)
+            for n, name in ((HEADS, "q"), (GROUPS, "k"), (GROUPS, "v"))
+        )
         mixed = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         x += project(WIDTH, "o", axis=(-2, -1))(mixed)
         h = nn.RMSNorm(name="mlp_norm")(x)
-        return x + project(WIDTH, "down")(nn.silu(project(INNER, "gate")(h)) * project(INNER, "up")(h)), None
+        return x + project(WIDTH, "down")(
+            nn.silu(project(INNER, "gate")(h)) * project(INNER, "up")(h)
+        ), None
 
 
 class Llama(nn.Module):
@@ -48,7 +54,9 @@ class Llama(nn.Module):
     def __call__(self, tokens):
         x = nn.Embed(VOCABULARY, WIDTH, name="embed")(tokens)
         if self.scanned:
-            x, _ = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH)(name="blocks")(x, None)
+            x, _ = nn.scan(
+                Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH
+            )(name="blocks")(x, None)
         else:
             for i in range(DEPTH):
                 x, _ = Block(name=f"block_{i}")(x)
@@ -66,7 +74,7 @@ def row(scanned):
     model, tokens = Llama(scanned), jax.ShapeDtypeStruct((1, 128), jnp.int32)
     plan, planning = seconds(lambda: js.flax.plan(model, {"*/kernel": "2:4"}, tokens))
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    tx = js.recipes.rewired(optax.adamw(1e-3), plan)
+    tx = js.recipes.explore_exploit(optax.adamw(1e-3), plan)
     state, init = seconds(lambda: jax.eval_shape(tx.init, params))
     _, update = seconds(lambda: jax.make_jaxpr(tx.update)(params, state, params))
 
@@ -76,7 +84,9 @@ def row(scanned):
 
     _, dense = seconds(lambda: jax.make_jaxpr(lambda *args: model.apply(*args))(params, tokens))
     _, forward = seconds(lambda: jax.make_jaxpr(masked)(params, state, tokens))
-    packed = jax.eval_shape(lambda params, state: js.compress(params, js.masks(state), plan), params, state)
+    packed = jax.eval_shape(
+        lambda params, state: js.compress(params, js.masks(state), plan), params, state
+    )
     _, compressed = seconds(lambda: jax.make_jaxpr(js.sparsify(model.apply))(packed, tokens))
     name = "scanned" if scanned else "unrolled"
     return (name, len(plan.sparse), planning, init, update, dense, forward, compressed)
@@ -86,7 +96,16 @@ def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     row(True)  # what a process does once is not counted
     rows = [row(scanned) for scanned in (True, False)]
-    header = ("layers", "sparse leaves", "plan s", "init s", "update s", "dense forward s", "masked forward s", "compressed forward s")
+    header = (
+        "layers",
+        "sparse leaves",
+        "plan s",
+        "init s",
+        "update s",
+        "dense forward s",
+        "masked forward s",
+        "compressed forward s",
+    )
     print(tabulate.tabulate(rows, header, floatfmt=".2f"))
     timing.save("planning", header=header, rows=rows)
 

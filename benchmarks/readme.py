@@ -19,17 +19,28 @@ def where(result):
 
 def train_step(result):
     return (
-        f"A training step of a transformer of {result['parameters'] / 1e6:.1f} million parameters with new masks every step, against the "
-        f"dense step: medians of {result['rounds']} rounds in which the runs take turns (`python benchmarks/train_step.py`; "
-        f"{where(result)}).\n\n"
-        + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=("", ".1f", ".3f", ".2f", ".1f"))
+        f"A training step of a transformer of {result['parameters'] / 1e6:.1f} million parameters "
+        f"with new masks every step, against the dense step: medians of {result['rounds']} rounds "
+        f"in which the runs take turns (`python benchmarks/train_step.py`; {where(result)}).\n\n"
+        + tabulate.tabulate(
+            result["rows"],
+            result["header"],
+            tablefmt="github",
+            floatfmt=("", ".1f", ".3f", ".2f", ".1f"),
+        )
     )
 
 
 def char_lm(result):
     return (
-        f"The table of `make demo` after {result['steps']} steps ({where(result)}, {result['seconds']:.0f} seconds in all):\n\n"
-        + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=("", ".3f", ".3f", ".2f", ".1f", ".1f"))
+        f"The table of `make demo` after {result['steps']} steps ({where(result)}, "
+        f"{result['seconds']:.0f} seconds in all):\n\n"
+        + tabulate.tabulate(
+            result["rows"],
+            result["header"],
+            tablefmt="github",
+            floatfmt=("", ".3f", ".3f", ".2f", ".1f", ".1f"),
+        )
     )
 
 
@@ -40,15 +51,17 @@ def plan(result):
 def models(result):
     rows = [row[:3] for row in result["rows"]]
     return (
-        f"Weights planned and uses run compressed, in small models with the structure of public ones (`python benchmarks/models.py`; "
+        "Weights planned and uses run compressed, in small models with the structure of public "
+        "ones (`python benchmarks/models.py`; "
         f"{where(result)}):\n\n" + tabulate.tabulate(rows, result["header"][:3], tablefmt="github")
     )
 
 
 def masks(result):
     return (
-        f"The time of a mask over that of reading the same weights once and writing a mask (`abs(w) > 0.5`), medians of {result['rounds']} "
-        f"rounds in turns, 4096 x 4096 (`python benchmarks/masks.py`; {where(result)}).\n\n"
+        "The time of a mask over that of reading the same weights once and writing a mask "
+        f"(`abs(w) > 0.5`), medians of {result['rounds']} rounds in turns, 4096 x 4096 (`python "
+        f"benchmarks/masks.py`; {where(result)}).\n\n"
         + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=".2f")
     )
 
@@ -56,21 +69,29 @@ def masks(result):
 def mask_peers(result):
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
-        f"The same ratio for what else computes such masks (`python benchmarks/mask_peers.py`, medians of {result['rounds']} rounds; "
-        f"{versions}; {where(result)}).\n\n" + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=".1f")
+        "The same ratio for what else computes such masks (`python benchmarks/mask_peers.py`, "
+        f"medians of {result['rounds']} rounds; {versions}; {where(result)}).\n\n"
+        + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", floatfmt=".1f")
     )
 
 
 def quality(result):
-    lines = [f"- [{name}](benchmarks/results/quality/{name}.png): {line}" for name, line in result["findings"]]
+    lines = [
+        f"- [{name}](benchmarks/results/quality/{name}.png): {line}"
+        for name, line in result["findings"]
+    ]
     mean, spread = result["dense"]
     return (
-        f"Bits per character above those of the dense model, {mean:.3f} ± {spread:.3f}: means ± standard deviations over seeds, "
-        f"paired by seed ({result['runs']} runs, {result['core_hours']:.1f} hours of one core; `python -m benchmarks.quality`; "
-        f"Python {result['python']}, {where(result)}).\n\n"
-        + tabulate.tabulate(result["rows"], result["header"], tablefmt="github", disable_numparse=True)
+        f"Bits per character above those of the dense model, {mean:.3f} ± {spread:.3f}: means ± "
+        f"standard deviations over seeds, paired by seed ({result['runs']} runs, "
+        f"{result['core_hours']:.1f} hours of one core; `python -m benchmarks.quality`; Python "
+        f"{result['python']}, {where(result)}).\n\n"
+        + tabulate.tabulate(
+            result["rows"], result["header"], tablefmt="github", disable_numparse=True
+        )
         + "\n\n![Recipes by sparsity](benchmarks/results/quality/decaying.png)\n\n"
-        "The papers' findings, with p of paired t-tests; each name is its plot:\n\n" + "\n".join(lines)
+        "The papers' findings, with p of paired t-tests; each name is its plot:\n\n"
+        + "\n".join(lines)
     )
 
 
@@ -79,16 +100,26 @@ def gpu(result, name):
     rows = sorted({one["rows"] for one in timings})
     ratios = {(one["shape"], one["rows"]): f"{one['over jax dense']:.2f}" for one in timings}
     shapes = {one["shape"]: f"{one['M']} x {one['K']}" for one in timings}
-    table = [[shape, sizes, *(ratios.get((shape, n), "") for n in rows)] for shape, sizes in shapes.items()]
+    table = [
+        [shape, sizes, *(ratios.get((shape, n), "") for n in rows)]
+        for shape, sizes in shapes.items()
+    ]
     wrong = {one["kernel"] for one in result["wrong"]}
     verdicts = {
-        kernel: "does not run here" if "why" in one else "right" if one["right"] else "WRONG" for kernel, one in result["checks"].items()
+        kernel: "does not run here" if "why" in one else "right" if one["right"] else "WRONG"
+        for kernel, one in result["checks"].items()
     }
-    right = [f"`{kernel}` {'WRONG' if kernel in wrong else verdict}" for kernel, verdict in verdicts.items()]
+    right = [
+        f"`{kernel}` {'WRONG' if kernel in wrong else verdict}"
+        for kernel, verdict in verdicts.items()
+    ]
     return (
-        f"How many times as fast as jax's dense product in bfloat16 the fastest kernel is, by the rows of x ({where(result)}; "
-        f"{', '.join(right)}; {len(result['left_out'])} left out when the time was up; `python benchmarks/gpu.py`):\n\n"
-        + tabulate.tabulate(table, ["shape", "M x K", *rows], tablefmt="github", disable_numparse=True)
+        "How many times as fast as jax's dense product in bfloat16 the fastest kernel is, by the "
+        f"rows of x ({where(result)}; {', '.join(right)}; {len(result['left_out'])} left out when "
+        "the time was up; `python benchmarks/gpu.py`):\n\n"
+        + tabulate.tabulate(
+            table, ["shape", "M x K", *rows], tablefmt="github", disable_numparse=True
+        )
         + f"\n\n![Ratio to the dense product by rows](benchmarks/results/{name}.png)"
     )
 
@@ -97,7 +128,9 @@ def gpus():
     """One table for each device that was measured, or that there is none."""
     results = sorted(timing.RESULTS.glob("NVIDIA*.json"))
     tables = [gpu(json.loads(path.read_text()), path.stem) for path in results]
-    return "\n\n".join(tables) or "**The kernels have not run on a GPU yet and no speed is measured.**"
+    return (
+        "\n\n".join(tables) or "**The kernels have not run on a GPU yet and no speed is measured.**"
+    )
 
 
 def written(name, table):

@@ -1,4 +1,6 @@
-"""What the benchmarks share: candidates timed in turns in one process, and a note of where that was."""
+"""What the benchmarks share: candidates timed in turns in one process, and a note of where that
+was.
+"""
 
 import datetime
 import importlib.metadata
@@ -16,7 +18,8 @@ import tqdm
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
-# glibc returns large blocks to the system and charges the page faults to whoever asks next; keep them
+# glibc returns large blocks to the system and charges the page faults to whoever asks next; keep
+# them
 HEAP = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -32,7 +35,9 @@ def with_warm_heap():
 
 
 def in_turns(calls, rounds, label=""):
-    """The seconds of each call in `{name: function without arguments}`, `[rounds]` each; all are called once a round."""
+    """The seconds of each call in `{name: function without arguments}`, `[rounds]` each; all are
+    called once a round.
+    """
     seconds = {name: [] for name in calls}
     for number in tqdm.trange(rounds + 2, desc=label, leave=False, mininterval=1):
         for name, call in calls.items():
@@ -63,7 +68,13 @@ def versions(*packages):
 def _processor():
     info = pathlib.Path("/proc/cpuinfo")
     names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+        [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
     )
     return names[0] if names else platform.processor()
 
@@ -71,6 +82,11 @@ def _processor():
 def save(name, folder=RESULTS, /, **content):
     path = folder / f"{name}.json"
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({**environment(), **content}, indent=1, default=lambda value: np.asarray(value).tolist()) + "\n")
+    unfinished.write_text(
+        json.dumps(
+            {**environment(), **content}, indent=1, default=lambda value: np.asarray(value).tolist()
+        )
+        + "\n"
+    )
     unfinished.replace(path)
     print(f"\nWritten to {path}")

@@ -1,4 +1,5 @@
-"""What a mask every step costs: the time of a sparse training step against the dense one, taken in turns, and its memory.
+"""What a mask every step costs: the time of a sparse training step against the dense one, taken in
+turns, and its memory.
 
 python benchmarks/train_step.py
 """
@@ -21,7 +22,9 @@ PATTERNS = ("2:4", "1:16")
 
 
 def runner(model, params, tokens, tx, sparse):
-    """A function that takes one more training step each time it is called; MB of optimizer state, and of what a step needs besides."""
+    """A function that takes one more training step each time it is called; MB of optimizer state,
+    and of what a step needs besides.
+    """
     params = jax.tree.map(jnp.copy, params)  # each run donates its own
     state = [params, tx.init(params)]
     step = trainer(model, tx, sparse).lower(*state, tokens).compile()
@@ -46,14 +49,27 @@ def main():
     runs = {"dense": runner(model, params, tokens, adamw, sparse=False)}
     for pattern in PATTERNS:
         plan = js.flax.plan(model, {"*/kernel": pattern}, tokens[:, :-1])
-        runs[pattern] = runner(model, params, tokens, js.recipes.rewired(adamw, plan), sparse=True)
+        runs[pattern] = runner(
+            model, params, tokens, js.recipes.explore_exploit(adamw, plan), sparse=True
+        )
 
-    seconds = timing.in_turns({name: run for name, (run, *_) in runs.items()}, args.rounds, "training steps")
+    seconds = timing.in_turns(
+        {name: run for name, (run, *_) in runs.items()}, args.rounds, "training steps"
+    )
     dense = np.array(seconds["dense"])
-    rows = [(name, 1e3 * np.median(times), np.median(np.array(times) / dense), *runs[name][1:]) for name, times in seconds.items()]
+    rows = [
+        (name, 1e3 * np.median(times), np.median(np.array(times) / dense), *runs[name][1:])
+        for name, times in seconds.items()
+    ]
     header = ("run", "step ms", "of dense", "optimizer state MB", "temporaries MB")
     print(tabulate.tabulate(rows, header, floatfmt=("", ".1f", ".3f", ".2f", ".1f")))
-    timing.save("train_step", rounds=args.rounds, parameters=sum(x.size for x in jax.tree.leaves(params)), header=header, rows=rows)
+    timing.save(
+        "train_step",
+        rounds=args.rounds,
+        parameters=sum(x.size for x in jax.tree.leaves(params)),
+        header=header,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

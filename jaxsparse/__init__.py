@@ -1,53 +1,105 @@
-"""Functional N:M sparsity for JAX and Flax: one set of masks from training to a compressed matmul."""
+"""Sparsity for JAX: one set of masks from training to a compressed 2:4 matmul."""
 
 import importlib
 from typing import TYPE_CHECKING
 
-from jaxsparse import analysis as analysis
-from jaxsparse import recipes as recipes
-from jaxsparse._program.execute import sparsify as sparsify
-from jaxsparse.budgets import layer_budget as layer_budget
-from jaxsparse.compress import Sparse24 as Sparse24
-from jaxsparse.compress import compress as compress
-from jaxsparse.compress import decompress as decompress
-from jaxsparse.forward import participate as participate
-from jaxsparse.forward import sparse_params as sparse_params
-from jaxsparse.masks import block_mask as block_mask
-from jaxsparse.masks import magnitude_masks as magnitude_masks
-from jaxsparse.masks import nm_mask as nm_mask
-from jaxsparse.masks import topk_mask as topk_mask
-from jaxsparse.masks import transposable_nm_mask as transposable_nm_mask
-from jaxsparse.matmul import sparse_matmul as sparse_matmul
-from jaxsparse.patterns import NM as NM
-from jaxsparse.patterns import Block as Block
-from jaxsparse.patterns import TransposableNM as TransposableNM
-from jaxsparse.patterns import Unstructured as Unstructured
-from jaxsparse.plan import Plan as Plan
-from jaxsparse.plan import plan as plan
-from jaxsparse.schedules import exponential_decay as exponential_decay
-from jaxsparse.schedules import geometric_stages as geometric_stages
-from jaxsparse.schedules import gradual_density as gradual_density
-from jaxsparse.schedules import linear_decay as linear_decay
-from jaxsparse.schedules import stepwise_stages as stepwise_stages
-from jaxsparse.scores import diagonal_fisher as diagonal_fisher
-from jaxsparse.scores import random_score as random_score
-from jaxsparse.state import RewireState as RewireState
-from jaxsparse.state import masks as masks
-from jaxsparse.transforms import decay_nonparticipating as decay_nonparticipating
-from jaxsparse.transforms import fix_nonparticipating as fix_nonparticipating
-from jaxsparse.transforms import reset_nonparticipating as reset_nonparticipating
-from jaxsparse.transforms import rewire as rewire
-from jaxsparse.transforms import scale_nonparticipating as scale_nonparticipating
-from jaxsparse.transforms import sr_ste as sr_ste
+from jaxsparse import analysis, recipes
+from jaxsparse._execution.sparsify import sparsify
+from jaxsparse._masks.masks import (
+    block_mask,
+    magnitude_masks,
+    nm_mask,
+    score_masks,
+    topk_mask,
+    transposable_nm_mask,
+)
+from jaxsparse._packed.compress import Sparse24, compress, decompress
+from jaxsparse._packed.matmul import sparse_matmul
+from jaxsparse._plan.budgets import layer_budget
+from jaxsparse._plan.patterns import NM, Block, Pattern, TransposableNM, Unstructured
+from jaxsparse._plan.plan import Leaf, Plan, plan
+from jaxsparse._training.forward import effective_params, effective_weight
+from jaxsparse._training.pieces import (
+    add_decayed_nonparticipating,
+    decay_nonparticipating,
+    fix_nonparticipating,
+    reset_nonparticipating,
+    scale_nonparticipating,
+)
+from jaxsparse._training.rewire import rewire
+from jaxsparse._training.schedules import (
+    Schedule,
+    exponential_decay,
+    geometric_stages,
+    gradual_density,
+    linear_decay,
+    stepwise_stages,
+)
+from jaxsparse._training.scores import Score, diagonal_fisher, random_score
+from jaxsparse._training.state import RewireState, masks
 
 if TYPE_CHECKING:
-    from jaxsparse import flax as flax
-    from jaxsparse import nnx as nnx
+    from jaxsparse import flax, nnx
 
 __version__ = "0.1.0"
 
+__all__ = [
+    # which weights
+    "Block",
+    "Leaf",
+    "NM",
+    "Pattern",
+    "Plan",
+    "TransposableNM",
+    "Unstructured",
+    "layer_budget",
+    "plan",
+    # masks
+    "block_mask",
+    "magnitude_masks",
+    "masks",
+    "nm_mask",
+    "score_masks",
+    "topk_mask",
+    "transposable_nm_mask",
+    # training
+    "RewireState",
+    "Schedule",
+    "Score",
+    "add_decayed_nonparticipating",
+    "decay_nonparticipating",
+    "diagonal_fisher",
+    "effective_params",
+    "effective_weight",
+    "exponential_decay",
+    "fix_nonparticipating",
+    "geometric_stages",
+    "gradual_density",
+    "linear_decay",
+    "random_score",
+    "recipes",
+    "reset_nonparticipating",
+    "rewire",
+    "scale_nonparticipating",
+    "stepwise_stages",
+    # compressed weights
+    "Sparse24",
+    "compress",
+    "decompress",
+    "sparse_matmul",
+    "sparsify",
+    # frameworks and analysis
+    "analysis",
+    "flax",
+    "nnx",
+]  # fmt: skip
+
 
 def __getattr__(name):
-    if name in ("flax", "nnx"):  # only those who use Flax pay for its import
+    if name in ("flax", "nnx"):  # imported on first use: only users of Flax pay for it
         return importlib.import_module(f"jaxsparse.{name}")
     raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

@@ -1,4 +1,4 @@
-"""Flax Linen: plans that learn the axes from the model, and a context in which models run sparse."""
+"""Flax Linen: plans that learn their axes from the model; a context for sparse forward passes."""
 
 import contextlib
 import dataclasses
@@ -12,15 +12,15 @@ import jax
 from flax import core, serialization
 from flax import linen as nn
 
+from jaxsparse._execution.sparsify import sparsify
+from jaxsparse._packed.compress import Sparse24, decompress
+from jaxsparse._packed.matmul import check_implementation
+from jaxsparse._plan.patterns import Pattern
+from jaxsparse._plan.plan import Plan, leaf_paths, learned_plan, traced
 from jaxsparse._program.arguments import split_arrays
-from jaxsparse._program.execute import sparsify
 from jaxsparse._program.uses import Use
-from jaxsparse.compress import Sparse24, decompress
-from jaxsparse.forward import apply_masks, check_gradient
-from jaxsparse.matmul import check_implementation
-from jaxsparse.patterns import Pattern
-from jaxsparse.plan import Plan, leaf_paths, learned_plan, traced
-from jaxsparse.state import Forward, forwards, merged_masks, rewire_states
+from jaxsparse._training.forward import apply_masks, check_gradient
+from jaxsparse._training.state import Forward, forwards, merged_masks, rewire_states
 
 __all__ = ["intercept", "plan"]
 
@@ -28,33 +28,47 @@ __all__ = ["intercept", "plan"]
 serialization.register_serialization_state(Plan, lambda plan: {}, lambda plan, state: plan)
 serialization.register_serialization_state(
     Forward,
-    lambda forward: {name: serialization.to_state_dict(getattr(forward, name)) for name in ("decay", "inner_state")},
+    lambda forward: {
+        name: serialization.to_state_dict(getattr(forward, name))
+        for name in ("decay", "inner_state")
+    },
     lambda forward, state: dataclasses.replace(
-        forward, **{name: serialization.from_state_dict(getattr(forward, name), value) for name, value in state.items()}
+        forward,
+        **{
+            name: serialization.from_state_dict(getattr(forward, name), value)
+            for name, value in state.items()
+        },
     ),
 )
 serialization.register_serialization_state(
     Sparse24,
     lambda packed: {"values": packed.values, "metadata": packed.with_layout("canonical").metadata},
-    lambda packed, state: dataclasses.replace(packed, **state, layout="canonical").with_layout(packed.layout),
+    lambda packed, state: dataclasses.replace(packed, **state, layout="canonical").with_layout(
+        packed.layout
+    ),
 )
 
 
-def plan(model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args, **init_kwargs) -> Plan:
-    """Plans the sparsity of a Flax Linen model; the axis of each kernel is the one that the model sums over.
+def plan(
+    model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args, **init_kwargs
+) -> Plan:
+    """Plans the sparsity of a Flax Linen model; the axis of each kernel is the one that the model
+    sums over.
 
-    This is `jaxsparse.plan` with the function `model.apply` and the parameters that `model.init` makes, both traced abstractly: no
-    arithmetic, no device memory. Kernels of Dense, DenseGeneral, attention, Einsum, Conv, recurrent cells or modules of your own
-    are followed alike, whether or not `nn.scan`, `nn.vmap` or `nn.remat` stacks or wraps them, and however many submodules share
+    This is `jaxsparse.plan` with the function `model.apply` and the parameters that `model.init`
+    makes, both traced abstractly: no arithmetic, no device memory. Kernels of Dense, DenseGeneral,
+    attention, Einsum, Conv, recurrent cells or modules of your own are followed alike, whether or
+    not `nn.scan`, `nn.vmap` or `nn.remat` stacks or wraps them, and however many submodules share
     them. The report says which kind of module owns each leaf.
 
     Args:
       model: an unbound module.
-      rules: as for `jaxsparse.plan`. Paths are those of the `params` collection, as in `"encoder/layers_0/kernel"`.
-      *init_args: the arguments of `model.init` after the key: arrays, `jax.ShapeDtypeStruct`, or what the model does not compute
-        with, such as booleans.
-      **init_kwargs: its keyword arguments, likewise; `rngs`, a key or a dict of keys, is for `model.init` and `model.apply`
-        themselves, and so is `method`.
+      rules: as for `jaxsparse.plan`. Paths are those of the `params` collection, as in
+        `"encoder/layers_0/kernel"`.
+      *init_args: the arguments of `model.init` after the key: arrays, `jax.ShapeDtypeStruct`, or
+        what the model does not compute with, such as booleans.
+      **init_kwargs: its keyword arguments, likewise; `rngs`, a key or a dict of keys, is for
+        `model.init` and `model.apply` themselves, and so is `method`.
 
     Returns:
       The plan. A leaf that cannot follow its rule stays dense; `print` the plan to see why.
@@ -77,23 +91,34 @@ def plan(model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args
       1 of 4 leaves are sparse, with 16 of 74 weights; 66 weights participate (density 0.892).
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to prune.
-    """
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to
+      prune.
+    """  # noqa: E501
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"flax.plan: `model` is a {type(model).__name__}, not a flax.linen.Module. Use jaxsparse.plan for functions and other "
-            "frameworks."
+            f"flax.plan: `model` is a {type(model).__name__}, not a flax.linen.Module. Use "
+            "jaxsparse.plan for functions and other frameworks."
         )
     params, layers, used = _trace(model, init_args, init_kwargs)
     made = learned_plan("flax.plan", params, rules, used)
-    return Plan(tuple(dataclasses.replace(leaf, layer=layer) for leaf, layer in zip(made.leaves, layers, strict=True)))
+    return Plan(
+        tuple(
+            dataclasses.replace(leaf, layer=layer)
+            for leaf, layer in zip(made.leaves, layers, strict=True)
+        )
+    )
 
 
 def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
-    """The shapes of the parameters, and for each leaf the kind of its module and how the model uses it."""
+    """The shapes of the parameters, and for each leaf the kind of its module and how the model uses
+    it.
+    """
     key = jax.random.key(0)
     rngs = kwargs.pop("rngs", None)
-    rngs = {"params": key, **(rngs if isinstance(rngs, Mapping) else {} if rngs is None else {"params": rngs})}
+    rngs = {
+        "params": key,
+        **(rngs if isinstance(rngs, Mapping) else {} if rngs is None else {"params": rngs}),
+    }
     kinds: dict[tuple[str, ...], str] = {}
 
     def note(next_fun, args, kwargs, context):
@@ -110,7 +135,9 @@ def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
         args, kwargs = rebuild(arrays)
         kwargs = {"mutable": True, **kwargs}
         out = model.apply({"params": params, **rest}, *args, **kwargs, rngs=rngs)
-        return split_arrays(_with_params(out, lambda params: None) if kwargs["mutable"] is not False else out)[0]
+        return split_arrays(
+            _with_params(out, lambda params: None) if kwargs["mutable"] is not False else out
+        )[0]
 
     variables = dict(jax.eval_shape(init, arrays))
     params = nn.meta.unbox(variables.pop("params", {}))
@@ -123,11 +150,14 @@ def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
 # --- the context
 
 _FLAG = "jaxsparse"  # on the scopes of models that run under the context
-_token = jax.make_user_context(None)  # part of the key of jit's caches: what was traced under other masks is traced anew
+# part of the key of jit's caches: what was traced under other masks is traced anew
+_token = jax.make_user_context(None)
 
 
 class _Token:
-    """What tells one set of masks from another for jit's caches, which keep it: no arrays, only whether a module ran under it."""
+    """What tells one set of masks from another for jit's caches, which keep it: no arrays, only
+    whether a module ran under it.
+    """
 
     def __init__(self, leaves):
         self.leaves = tuple(map(weakref.ref, leaves))
@@ -138,16 +168,21 @@ _tokens: "weakref.WeakValueDictionary[tuple, _Token]" = weakref.WeakValueDiction
 
 
 def _token_of(opt_state, gradient, implementation) -> _Token:
-    """The token of these masks; the same as before if they are the same arrays, so that nothing is traced anew."""
+    """The token of these masks; the same as before if they are the same arrays, so that nothing is
+    traced anew.
+    """
     sources = [
-        (state.packed, state.inner_state.decay if isinstance(state.inner_state, Forward) else None) for state in rewire_states(opt_state)
+        (state.packed, state.inner_state.decay if isinstance(state.inner_state, Forward) else None)
+        for state in rewire_states(opt_state)
     ]
     leaves = jax.tree.leaves(sources or opt_state)
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return _Token([leaf for leaf in leaves if isinstance(leaf, jax.Array)])
     key = (*map(id, leaves), gradient, implementation)
     token = _tokens.get(key)
-    if token is None or any(ref() is not leaf for ref, leaf in zip(token.leaves, leaves, strict=True)):
+    if token is None or any(
+        ref() is not leaf for ref, leaf in zip(token.leaves, leaves, strict=True)
+    ):
         token = _tokens[key] = _Token(leaves)
     return token
 
@@ -168,14 +203,20 @@ class _Sparse:
         self.token.ran = True
         if self.masks is None or "params" not in variables:
             return variables
-        params = apply_masks(variables["params"], self.masks, self.treated, "flax.intercept", gradient=self.gradient)
+        params = apply_masks(
+            variables["params"], self.masks, self.treated, "flax.intercept", gradient=self.gradient
+        )
         return {**variables, "params": params}
 
     def apply(self, run, variables, mutable, args, kwargs):
-        """What `core.apply` returns, from effective or from compressed parameters; the parameters that it returns are those given."""
+        """What `core.apply` returns, from effective or from compressed parameters; the parameters
+        that it returns are those given.
+        """
         effective = self.masked(variables)
         returns = mutable is not False and "params" in variables
-        packed = any(isinstance(leaf, Sparse24) for leaf in jax.tree.leaves(variables, is_leaf=_is_packed))
+        packed = any(
+            isinstance(leaf, Sparse24) for leaf in jax.tree.leaves(variables, is_leaf=_is_packed)
+        )
         self.inside = True
         try:
             out = (self.compressed if packed else _plainly)(run, effective, returns, args, kwargs)
@@ -185,8 +226,16 @@ class _Sparse:
             return out
         if packed:
             return _with_params(out, lambda params: variables["params"])
-        given = dict(zip(map(id, jax.tree.leaves(effective["params"])), jax.tree.leaves(variables["params"]), strict=True))
-        return _with_params(out, lambda params: jax.tree.map(lambda leaf: given.get(id(leaf), leaf), params))
+        given = dict(
+            zip(
+                map(id, jax.tree.leaves(effective["params"])),
+                jax.tree.leaves(variables["params"]),
+                strict=True,
+            )
+        )
+        return _with_params(
+            out, lambda params: jax.tree.map(lambda leaf: given.get(id(leaf), leaf), params)
+        )
 
     def compressed(self, run, variables, returns, args, kwargs):
         """What `core.apply` returns, from compressed parameters, without these."""
@@ -229,7 +278,9 @@ def _plainly(run, variables, returns, args, kwargs):
 def _with_params(out, change):
     """What a mutating `apply` returned, with the parameters among the variables changed."""
     y, variables = out
-    return (y, {**variables, "params": change(variables["params"])}) if "params" in variables else out
+    return (
+        (y, {**variables, "params": change(variables["params"])}) if "params" in variables else out
+    )
 
 
 def _current() -> _Sparse | None:
@@ -256,12 +307,19 @@ def _bind(variables, rngs=None, mutable=False, flags=None):
     sparse = _current()
     if sparse is None:
         return _core_bind(variables, rngs=rngs, mutable=mutable, flags=flags)
-    return _core_bind(decompress(sparse.masked(variables)), rngs=rngs, mutable=mutable, flags={**(flags or {}), _FLAG: sparse.token})
+    return _core_bind(
+        decompress(sparse.masked(variables)),
+        rngs=rngs,
+        mutable=mutable,
+        flags={**(flags or {}), _FLAG: sparse.token},
+    )
 
 
 @contextlib.contextmanager
 def _installed() -> Iterator[None]:
-    """Flax has no interceptor around `apply`, only around methods, which come too late where the outermost class is lifted."""
+    """Flax has no interceptor around `apply`, only around methods, which come too late where the
+    outermost class is lifted.
+    """
     global _entered
     with _lock:
         _entered += 1
@@ -276,42 +334,53 @@ def _installed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def intercept(opt_state=None, *, gradient: str | None = None, implementation: str | None = None) -> Iterator[None]:
-    """Makes Flax Linen models run with sparse weights while the context lasts, without a change to their code.
+def intercept(
+    opt_state=None, *, gradient: str | None = None, implementation: str | None = None
+) -> Iterator[None]:
+    """Makes Flax Linen models run with sparse weights while the context lasts, without a change to
+    their code.
 
-    With an optimizer state or masks, every `model.apply` and `model.bind` inside sees the effective parameters, as `sparse_params`
-    computes them, whatever lifts or wraps the model. Compressed leaves (`Sparse24`, from `compress`) run as under `sparsify`, by
-    which `model.apply` is called; `model.bind` decompresses them. `model.init` is left alone, and so is what a model applies inside
-    itself. Of nested contexts the innermost counts: `intercept(None)` runs dense models dense.
+    With an optimizer state or masks, every `model.apply` and `model.bind` inside sees the effective
+    parameters, as `effective_params` computes them, whatever lifts or wraps the model. Compressed
+    leaves (`Sparse24`, from `compress`) run as under `sparsify`, by which `model.apply` is called;
+    `model.bind` decompresses them. `model.init` is left alone, and so is what a model applies
+    inside itself. Of nested contexts the innermost counts: `intercept(None)` runs dense models
+    dense.
 
-    Masks may change at every step: enter the context inside the function that is compiled, with the state among its arguments.
+    Masks may change at every step: enter the context inside the function that is compiled, with the
+    state among its arguments.
 
         @jax.jit
         def loss(params, opt_state, x):
             with jaxsparse.flax.intercept(opt_state):
                 return model.apply(params, x).mean()
 
-    Around a compiled function it works, too, since it is part of the key of jit's caches: the function is traced anew for each
-    set of masks, which become constants of the program.
+    Around a compiled function it works, too, since it is part of the key of jit's caches: the
+    function is traced anew for each set of masks, which become constants of the program.
 
-    A context counts for its own thread alone. Every model in it whose parameters fit the masks runs masked, a target network as well:
-    where only one of two is to be sparse, leave the other outside of the context, or use `sparse_params` instead.
+    A context counts for its own thread alone. Every model in it whose parameters fit the masks runs
+    masked, a target network as well: where only one of two is to be sparse, leave the other outside
+    of the context, or use `effective_params` instead.
 
     Args:
-      opt_state: an optimizer state that holds masks, or a pytree of masks; None for compressed leaves alone.
-      gradient: `"dense"` or `"masked"`, as for `sparse_params`.
+      opt_state: an optimizer state that holds masks, or a pytree of masks; None for compressed
+        leaves alone.
+      gradient: `"dense"` or `"masked"`, as for `effective_params`.
       implementation: of every product with a compressed weight, as for `sparse_matmul`.
 
     Raises:
-      ValueError: there are no masks in `opt_state`, or there is no such implementation; when a model runs, the masks were made for
-        other parameters, or the model was bound outside of the context; at the end, no Flax module ran inside.
+      ValueError: there are no masks in `opt_state`, or there is no such implementation; when a
+        model runs, the masks were made for other parameters, or the model was bound outside of the
+        context; at the end, no Flax module ran inside.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxsparse as js
       >>> model, x = nn.Dense(2, use_bias=False), jnp.ones((1, 4))
-      >>> params = {"params": {"kernel": jnp.array([[1.0, 4.0], [2.0, 3.0], [3.0, 2.0], [4.0, 1.0]])}}
-      >>> with js.flax.intercept(js.magnitude_masks(params, js.flax.plan(model, {"kernel": "2:4"}, x))):
+      >>> kernel = jnp.array([[1.0, 4.0], [2.0, 3.0], [3.0, 2.0], [4.0, 1.0]])
+      >>> params = {"params": {"kernel": kernel}}
+      >>> masks = js.magnitude_masks(params, js.flax.plan(model, {"kernel": "2:4"}, x))
+      >>> with js.flax.intercept(masks):
       ...     model.apply(params, x)
       Array([[7., 7.]], dtype=float32)
 
@@ -328,11 +397,18 @@ def intercept(opt_state=None, *, gradient: str | None = None, implementation: st
     def check(next_fun, args, kwargs, context):
         module, here = context.module, _active.contexts[-1] is sparse and not sparse.inside
         token.ran |= here
-        bound = module.scope is not None and hasattr(type(module), context.method_name)  # and not what a lifted class wraps around
-        if here and bound and not module.is_initializing() and module.scope.get_flag(_FLAG, None) is not token:
+        # and not what a lifted class wraps around
+        bound = module.scope is not None and hasattr(type(module), context.method_name)
+        if (
+            here
+            and bound
+            and not module.is_initializing()
+            and module.scope.get_flag(_FLAG, None) is not token
+        ):
             raise ValueError(
-                f"flax.intercept: a {type(module).__name__} runs that was bound, or wrapped by nn.apply, before the context was entered, "
-                "so it would run dense. Call model.apply, model.bind or nn.apply inside the context."
+                f"flax.intercept: a {type(module).__name__} runs that was bound, or wrapped by "
+                "nn.apply, before the context was entered, so it would run dense. Call "
+                "model.apply, model.bind or nn.apply inside the context."
             )
         return next_fun(*args, **kwargs)
 
@@ -344,6 +420,6 @@ def intercept(opt_state=None, *, gradient: str | None = None, implementation: st
             _active.contexts.remove(sparse)
     if not token.ran:
         raise ValueError(
-            "flax.intercept: no Flax Linen module ran inside the context. For other models use jaxsparse.sparse_params, jaxsparse.nnx or "
-            "jaxsparse.sparsify."
+            "flax.intercept: no Flax Linen module ran inside the context. For other models use "
+            "jaxsparse.effective_params, jaxsparse.nnx or jaxsparse.sparsify."
         )

@@ -1,7 +1,9 @@
-"""Flax NNX: plans that learn the axes from the model, and a context in which its Params hold the effective weights.
+"""Flax NNX: plans that learn the axes from the model, and a context in which its Params hold the
+effective weights.
 
-A trained model runs compressed through `jaxsparse.sparsify`: merge the Params that `jaxsparse.compress` returns into a model, and
-call that by `nnx.jit(jaxsparse.sparsify(Model.__call__))`.
+A trained model runs compressed through `jaxsparse.sparsify`: merge the Params that
+`jaxsparse.compress` returns into a model, and call that by
+`nnx.jit(jaxsparse.sparsify(Model.__call__))`.
 """
 
 import contextlib
@@ -11,31 +13,41 @@ from collections.abc import Iterator, Mapping
 import jax
 from flax import errors, nnx
 
+from jaxsparse._plan.patterns import Pattern
+from jaxsparse._plan.plan import Plan, learned_plan, traced
 from jaxsparse._program.arguments import split_arrays
-from jaxsparse.forward import apply_masks
-from jaxsparse.patterns import Pattern
-from jaxsparse.plan import Plan, learned_plan, traced
-from jaxsparse.state import forwards, merged_masks
+from jaxsparse._training.forward import apply_masks
+from jaxsparse._training.state import forwards, merged_masks
 
 __all__ = ["intercept", "plan"]
 
 
-def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, method: str = "__call__", **kwargs) -> Plan:
-    """Plans the sparsity of a Flax NNX model; the axis of each Param is the one that the model sums over.
+def plan(
+    model: nnx.Module,
+    rules: Mapping[str, Pattern | str | None],
+    *args,
+    method: str = "__call__",
+    **kwargs,
+) -> Plan:
+    """Plans the sparsity of a Flax NNX model; the axis of each Param is the one that the model sums
+    over.
 
-    This is `jaxsparse.plan` with the call of the model as the function, traced abstractly on a copy of its state: random
-    counts, batch statistics and caches stay as they are. The report says which kind of Module owns each Param.
+    This is `jaxsparse.plan` with the call of the model as the function, traced abstractly on a copy
+    of its state: random counts, batch statistics and caches stay as they are. The report says which
+    kind of Module owns each Param.
 
     Args:
       model: a Module, or an abstract one from `nnx.eval_shape`.
-      rules: as for `jaxsparse.plan`. Paths are those of `nnx.state(model, nnx.Param)`, as in `"blocks/0/attn/query/kernel"`.
-      *args: what the model is called with: arrays, `jax.ShapeDtypeStruct`, or what it does not compute with, such as booleans.
+      rules: as for `jaxsparse.plan`. Paths are those of `nnx.state(model, nnx.Param)`, as in
+        `"blocks/0/attn/query/kernel"`.
+      *args: what the model is called with: arrays, `jax.ShapeDtypeStruct`, or what it does not
+        compute with, such as booleans.
       method: the name of the method to call.
       **kwargs: the keyword arguments of the call, likewise.
 
     Returns:
-      The plan of `nnx.state(model, nnx.Param)`, for `nnx.Optimizer(model, tx, wrt=nnx.Param)`. A Param that several Modules
-      share is one leaf, under its first path.
+      The plan of `nnx.state(model, nnx.Param)`, for `nnx.Optimizer(model, tx, wrt=nnx.Param)`. A
+      Param that several Modules share is one leaf, under its first path.
 
     Raises:
       TypeError: a rule gives something that is not a pattern, or `model` is not a Module.
@@ -44,7 +56,8 @@ def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, me
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxsparse as js
-      >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 2, rngs=rngs))
       >>> print(js.nnx.plan(model, {"*/kernel": "2:4"}, jnp.zeros((1, 6))))
       leaf             layer    shape      axis  pattern      density  note
       ---------------  -------  -------  ------  ---------  ---------  -----------------------------------------
@@ -55,8 +68,9 @@ def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, me
       1 of 4 leaves are sparse, with 16 of 74 weights; 66 weights participate (density 0.892).
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to prune.
-    """
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to
+      prune.
+    """  # noqa: E501
     _check_module(model, "nnx.plan")
     graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
     arrays, rebuild = split_arrays((args, kwargs))
@@ -66,10 +80,23 @@ def plan(model: nnx.Module, rules: Mapping[str, Pattern | str | None], *args, me
         return split_arrays(getattr(nnx.merge(graphdef, params, *rest), method)(*args, **kwargs))[0]
 
     made = learned_plan("nnx.plan", params, rules, traced("nnx.plan", call, params, rest, arrays))
-    kinds: dict[tuple, str] = {path: type(node).__name__ for path, node in nnx.iter_graph(model) if _is_layer(node)}
-    paths = [tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree.leaves_with_path(params)]
-    owners = [next(kinds[path[:i]] for i in reversed(range(len(path))) if path[:i] in kinds) for path in paths]
-    return Plan(tuple(dataclasses.replace(leaf, layer=owner) for leaf, owner in zip(made.leaves, owners, strict=True)))
+    kinds: dict[tuple, str] = {
+        path: type(node).__name__ for path, node in nnx.iter_graph(model) if _is_layer(node)
+    }
+    paths = [
+        tuple(getattr(key, "key", None) for key in path)
+        for path, _ in jax.tree.leaves_with_path(params)
+    ]
+    owners = [
+        next(kinds[path[:i]] for i in reversed(range(len(path))) if path[:i] in kinds)
+        for path in paths
+    ]
+    return Plan(
+        tuple(
+            dataclasses.replace(leaf, layer=owner)
+            for leaf, owner in zip(made.leaves, owners, strict=True)
+        )
+    )
 
 
 def _is_layer(node) -> bool:
@@ -85,12 +112,14 @@ def _check_module(model, call: str):
 def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> Iterator[None]:
     """Puts the effective weights into the Params of a Flax NNX model while the context lasts.
 
-    They are what `sparse_params` computes, with the masks, the decay factor and the kind of gradient that the optimizer state
-    holds for the next forward pass. After the context, even if it raises, the Params hold the dense weights again. All other
-    Variables, such as batch statistics, random counts, caches and intermediate values, are left alone and keep their updates.
+    They are what `effective_params` computes, with the masks, the decay factor and the kind of
+    gradient that the optimizer state holds for the next forward pass. After the context, even if it
+    raises, the Params hold the dense weights again. All other Variables, such as batch statistics,
+    random counts, caches and intermediate values, are left alone and keep their updates.
 
-    Enter it inside the function that is differentiated, with the model among its arguments: then the gradient is that of the dense
-    weights. Update the model after the context, since what is written to a masked Param inside it is lost.
+    Enter it inside the function that is differentiated, with the model among its arguments: then
+    the gradient is that of the dense weights. Update the model after the context, since what is
+    written to a masked Param inside it is lost.
 
         @nnx.jit
         def step(model, optimizer, x, y):
@@ -103,19 +132,21 @@ def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> I
     Args:
       model: the Module for whose Params the masks were made.
       opt_state: an `nnx.Optimizer` or an optimizer state that holds masks, or a pytree of masks.
-      gradient: `"dense"` or `"masked"`, as for `sparse_params`.
+      gradient: `"dense"` or `"masked"`, as for `effective_params`.
 
     Raises:
       TypeError: `model` is not a Module, or a masked Param is not floating.
       ValueError: there are no masks in `opt_state`, or they were made for other Params.
-      flax.errors.TraceContextError: the model comes from outside of the function that is being traced.
+      flax.errors.TraceContextError: the model comes from outside of the function that is being
+      traced.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxsparse as js
       >>> model, x = nnx.Linear(4, 2, use_bias=False, rngs=nnx.Rngs(0)), jnp.ones((1, 4))
       >>> model.kernel[...] = jnp.array([[1.0, 4.0], [2.0, 3.0], [3.0, 2.0], [4.0, 1.0]])
-      >>> masks = js.magnitude_masks(nnx.state(model, nnx.Param), js.nnx.plan(model, {"kernel": "2:4"}, x))
+      >>> plan = js.nnx.plan(model, {"kernel": "2:4"}, x)
+      >>> masks = js.magnitude_masks(nnx.state(model, nnx.Param), plan)
       >>> with js.nnx.intercept(model, masks):
       ...     model(x)
       Array([[7., 7.]], dtype=float32)
@@ -127,7 +158,13 @@ def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> I
     """
     _check_module(model, "nnx.intercept")
     params = nnx.state(model, nnx.Param)  # its leaves are the Variables of the model themselves
-    effective = apply_masks(params, merged_masks(opt_state, "nnx.intercept"), forwards(opt_state), "nnx.intercept", gradient=gradient)
+    effective = apply_masks(
+        params,
+        merged_masks(opt_state, "nnx.intercept"),
+        forwards(opt_state),
+        "nnx.intercept",
+        gradient=gradient,
+    )
     with contextlib.ExitStack() as restore:
 
         def exchange(variable, other):
@@ -137,10 +174,13 @@ def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> I
                 restore.callback(variable.set_raw_value, dense)
 
         try:
-            jax.tree.map(exchange, params, effective, is_leaf=lambda node: isinstance(node, nnx.Variable))
+            jax.tree.map(
+                exchange, params, effective, is_leaf=lambda node: isinstance(node, nnx.Variable)
+            )
         except errors.TraceContextError as error:
             raise errors.TraceContextError(
-                "nnx.intercept: `model` comes from outside of the function that is being traced, so its Params cannot be exchanged "
-                "here. Pass the model as an argument of that function."
+                "nnx.intercept: `model` comes from outside of the function that is being traced, "
+                "so its Params cannot be exchanged here. Pass the model as an argument of that "
+                "function."
             ) from error
         yield

@@ -1,6 +1,8 @@
-"""Compiles for a GPU that is not there: needs the CUDA plugin's wheels and `ptxas`, but no GPU and no driver.
+"""Compiles for a GPU that is not there: needs the CUDA plugin's wheels and `ptxas`, but no GPU and
+no driver.
 
-python tests/aot.py <gpu> <kernel> <N> <M> <K> [key=value ...]   compiles; without arguments says what is missing.
+python tests/aot.py <gpu> <kernel> <N> <M> <K> [key=value ...]   compiles; without arguments says
+what is missing.
 """
 
 import ast
@@ -18,23 +20,32 @@ CAPABILITY = {"h200": (9, 0), "a100": (8, 0)}
 
 def missing():
     """What this machine lacks, or None."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if (
+        importlib.util.find_spec("jax_cuda13_plugin") is None
+        or importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+    ):
         return "jax-cuda13-plugin and jax-cuda13-pjrt, of the version of jax, are not installed (they are in the extra `test`)"
-    return None if shutil.which("ptxas") else "ptxas is not on PATH (it comes with the CUDA toolkit or the wheel nvidia-cuda-nvcc)"
+    return (
+        None
+        if shutil.which("ptxas")
+        else "ptxas is not on PATH (it comes with the CUDA toolkit or the wheel nvidia-cuda-nvcc)"
+    )
 
 
 def device(gpu):
     from jax.experimental import topologies
 
     description = (pathlib.Path(__file__).parent / "devices" / f"{gpu}.txtpb").read_text()
-    return topologies.get_topology_desc(platform="cuda", topology_name=gpu, topology="1x1x1", target_config=description).devices[0]
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=gpu, topology="1x1x1", target_config=description
+    ).devices[0]
 
 
 def lower(function, shapes, gpu):
     """A function of arrays lowered for one GPU; the shapes are `(shape, dtype)`."""
     import jax
 
-    from jaxsparse.kernels import mosaic
+    from jaxsparse._kernels import mosaic
 
     sharding = jax.sharding.SingleDeviceSharding(device(gpu))
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
@@ -44,7 +55,9 @@ def lower(function, shapes, gpu):
 
 def compile_ptx(out, gpu, kernel, n, m, k, **options):
     """The PTX of a kernel, also written to a file."""
-    code = printed_ptx(__file__, gpu, kernel, n, m, k, *(f"{key}={value!r}" for key, value in options.items()))
+    code = printed_ptx(
+        __file__, gpu, kernel, n, m, k, *(f"{key}={value!r}" for key, value in options.items())
+    )
     pathlib.Path(out).write_text(code)
     return code
 
@@ -58,10 +71,20 @@ def printed_ptx(*command):
 def in_process(*command):
     """What a Python program prints where JAX is ready to compile for a GPU that is not there."""
     if missing():
-        raise RuntimeError(f"Kernels cannot be compiled ahead of time, so nothing shows that they still compile: {missing()}.")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
+        raise RuntimeError(
+            "Kernels cannot be compiled ahead of time, so nothing shows that they still compile: "
+            f"{missing()}."
+        )
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "MOSAIC_GPU_DUMP_PTX": "1",
+    }
     command = [str(part) for part in command]
-    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=500)
+    run = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=500
+    )
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)}: {run.stderr[-3000:]}")
     return run.stdout
@@ -70,23 +93,37 @@ def in_process(*command):
 def resources(path, gpu):
     """What ptxas -v says of a PTX file: registers, bytes of spills, and its warnings."""
     target = {"h200": "sm_90a", "a100": "sm_80"}[gpu]
-    run = subprocess.run(["ptxas", "-v", f"-arch={target}", str(path), "-o", os.devnull], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        ["ptxas", "-v", f"-arch={target}", str(path), "-o", os.devnull],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return {
         "registers": int(re.search(r"Used (\d+) registers", run.stderr)[1]),
         "spills": sum(int(number) for number in re.findall(r"(\d+) bytes spill", run.stderr)),
-        "warnings": [line for line in run.stderr.splitlines() if "warning" in line.lower() or "C75" in line],
+        "warnings": [
+            line for line in run.stderr.splitlines() if "warning" in line.lower() or "C75" in line
+        ],
     }
 
 
 def main(gpu, name, n, m, k, *options):
     import jax.numpy as jnp
 
-    options = {key: ast.literal_eval(value) for key, value in (option.split("=", 1) for option in options)}
+    options = {
+        key: ast.literal_eval(value) for key, value in (option.split("=", 1) for option in options)
+    }
     n, m, k = int(n), int(m), int(k)
     dtype = jnp.dtype(options.pop("dtype", "bfloat16"))
     bias = [((m,), jnp.float32)] if options.pop("bias", False) else []
-    shapes = [((n, k), dtype), ((m, k // 2), dtype), ((-(-m // 128) * 2, -(-k // 128) * 2, 128), jnp.uint32), *bias]
-    module = importlib.import_module(f"jaxsparse.kernels.{name}")
+    shapes = [
+        ((n, k), dtype),
+        ((m, k // 2), dtype),
+        ((-(-m // 128) * 2, -(-k // 128) * 2, 128), jnp.uint32),
+        *bias,
+    ]
+    module = importlib.import_module(f"jaxsparse._kernels.{name}")
     if "config" in options:
         options["config"] = module.Config(**options["config"])
     lower(functools.partial(module.matmul, **options), shapes, gpu).compile()

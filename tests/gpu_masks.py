@@ -1,4 +1,6 @@
-"""Compiles masks for a GPU that is not there and prints, as JSON, what the programs do. Run by `aot.in_process`."""
+"""Compiles masks for a GPU that is not there and prints, as JSON, what the programs do. Run by
+`aot.in_process`.
+"""
 
 import json
 import re
@@ -22,13 +24,25 @@ SHAPE = (4096, 4096)
 def readers(pattern):
     """The operations of the compiled program, and which of them read the weights."""
     plan = js.plan({"w": jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)}, {"w": pattern})
-    program = aot.lower(lambda w: js.magnitude_masks({"w": w}, plan)["w"], [(SHAPE, jnp.bfloat16)], "h200").compile().as_text()
-    operations = re.findall(r"^  .*?%?(\S+) = .*? ([a-z-]+)\((.*?)\)", program[program.index("\nENTRY") :], re.M)
+    program = (
+        aot.lower(
+            lambda w: js.magnitude_masks({"w": w}, plan)["w"], [(SHAPE, jnp.bfloat16)], "h200"
+        )
+        .compile()
+        .as_text()
+    )
+    operations = re.findall(
+        r"^  .*?%?(\S+) = .*? ([a-z-]+)\((.*?)\)", program[program.index("\nENTRY") :], re.M
+    )
     weights = {name for name, kind, _ in operations if kind == "parameter"}
     for name, kind, operands in operations:  # a bitcast is the weights under another shape
         if kind == "bitcast" and weights & set(re.findall(r"[\w.-]+", operands)):
             weights.add(name)
-    readers = [kind for _, kind, operands in operations if weights & set(re.findall(r"[\w.-]+", operands)) and kind != "bitcast"]
+    readers = [
+        kind
+        for _, kind, operands in operations
+        if weights & set(re.findall(r"[\w.-]+", operands)) and kind != "bitcast"
+    ]
     return {"kinds": sorted({kind for _, kind, _ in operations}), "readers": readers}
 
 

@@ -1,28 +1,36 @@
-"""The kernels on a CPU, in the GPU interpret mode of Pallas, with arithmetic on arrays in place of their register-level blocks."""
+"""The kernels on a CPU, in the GPU interpret mode of Pallas, with arithmetic on arrays in place of
+their register-level blocks.
+"""
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxsparse import layouts
-from jaxsparse.compress import expand
-from jaxsparse.kernels import ampere, decode, hopper
+from jaxsparse._kernels import ampere, decode, hopper
+from jaxsparse._packed import layouts
+from jaxsparse._packed.compress import expand
 
 
 def dense(values, metadata):
-    """Values `[64 * r, 32 * c]` and metadata `[r, c, 128]` to the weight `[64 * r, 64 * c]`; `[64, 32]` and `[1, 1, 128]` at the least."""
+    """Values `[64 * r, 32 * c]` and metadata `[r, c, 128]` to the weight `[64 * r, 64 * c]`; `[64,
+    32]` and `[1, 1, 128]` at the least.
+    """
     return expand(values, layouts.untile(metadata, values.shape[0], values.shape[1] // 8))
 
 
 def hopper_ops(config):
     def step(total, values, x, metadata):
-        return total + jnp.dot(dense(values[...], metadata[...]), x[...].T, preferred_element_type=jnp.float32)
+        return total + jnp.dot(
+            dense(values[...], metadata[...]), x[...].T, preferred_element_type=jnp.float32
+        )
 
     def turn(result, out):
         out[...] = result.T
 
-    return hopper.Ops(lambda: jnp.zeros((64, config.tile_n), jnp.float32), step, lambda total: total, turn)
+    return hopper.Ops(
+        lambda: jnp.zeros((64, config.tile_n), jnp.float32), step, lambda total: total, turn
+    )
 
 
 def ampere_ops(config):
@@ -30,7 +38,9 @@ def ampere_ops(config):
         target[...] = source[...]
 
     def step(total, values, x, metadata):
-        return total + jnp.dot(dense(values[...], metadata[...][:, None]), x[...].T, preferred_element_type=jnp.float32)
+        return total + jnp.dot(
+            dense(values[...], metadata[...][:, None]), x[...].T, preferred_element_type=jnp.float32
+        )
 
     def store(tile, y):
         y[...] = tile[...]
@@ -45,14 +55,20 @@ def decode_ops(config, n, has_bias):
         rows, k = x_ref.shape
         m0, i, warpgroup = m0[0], i[0], lax.axis_index("warpgroup")
         x = jnp.pad(x_ref[...], ((0, n - rows), (0, 0)))
-        weight = expand(values_ref[...], layouts.untile(metadata_ref[...], values_ref.shape[0], -(-k // 16)))
+        weight = expand(
+            values_ref[...], layouts.untile(metadata_ref[...], values_ref.shape[0], -(-k // 16))
+        )
         weight = jnp.pad(weight, ((0, -values_ref.shape[0] % config.tile_m), (0, 0)))
-        weight = lax.dynamic_slice_in_dim(weight, m0, config.tile_m).reshape(config.tile_m // 16, 16, k)
+        weight = lax.dynamic_slice_in_dim(weight, m0, config.tile_m).reshape(
+            config.tile_m // 16, 16, k
+        )
         owner = jnp.arange(k) // decode.TILE_K
         parts = []
         for warp in range(decode.WARPS):
             ours = (owner // (warps * config.unroll) == i) & (owner % warps == 4 * warpgroup + warp)
-            parts.append(jnp.einsum("pmk,nk->pmn", weight * ours, x, preferred_element_type=jnp.float32))
+            parts.append(
+                jnp.einsum("pmk,nk->pmn", weight * ours, x, preferred_element_type=jnp.float32)
+            )
         return total + jnp.stack(parts, 1).reshape(total.shape)
 
     def gather(total, place, barrier):
@@ -62,9 +78,19 @@ def decode_ops(config, n, has_bias):
 
     def reduce(sums, *rest):
         *bias, m0 = rest
-        parts = sums[...].reshape(config.warpgroups, config.tile_m // 16, decode.WARPS, 16, n).sum((0, 2)).reshape(config.tile_m, n)
+        parts = (
+            sums[...]
+            .reshape(config.warpgroups, config.tile_m // 16, decode.WARPS, 16, n)
+            .sum((0, 2))
+            .reshape(config.tile_m, n)
+        )
         if has_bias:
-            parts = parts + lax.dynamic_slice_in_dim(jnp.pad(bias[0][...], (0, config.tile_m)), m0[0], config.tile_m)[:, None]
+            parts = (
+                parts
+                + lax.dynamic_slice_in_dim(
+                    jnp.pad(bias[0][...], (0, config.tile_m)), m0[0], config.tile_m
+                )[:, None]
+            )
         return lax.dynamic_slice_in_dim(parts, lax.axis_index("warpgroup") * share, share).T
 
     def store(result, y, m0):
@@ -79,6 +105,8 @@ def decode_ops(config, n, has_bias):
 
 
 def params():
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.11 does not export it
+    from jax._src.pallas.mosaic_gpu.interpret.params import (
+        InterpretGPUParams,  # jax 0.11 does not export it
+    )
 
     return {"interpret": InterpretGPUParams()}

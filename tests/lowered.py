@@ -1,4 +1,5 @@
-"""Lowers `sparse_matmul` for GPUs that are not there and prints, as JSON, which kernel was chosen or why none could be.
+"""Lowers `sparse_matmul` for GPUs that are not there and prints, as JSON, which kernel was chosen
+or why none could be.
 
 With the name of a case, compiles that one. Run by `aot.in_process`.
 """
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import jaxsparse as js
-from jaxsparse import kernels
+from jaxsparse import _kernels as kernels
 
-# what `benchmarks/gpu.py` might print on some day; the library's own table has only rows that it did print
+# what `benchmarks/gpu.py` might print on some day; the library's own table has only rows that it
+# did print
 PREFERENCES = (
     (((8, 0), (9, 0)), "decode", 1, 16, 14336 * 4096, 4096),
     (((9, 0),), "hopper", 4096, 1 << 31, 4096 * 4096, 4096),
@@ -27,7 +29,15 @@ CASES = {
     "decode on Ampere": ("a100", 1, 14336, 4096, {}, "mma16", "float16"),
     "decode, few weights": ("h200", 16, 4096, 4096, {}, "mma16", "bfloat16"),
     "prefill": ("h200", 8192, 4096, 4096, {}, "mma16", "bfloat16"),
-    "prefill with bias": ("h200", 4096, 4096, 4096, {"bias": True, "activation": "gelu"}, "mma16", "bfloat16"),
+    "prefill with bias": (
+        "h200",
+        4096,
+        4096,
+        4096,
+        {"bias": True, "activation": "gelu"},
+        "mma16",
+        "bfloat16",
+    ),
     "prefill on Ampere": ("a100", 8192, 4096, 4096, {}, "mma16", "bfloat16"),
     "between": ("h200", 512, 4096, 4096, {}, "mma16", "bfloat16"),
     "float32": ("h200", 8192, 4096, 4096, {}, "canonical", "float32"),
@@ -35,17 +45,57 @@ CASES = {
     "a weight that would be copied": ("h200", 8192, 4104, 4100, {}, "mma16", "bfloat16"),
     "a result that would be copied": ("h200", 8192, 4101, 4096, {}, "mma16", "bfloat16"),
     "sizes that fill no tile": ("h200", 4099, 4104, 4112, {}, "mma16", "bfloat16"),
-    "forced on a weight that is copied": ("h200", 13, 77, 84, {"implementation": "hopper"}, "canonical", "bfloat16"),
+    "forced on a weight that is copied": (
+        "h200",
+        13,
+        77,
+        84,
+        {"implementation": "hopper"},
+        "canonical",
+        "bfloat16",
+    ),
     "forced dense": ("h200", 8192, 4096, 4096, {"implementation": "dense"}, "mma16", "bfloat16"),
     "forced hopper": ("h200", 5, 128, 64, {"implementation": "hopper"}, "canonical", "bfloat16"),
     "forced decode": ("h200", 5, 128, 64, {"implementation": "decode"}, "mma16", "bfloat16"),
     "forced ampere": ("a100", 5, 128, 64, {"implementation": "ampere"}, "mma16", "bfloat16"),
     "hopper on Ampere": ("a100", 5, 128, 64, {"implementation": "hopper"}, "mma16", "bfloat16"),
     "ampere on Hopper": ("h200", 5, 128, 64, {"implementation": "ampere"}, "mma16", "bfloat16"),
-    "decode forced on Ampere": ("a100", 5, 128, 64, {"implementation": "decode"}, "mma16", "bfloat16"),
-    "gradient": ("h200", 4096, 4096, 8192, {"gradient": True, "transposable": True}, "mma16", "bfloat16"),
-    "gradient, sparse along one axis": ("h200", 4096, 4096, 8192, {"gradient": True}, "mma16", "bfloat16"),
-    "gradient by decode": ("h200", 8, 4096, 14336, {"gradient": True, "transposable": True}, "mma16", "float16"),
+    "decode forced on Ampere": (
+        "a100",
+        5,
+        128,
+        64,
+        {"implementation": "decode"},
+        "mma16",
+        "bfloat16",
+    ),
+    "gradient": (
+        "h200",
+        4096,
+        4096,
+        8192,
+        {"gradient": True, "transposable": True},
+        "mma16",
+        "bfloat16",
+    ),
+    "gradient, sparse along one axis": (
+        "h200",
+        4096,
+        4096,
+        8192,
+        {"gradient": True},
+        "mma16",
+        "bfloat16",
+    ),
+    "gradient by decode": (
+        "h200",
+        8,
+        4096,
+        14336,
+        {"gradient": True, "transposable": True},
+        "mma16",
+        "float16",
+    ),
     "gradient of forced hopper": (
         "h200",
         5,
@@ -60,13 +110,33 @@ CASES = {
         *("mma16", "bfloat16"),
     ),
     "gradient with activation": (
-        *("h200", 4096, 4096, 4096, {"gradient": True, "transposable": True, "bias": True, "activation": "gelu"}),
+        *(
+            "h200",
+            4096,
+            4096,
+            4096,
+            {"gradient": True, "transposable": True, "bias": True, "activation": "gelu"},
+        ),
         *("mma16", "bfloat16"),
     ),
-    "stack": ("h200", 4096, 4096, 8192, {"stack": (3, 2), "implementation": "hopper"}, "mma16", "bfloat16"),
+    "stack": (
+        "h200",
+        4096,
+        4096,
+        8192,
+        {"stack": (3, 2), "implementation": "hopper"},
+        "mma16",
+        "bfloat16",
+    ),
     "stack, none named": ("h200", 4096, 4096, 8192, {"stack": (3,)}, "mma16", "bfloat16"),
     "gradient of a stack": (
-        *("h200", 4096, 4096, 8192, {"stack": (3,), "gradient": True, "transposable": True, "implementation": "hopper"}),
+        *(
+            "h200",
+            4096,
+            4096,
+            8192,
+            {"stack": (3,), "gradient": True, "transposable": True, "implementation": "hopper"},
+        ),
         *("mma16", "bfloat16"),
     ),
 }
@@ -91,17 +161,23 @@ def loss(function, *arguments):
 def lower(gpu, n, m, k, options, layout, dtype):
     options = {"stack": (), "transposable": False, "bias": False, "gradient": False, **options}
     stack = options.pop("stack")
-    shapes = arguments(n, m, k, layout, dtype, stack) + [((*stack, m), jnp.float32)] * options.pop("bias")
+    shapes = arguments(n, m, k, layout, dtype, stack) + [((*stack, m), jnp.float32)] * options.pop(
+        "bias"
+    )
     gradient = options.pop("gradient")
     function = functools.partial(product, m=m, k=k, layout=layout, **options)
     return lower_for(
-        gpu, jax.grad(functools.partial(loss, function)) if gradient else function, *(jax.ShapeDtypeStruct(*a) for a in shapes)
+        gpu,
+        jax.grad(functools.partial(loss, function)) if gradient else function,
+        *(jax.ShapeDtypeStruct(*a) for a in shapes),
     )
 
 
 def lower_for(gpu, function, *arguments):
     sharding = jax.sharding.SingleDeviceSharding(aot.device(gpu))
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+    )
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
@@ -125,7 +201,12 @@ def lower_scanned_layers(**options):
         with js.flax.intercept(**options):
             return model.apply(params, x, None)[0]
 
-    return lower_for("h200", jax.grad(functools.partial(loss, function)), x, jax.eval_shape(packed, jax.random.key(0), x))
+    return lower_for(
+        "h200",
+        jax.grad(functools.partial(loss, function)),
+        x,
+        jax.eval_shape(packed, jax.random.key(0), x),
+    )
 
 
 def found(lowered, *case):
@@ -135,7 +216,10 @@ def found(lowered, *case):
     except (NotImplementedError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
-    return " and ".join([re.search(r"sparse_matmul_(\w+?)_mosaic_gpu", line)[1] for line in calls] + ["dense"] * ("dot_general" in text))
+    return " and ".join(
+        [re.search(r"sparse_matmul_(\w+?)_mosaic_gpu", line)[1] for line in calls]
+        + ["dense"] * ("dot_general" in text)
+    )
 
 
 if __name__ == "__main__":
@@ -147,7 +231,8 @@ if __name__ == "__main__":
         results["gradient of scanned layers"] = found(lower_scanned_layers)
         kernels._PREFERENCES = ()
         results |= {
-            f"{name}, nothing measured": found(lower, *CASES[name]) for name in ("prefill", "decode, many weights", "forced hopper")
+            f"{name}, nothing measured": found(lower, *CASES[name])
+            for name in ("prefill", "decode, many weights", "forced hopper")
         }
         for implementation in ("hopper", "decode", "dense"):
             named = functools.partial(lower_scanned_layers, implementation=implementation)

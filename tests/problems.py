@@ -12,7 +12,9 @@ def problem(n, m, k, dtype=jnp.bfloat16, layout="mma16", seed=0):
     rng = np.random.default_rng(seed)
     mask, weights = lanes.prune(rng, m, k)
     plan = js.plan({"w": jnp.zeros((k, m))}, {"w": js.NM(2, 4, axis=0)})
-    packed = js.compress({"w": jnp.asarray(weights.T, dtype)}, {"w": jnp.asarray(mask.T)}, plan, layout=layout)["w"]
+    packed = js.compress(
+        {"w": jnp.asarray(weights.T, dtype)}, {"w": jnp.asarray(mask.T)}, plan, layout=layout
+    )["w"]
     x = rng.integers(-4, 5, (n, k)).astype(np.float32)
     bias = rng.integers(-9, 10, m).astype(np.float32)
     return jnp.asarray(x, dtype), packed, jnp.asarray(bias), x @ (weights * mask).T

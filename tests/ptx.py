@@ -1,7 +1,9 @@
-"""Runs the PTX of a block of threads in NumPy, with the sparse instruction from `lanes`: what a kernel that was compiled does.
+"""Runs the PTX of a block of threads in NumPy, with the sparse instruction from `lanes`: what a
+kernel that was compiled does.
 
-Threads run in step; those that branch forwards wait where they branched to. Asynchronous copies move their data when a wait
-lets them no longer be pending, so a kernel that reads too early reads what was there before.
+Threads run in step; those that branch forwards wait where they branched to. Asynchronous copies
+move their data when a wait lets them no longer be pending, so a kernel that reads too early reads
+what was there before.
 """
 
 import operator
@@ -11,22 +13,54 @@ import lanes
 import ml_dtypes
 import numpy as np
 
-SHARED, GLOBAL = 1024, 1 << 20  # where the two windows begin in one memory; addresses are the same in all state spaces
+# where the two windows begin in one memory; addresses are the same in all state spaces
+SHARED, GLOBAL = (1024, 1 << 20)
 
-_INTEGER = {"neg": operator.neg, "add": operator.add, "sub": operator.sub, "and": operator.and_, "or": operator.or_, "xor": operator.xor}
-_COMPARE = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
+_INTEGER = {
+    "neg": operator.neg,
+    "add": operator.add,
+    "sub": operator.sub,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+}
+_COMPARE = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
 
 
 def run(ptx, memory, parameters, block):
-    """Runs one block to its end; `memory` holds bytes and is changed, `block` is its index along x, y, z."""
+    """Runs one block to its end; `memory` holds bytes and is changed, `block` is its index along x,
+    y, z.
+    """
     _Block(ptx, memory, parameters, block).run()
 
 
 def product(ptx, x, w, bias, shape, grid, order="metadata bias y values x"):
-    """What the kernel writes to y `[N, M]`, uint16 words; `order` is that in which Mosaic has made the operands its parameters."""
-    operands = {"metadata": w.metadata, "bias": bias, "y": np.zeros(shape, np.uint16), "values": w.values, "x": x}
-    operands = {name: np.ascontiguousarray(operands[name]).view(np.uint8) for name in order.split() if operands[name] is not None}
-    memory, parameters = np.zeros(GLOBAL + sum(data.size + 256 for data in operands.values()), np.uint8), {}
+    """What the kernel writes to y `[N, M]`, uint16 words; `order` is that in which Mosaic has made
+    the operands its parameters.
+    """
+    operands = {
+        "metadata": w.metadata,
+        "bias": bias,
+        "y": np.zeros(shape, np.uint16),
+        "values": w.values,
+        "x": x,
+    }
+    operands = {
+        name: np.ascontiguousarray(operands[name]).view(np.uint8)
+        for name in order.split()
+        if operands[name] is not None
+    }
+    memory, parameters = (
+        np.zeros(GLOBAL + sum(data.size + 256 for data in operands.values()), np.uint8),
+        {},
+    )
     at = GLOBAL
     for name, data in operands.items():
         memory[at : at + data.size] = data.ravel()
@@ -43,7 +77,11 @@ def _width(kind):
 
 
 def _signed(value, bits):
-    return ((value.astype(np.int64) << (64 - bits)) >> (64 - bits)) if bits < 64 else value.astype(np.int64)
+    return (
+        ((value.astype(np.int64) << (64 - bits)) >> (64 - bits))
+        if bits < 64
+        else value.astype(np.int64)
+    )
 
 
 def _float(value):
@@ -83,7 +121,11 @@ class _Block:
                 taken = taken & (self.registers[predicate[2]].astype(bool) ^ bool(predicate[1]))
                 line = predicate[3]
             name, _, rest = line.partition(" " if " " in line.split("\t")[0] else "\t")
-            operands = [o.strip() for o in re.split(r",(?![^{\[]*[}\]])", rest.strip())] if rest.strip() else []
+            operands = (
+                [o.strip() for o in re.split(r",(?![^{\[]*[}\]])", rest.strip())]
+                if rest.strip()
+                else []
+            )
             if name == "ret":
                 return
             if name.split(".")[0] == "bra":
@@ -95,7 +137,9 @@ class _Block:
                     self.waiting[target] = self.waiting.get(target, False) | taken
                     self.active = self.active & ~taken
                 continue
-            assert taken is self.active or (taken == self.active).all() or not taken.any(), f"predicated: {line}"
+            assert taken is self.active or (taken == self.active).all() or not taken.any(), (
+                f"predicated: {line}"
+            )
             if taken.any():
                 self.step(name.split("."), operands)
 
@@ -107,7 +151,9 @@ class _Block:
         if operand.startswith("0f"):
             return np.full(self.threads, int(operand[2:], 16), np.uint64)
         number = self.special.get(operand, SHARED if "shmem" in operand else None)
-        return np.full(self.threads, (int(operand, 0) if number is None else number) % 2**64, np.uint64)
+        return np.full(
+            self.threads, (int(operand, 0) if number is None else number) % 2**64, np.uint64
+        )
 
     def set(self, register, value, bits=64):
         value = np.asarray(value).astype(np.uint64) & np.uint64(2**bits - 1)
@@ -134,7 +180,10 @@ class _Block:
         values = [self.value(o) for o in operands[1:]]
         if kind == "f32":
             a, b = map(_float, values[:2])
-            return self.set(operands[0], _bits({"add": np.add, "mul": np.multiply, "max": np.maximum}[name[0]](a, b)))
+            return self.set(
+                operands[0],
+                _bits({"add": np.add, "mul": np.multiply, "max": np.maximum}[name[0]](a, b)),
+            )
         if name[0] in ("min", "max"):
             values = [_signed(v, bits) if kind[0] == "s" else v for v in values]
             return self.set(operands[0], getattr(np, f"{name[0]}imum")(*values), bits)
@@ -153,8 +202,13 @@ class _Block:
     def do_cvt(self, name, operands, bits):
         values = [self.value(o) for o in operands[1:]]
         if "bf16" in name[2]:
-            parts = [_float(v).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint64) for v in values]
-            return self.set(operands[0], parts[0] if len(parts) == 1 else parts[0] << np.uint64(16) | parts[1])
+            parts = [
+                _float(v).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint64)
+                for v in values
+            ]
+            return self.set(
+                operands[0], parts[0] if len(parts) == 1 else parts[0] << np.uint64(16) | parts[1]
+            )
         assert re.fullmatch(r"cvt\.[us]\d+\.u\d+", ".".join(name)), name
         return self.set(operands[0], values[0], _width(name[1]))
 
@@ -164,7 +218,9 @@ class _Block:
         if name[1] == "lo":
             return a * b, bits
         assert name[1] == "wide" and bits == 32, name
-        return (_signed(a, 32) * _signed(b, 32)).astype(np.uint64) if name[2][0] == "s" else a * b, 64
+        return (_signed(a, 32) * _signed(b, 32)).astype(np.uint64) if name[2][
+            0
+        ] == "s" else a * b, 64
 
     def do_mul(self, name, operands, bits):
         self.set(operands[0], *self.product(name, operands[1:], bits))
@@ -178,7 +234,11 @@ class _Block:
 
     def do_shr(self, name, operands, bits):
         value, by = self.value(operands[1]), self.value(operands[2])
-        self.set(operands[0], _signed(value, bits) >> by.astype(np.int64) if name[1][0] == "s" else value >> by, bits)
+        self.set(
+            operands[0],
+            _signed(value, bits) >> by.astype(np.int64) if name[1][0] == "s" else value >> by,
+            bits,
+        )
 
     def do_bfe(self, name, operands, bits):
         value, start, length = (self.value(o) for o in operands[1:])
@@ -186,7 +246,14 @@ class _Block:
         self.set(operands[0], value >> start & (np.uint64(1) << length) - np.uint64(1), bits)
 
     def do_selp(self, name, operands, bits):
-        self.set(operands[0], np.where(self.registers[operands[3]].astype(bool), self.value(operands[1]), self.value(operands[2])))
+        self.set(
+            operands[0],
+            np.where(
+                self.registers[operands[3]].astype(bool),
+                self.value(operands[1]),
+                self.value(operands[2]),
+            ),
+        )
 
     def do_setp(self, name, operands, bits):
         a, b = (self.value(o) for o in operands[1:3])
@@ -221,7 +288,9 @@ class _Block:
 
     def do_ld(self, name, operands, bits):
         if name[1] == "param::entry" or name[1] == "param":
-            return self.set(operands[0], self.parameters[int(re.search(r"param_(\d+)", operands[1])[1])])
+            return self.set(
+                operands[0], self.parameters[int(re.search(r"param_(\d+)", operands[1])[1])]
+            )
         targets = operands[0].strip("{}").split(",")
         data = self.load(self.address(operands[1]), bits // 8 * len(targets))
         for i, target in enumerate(targets):
@@ -244,20 +313,33 @@ class _Block:
                 for target, source, count in self.groups.pop(0):
                     self.store(target, self.load(source, count))
         else:
-            self.open.append((self.address(operands[0]), self.address(operands[1]), int(operands[2])))
+            self.open.append(
+                (self.address(operands[0]), self.address(operands[1]), int(operands[2]))
+            )
 
     def do_ldmatrix(self, name, operands, bits):
-        rows = self.load(self.address(operands[1]), 16).view("<u4").reshape(self.threads // 32, 4, 8, 4)  # warp, matrix, row, pair
+        # warp, matrix, row, pair
+        rows = (
+            self.load(self.address(operands[1]), 16)
+            .view("<u4")
+            .reshape(self.threads // 32, 4, 8, 4)
+        )
         for i, target in enumerate(operands[0].strip("{}").split(",")):
             self.set(target.strip(), rows[:, i].reshape(self.threads))
 
     def do_mma(self, name, operands, bits):
         assert name[1:6] == ["sp::ordered_metadata", "sync", "aligned", "m16n8k32", "row"], name
         lists = [[o.strip() for o in operand.strip("{}").split(",")] for operand in operands[:4]]
-        registers = [np.stack([self.value(o) for o in one], 1).astype(np.uint32) for one in lists[1:]]
-        a, b = (r.view(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32) for r in registers[:2])
+        registers = [
+            np.stack([self.value(o) for o in one], 1).astype(np.uint32) for one in lists[1:]
+        ]
+        a, b = (
+            r.view(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32) for r in registers[:2]
+        )
         c, words = registers[2].view(np.float32), self.value(operands[4])
         warps = [slice(first, first + 32) for first in range(0, self.threads, 32)]
-        d = np.concatenate([lanes.mma_sp_m16n8k32(a[w], b[w], c[w], words[w], int(operands[5], 0)) for w in warps])
+        d = np.concatenate(
+            [lanes.mma_sp_m16n8k32(a[w], b[w], c[w], words[w], int(operands[5], 0)) for w in warps]
+        )
         for target, column in zip(lists[0], d.T, strict=True):
             self.set(target, _bits(np.ascontiguousarray(column)))

@@ -27,7 +27,8 @@ def best_places(scores, n):
 def nm_mask(scores, n, m, axis):
     """True for the `n` highest of every `m` neighbours along `axis`."""
     scores = np.asarray(scores)
-    if scores.dtype.kind not in "iuf":  # bfloat16 and the 8-bit floats: every value of theirs is one of float32
+    # bfloat16 and the 8-bit floats: every value of theirs is one of float32
+    if scores.dtype.kind not in "iuf":
         scores = scores.astype(np.float32)
     rows = np.moveaxis(scores, axis, -1)
     mask = np.zeros(rows.shape, bool)
@@ -41,7 +42,8 @@ def nm_mask(scores, n, m, axis):
 def topk_mask(scores, k):
     """True for the `k` highest; of equal ones the lower flat index."""
     flat = list(np.asarray(scores).ravel())
-    order = sorted(range(len(flat)), key=lambda i: sort_key(flat[i]), reverse=True)  # stable, so ties keep their order
+    # stable, so ties keep their order
+    order = sorted(range(len(flat)), key=lambda i: sort_key(flat[i]), reverse=True)
     mask = np.zeros(len(flat), bool)
     mask[order[:k]] = True
     return mask.reshape(np.shape(scores))
@@ -53,7 +55,9 @@ def half_up(x):
 
 
 def transposable_patterns(n):
-    """Every 4x4 mask with n in each row and column, the one whose first difference is True before the other."""
+    """Every 4x4 mask with n in each row and column, the one whose first difference is True before
+    the other.
+    """
     rows = list(itertools.combinations(range(4), n))
     for choice in itertools.product(rows, repeat=4):
         if all(sum(j in row for row in choice) == n for j in range(4)):
@@ -72,7 +76,11 @@ def blocks_of_four(values, axes):
 def kept(block, pattern):
     """How many NaN and how many inf a pattern keeps of a block, and the sum of the rest."""
     values = [block[p][q] for p in range(4) for q in range(4) if pattern[p][q]]
-    return sum(map(math.isnan, values)), values.count(math.inf), sum(x for x in values if math.isfinite(x))
+    return (
+        sum(map(math.isnan, values)),
+        values.count(math.inf),
+        sum(x for x in values if math.isfinite(x)),
+    )
 
 
 def best_transposable(block, n):
@@ -85,7 +93,10 @@ def block_mask(scores, shape, density, axes, score):
     scores = np.asarray(scores)
     size = dict(zip((axis % scores.ndim for axis in axes), shape, strict=True))
     starts = [range(0, length, size.get(axis, 1)) for axis, length in enumerate(scores.shape)]
-    blocks = [tuple(slice(i, i + size.get(axis, 1)) for axis, i in enumerate(start)) for start in itertools.product(*starts)]
+    blocks = [
+        tuple(slice(i, i + size.get(axis, 1)) for axis, i in enumerate(start))
+        for start in itertools.product(*starts)
+    ]
     worth = []
     for block in blocks:
         inside = scores[block].ravel().tolist()
@@ -94,8 +105,12 @@ def block_mask(scores, shape, density, axes, score):
         elif score == "max":
             worth.append(max(inside))
         else:
-            worth.append(sum(inside) / len(inside) if score == "mean" else sum(x * x for x in inside))
+            worth.append(
+                sum(inside) / len(inside) if score == "mean" else sum(x * x for x in inside)
+            )
     mask = np.zeros(scores.shape, bool)
-    for block, stays in zip(blocks, topk_mask(np.array(worth), half_up(density * len(blocks))), strict=True):
+    for block, stays in zip(
+        blocks, topk_mask(np.array(worth), half_up(density * len(blocks))), strict=True
+    ):
         mask[block] = stays
     return mask

@@ -1,4 +1,6 @@
-"""Ten steps of `recipes.rewired` equal a NumPy transcription of Algorithm 1 of "Advances in Sparse Neural Model Training"."""
+"""Ten steps of `recipes.explore_exploit` equal a NumPy transcription of Algorithm 1 of "Advances in
+Sparse Neural Model Training".
+"""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,17 @@ def gradients(effective, x, y):
     return {"w": 2 * x.T @ error / error.size, "b": 2 * error.sum(0) / error.size}
 
 
-def algorithm_1(params, batches, optimizer, *, every=1, grad_scale=1.0, reset_every=None, fix_after=None, decay=0.0):
+def algorithm_1(
+    params,
+    batches,
+    optimizer,
+    *,
+    every=1,
+    grad_scale=1.0,
+    reset_every=None,
+    fix_after=None,
+    decay=0.0,
+):
     """The weights after each step, and the masks that each step's forward pass used."""
     w, b, mask = params["w"].copy(), params["b"].copy(), None
     history = []
@@ -79,10 +91,14 @@ def algorithm_1(params, batches, optimizer, *, every=1, grad_scale=1.0, reset_ev
 
 def library(params, batches, optimizer, **recipe):
     params = jax.tree.map(jnp.asarray, params)
-    tx = js.recipes.rewired(optimizer.optax(), js.plan(params, {"w": js.NM(N, M, axis=0)}), **{"reset_every": None, **recipe})
+    tx = js.recipes.explore_exploit(
+        optimizer.optax(),
+        js.plan(params, {"w": js.NM(N, M, axis=0)}),
+        **{"reset_every": None, **recipe},
+    )
 
     def loss(params, state, x, y):
-        effective = js.sparse_params(params, state)
+        effective = js.effective_params(params, state)
         return jnp.mean((x @ effective["w"] + effective["b"] - y) ** 2)
 
     @jax.jit
@@ -123,11 +139,17 @@ def test_ten_steps_equal_algorithm_1(recipe, optimizer):
     with jax.enable_x64(True):
         found = library(params, batches, optimizer(), **recipe)
     assert len(found) == STEPS
-    for t, ((w, b, mask), (w_expected, b_expected, mask_expected)) in enumerate(zip(found, expected, strict=True)):
+    for t, ((w, b, mask), (w_expected, b_expected, mask_expected)) in enumerate(
+        zip(found, expected, strict=True)
+    ):
         assert w.dtype == np.float64
         np.testing.assert_array_equal(mask, mask_expected, err_msg=f"masks at step {t}")
-        np.testing.assert_allclose(w, w_expected, rtol=1e-9, atol=1e-12, err_msg=f"weights after step {t}")
-        np.testing.assert_allclose(b, b_expected, rtol=1e-9, atol=1e-12, err_msg=f"bias after step {t}")
+        np.testing.assert_allclose(
+            w, w_expected, rtol=1e-9, atol=1e-12, err_msg=f"weights after step {t}"
+        )
+        np.testing.assert_allclose(
+            b, b_expected, rtol=1e-9, atol=1e-12, err_msg=f"bias after step {t}"
+        )
         np.testing.assert_array_equal(w == 0, w_expected == 0, err_msg=f"zeros after step {t}")
 
 
@@ -136,7 +158,8 @@ def test_fix_may_be_a_fraction_of_training():
     params = {"w": random.normal(size=(16, 6)), "b": random.normal(size=6)}
     batches = [(random.normal(size=(8, 16)), random.normal(size=(8, 6))) for _ in range(STEPS)]
     by_step, by_fraction = (
-        library(params, batches, Momentum(), **fix) for fix in ({"fix_after": 5}, {"fix_after": 0.5, "total_steps": STEPS})
+        library(params, batches, Momentum(), **fix)
+        for fix in ({"fix_after": 5}, {"fix_after": 0.5, "total_steps": STEPS})
     )
     jax.tree.map(np.testing.assert_array_equal, by_fraction, by_step)
 
@@ -147,7 +170,8 @@ def test_the_recipes_differ_in_these_ten_steps():
     batches = [(random.normal(size=(8, 16)), random.normal(size=(8, 6))) for _ in range(STEPS)]
     runs = [algorithm_1(params, batches, Momentum(), **recipe) for recipe in RECIPES.values()]
     ends = {name: run[-1][0].tobytes() for name, run in zip(RECIPES, runs, strict=True)}
-    assert ends.pop("reset every step") == ends["fix from the start"]  # z = 1 is training without rewiring
+    # z = 1 is training without rewiring
+    assert ends.pop("reset every step") == ends["fix from the start"]
     assert len(set(ends.values())) == len(ends)
     rewired = sum((a[2] != b[2]).any() for a, b in zip(runs[0], runs[0][1:], strict=False))
     assert rewired >= 5

@@ -1,4 +1,6 @@
-"""The Ampere kernel without an Ampere: whole in interpret mode, and what is compiled for one run in emulation."""
+"""The Ampere kernel without an Ampere: whole in interpret mode, and what is compiled for one run in
+emulation.
+"""
 
 import functools
 import re
@@ -13,9 +15,11 @@ import ptx
 import pytest
 from problems import problem
 
-from jaxsparse.kernels import ACTIVATIONS, ampere
+from jaxsparse._kernels import ACTIVATIONS, ampere
 
-pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 aborts the process when it compiles for Ampere")
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="jax 0.10 aborts the process when it compiles for Ampere"
+)
 CONFIGS = {
     "one tile": (64, 128, 64, {}),
     "several tiles, rows that do not fill them": (100, 256, 192, {}),
@@ -28,14 +32,29 @@ CONFIGS = {
 @pytest.mark.parametrize(("n", "m", "k", "config"), CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_whole_kernel_is_exact(n, m, k, config):
     x, w, bias, exact = problem(n, m, k)
-    run = functools.partial(ampere.matmul, config=ampere.Config(**config), ops=interpreted.ampere_ops, **interpreted.params())
-    np.testing.assert_array_equal(run(x, w.values, w.metadata, bias), jnp.asarray(exact + bias, x.dtype))
+    run = functools.partial(
+        ampere.matmul,
+        config=ampere.Config(**config),
+        ops=interpreted.ampere_ops,
+        **interpreted.params(),
+    )
+    np.testing.assert_array_equal(
+        run(x, w.values, w.metadata, bias), jnp.asarray(exact + bias, x.dtype)
+    )
 
 
 def test_bias_and_activation_are_applied_before_rounding():
     x, w, bias, exact = problem(24, 256, 64, jnp.float16)
     exact = ACTIVATIONS["silu"](jnp.asarray(exact / 64) + bias)
-    y = ampere.matmul(x / 64, w.values, w.metadata, bias, activation="silu", ops=interpreted.ampere_ops, **interpreted.params())
+    y = ampere.matmul(
+        x / 64,
+        w.values,
+        w.metadata,
+        bias,
+        activation="silu",
+        ops=interpreted.ampere_ops,
+        **interpreted.params(),
+    )
     np.testing.assert_allclose(y, exact, rtol=1e-3, atol=1e-4)
     assert jnp.mean(y == exact.astype(x.dtype)) > 0.98
 
@@ -44,7 +63,10 @@ def test_bias_and_activation_are_applied_before_rounding():
 def compiled(tmp_path_factory):
     """PTX for 128 rows, 256 output features, 320 of the contraction, and with a bias."""
     folder = tmp_path_factory.mktemp("ptx")
-    return {bias: aot.compile_ptx(folder / f"{bias}.ptx", "a100", "ampere", 128, 256, 320, bias=bias) for bias in (False, True)}
+    return {
+        bias: aot.compile_ptx(folder / f"{bias}.ptx", "a100", "ampere", 128, 256, 320, bias=bias)
+        for bias in (False, True)
+    }
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -55,7 +77,9 @@ def test_the_compiled_kernel_is_exact(compiled, with_bias):
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"), [("wait_group\\s+4;", "wait_group 9;"), (r"(mma\.sp.*), 1;", r"\1, 0;")], ids=["an early read", "one selector"]
+    ("right", "wrong"),
+    [("wait_group\\s+4;", "wait_group 9;"), (r"(mma\.sp.*), 1;", r"\1, 0;")],
+    ids=["an early read", "one selector"],
 )
 def test_the_execution_notices_what_is_wrong(compiled, right, wrong):
     x, w, _, exact = problem(128, 256, 320)

@@ -1,4 +1,5 @@
 import ast
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -10,40 +11,75 @@ import pytest
 import jaxsparse as js
 
 PACKAGE = pathlib.Path(js.__file__).parent
-ORDER = ["patterns", "_program.arguments", "_program.flow", "_program.walk", "_program.uses", "plan", "budgets"]
-ORDER += ["ranking", "groups", "transposable", "topk", "blocks", "masks", "scores", "bits", "state"]
-ORDER += ["schedules", "phases", "forward", "transforms", "progressive", "recipes", "layouts", "compress", "kernels", "matmul"]
-ORDER += ["_program.weights", "_program.fusion", "_program.execute"]
-ORDER += ["costs", "metrics", "trajectories", "recorder", "analysis", "flax", "nnx"]
-KERNELS = ["kernels", "kernels.mosaic"]  # before each kernel; only a lowering for CUDA imports more than the first
-PUBLIC = [getattr(js, name) for name in dir(js) if not name.startswith("_")]
+# each room imports from the rooms before it, and each file of a room from the files before it
+ROOMS = {
+    "_program": ["arguments", "flow", "walk", "uses"],
+    "_plan": ["patterns", "plan", "budgets"],
+    "_masks": ["ranking", "groups", "transposable", "topk", "blocks", "masks", "bits"],
+    "_training": [
+        "scores",
+        "state",
+        "schedules",
+        "phases",
+        "forward",
+        "rewire",
+        "pieces",
+        "progressive",
+    ],
+    "_kernels": ["__init__", "mosaic", "ampere", "decode", "hopper"],
+    "_packed": ["layouts", "compress", "matmul"],
+    "_execution": ["weights", "fusion", "report", "run", "sparsify"],
+    "_analysis": ["costs", "metrics", "trajectories", "recorder"],
+}
+FACES = ["recipes", "analysis", "flax", "nnx"]
+FILES = [f"{room}.{file}" for room, files in ROOMS.items() for file in files] + FACES
+PUBLIC = [getattr(js, name) for name in dir(js)]
 PUBLIC += [getattr(js.analysis, name) for name in dir(js.analysis) if not name.startswith("_")]
-PUBLIC = [x for x in PUBLIC if callable(x)] + [js.flax.plan, js.flax.intercept, *(getattr(js.recipes, name) for name in js.recipes.__all__)]
+PUBLIC = [x for x in PUBLIC if inspect.isfunction(x) or inspect.isclass(x)] + [
+    js.flax.plan,
+    js.flax.intercept,
+    *(getattr(js.recipes, name) for name in js.recipes.__all__),
+]
 PUBLIC += [js.nnx.plan, js.nnx.intercept]
 
 
 def test_imports_point_one_way():
-    for place, module in enumerate(ORDER):
-        path = PACKAGE / f"{module.replace('.', '/')}.py"
-        assert imported(path if path.exists() else PACKAGE / module / "__init__.py") <= set(ORDER[:place]), module
+    for place, file in enumerate(FILES):
+        earlier = {name.removesuffix(".__init__") for name in FILES[:place]}
+        assert imported(PACKAGE / f"{file.replace('.', '/')}.py") <= earlier, file
 
 
 def imported(path):
-    froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
-    inside = {f"_program.{alias.name}" for node in froms if node.module == "jaxsparse._program" for alias in node.names}
-    names = {node.module.removeprefix("jaxsparse.") for node in froms if node.module.startswith("jaxsparse.")}
-    return names - {"_program"} | inside
+    """The files of the package that a file imports from, at its top or within."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("jaxsparse"):
+            module = node.module.removeprefix("jaxsparse").removeprefix(".")
+            dotted = {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
+            names |= {name for name in dotted if name in FILES} or {module}
+    return names
 
 
-def test_kernels_know_only_the_shim():
-    for path in (PACKAGE / "kernels").glob("*.py"):
-        place = KERNELS.index(f"kernels.{path.stem}") if f"kernels.{path.stem}" in KERNELS else len(KERNELS)
-        assert imported(path) <= set(KERNELS[:place] if path.stem != "__init__" else []), path
+def test_kernels_import_only_the_shim():
+    for kernel in ("ampere", "decode", "hopper"):
+        assert imported(PACKAGE / f"_kernels/{kernel}.py") <= {"_kernels", "_kernels.mosaic"}, (
+            kernel
+        )
 
 
-def test_every_module_has_its_place():
-    programs = {f"_program.{path.stem}" for path in (PACKAGE / "_program").glob("*.py")} - {"_program.__init__"}
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"kernels"} | programs == set(ORDER)
+def test_every_file_has_its_place():
+    found = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    names = {".".join(path.with_suffix("").parts) for path in found if path.parts[0] != "examples"}
+    rooms = {f"{room}.__init__" for room in ROOMS}
+    assert names - rooms - {"__init__"} == set(FILES) - rooms
+
+
+def test_the_namespace_is_what_users_need():
+    modules = {name for name in dir(js) if inspect.ismodule(getattr(js, name))}
+    assert dir(js) == sorted(js.__all__)
+    assert modules == {"analysis", "flax", "nnx", "recipes"}
+    for name in set(dir(js)) - modules:  # no function shadows a module
+        assert importlib.util.find_spec(f"jaxsparse.{name}") is None
 
 
 def test_the_import_is_light():
@@ -59,7 +95,7 @@ def test_no_file_is_two():
 @pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
 def test_docstrings_say_what_goes_in_and_out(function):
     doc = inspect.getdoc(function)
-    assert re.match(r"[A-Z`].*\.", doc)
+    assert re.match(r"[A-Z`].*(\n.*)?\.", doc)
     if inspect.isclass(function):
         return
     names = [name for name in inspect.signature(function).parameters if name not in ("opt_state",)]

@@ -7,10 +7,12 @@ import numpy as np
 import optax
 
 import jaxsparse as js
-from jaxsparse import bits
+from jaxsparse._masks import bits
 
 
-@hypothesis.given(st.lists(st.integers(0, 17), min_size=1, max_size=3), st.integers(0, 2), st.integers(0, 99))
+@hypothesis.given(
+    st.lists(st.integers(0, 17), min_size=1, max_size=3), st.integers(0, 2), st.integers(0, 99)
+)
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 def test_round_trip(shape, axis, seed):
     axis %= len(shape)
@@ -18,7 +20,9 @@ def test_round_trip(shape, axis, seed):
     packed = bits.pack(mask, axis)
     np.testing.assert_array_equal(packed, np.packbits(mask, axis, bitorder="little"))
     np.testing.assert_array_equal(bits.unpack(packed, shape[axis], axis), mask)
-    np.testing.assert_array_equal(jax.vmap(lambda m: bits.unpack(bits.pack(m, axis), shape[axis], axis))(mask[None])[0], mask)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda m: bits.unpack(bits.pack(m, axis), shape[axis], axis))(mask[None])[0], mask
+    )
 
 
 def test_the_state_keeps_one_bit_a_weight():

@@ -17,7 +17,9 @@ DTYPES = ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 
 
 def bits(a):
-    """What tells -0 from 0; every NaN is one, for XLA moves 16-bit floats through wider ones, which loses its payload."""
+    """What tells -0 from 0; every NaN is one, for XLA moves 16-bit floats through wider ones, which
+    loses its payload.
+    """
     a = np.array(a)
     nan = np.isnan(a.astype(np.float32))
     a = a.view(f"uint{8 * a.dtype.itemsize}")
@@ -26,7 +28,9 @@ def bits(a):
 
 def random_mask(shape, axis, seed):
     """2 of every 4 along `axis`, at random places."""
-    order = np.random.default_rng(seed).permuted(np.broadcast_to([True, True, False, False], (math.prod(shape) // 4, 4)), axis=1)
+    order = np.random.default_rng(seed).permuted(
+        np.broadcast_to([True, True, False, False], (math.prod(shape) // 4, 4)), axis=1
+    )
     moved = [size for i, size in enumerate(shape) if i != axis % len(shape)] + [shape[axis]]
     return np.moveaxis(order.reshape(moved), -1, axis)
 
@@ -35,15 +39,23 @@ def random_weights(shape, dtype, seed):
     """Any bits at all: NaN, infinities and subnormal numbers among them."""
     dtype = jnp.dtype(dtype)
     random = np.random.default_rng(seed)
-    w = random.integers(0, 256, (math.prod(shape), dtype.itemsize), np.uint8).view(dtype).reshape(shape)
+    w = (
+        random.integers(0, 256, (math.prod(shape), dtype.itemsize), np.uint8)
+        .view(dtype)
+        .reshape(shape)
+    )
     if dtype == np.int8:
         return w
-    special = np.array([0.0, -0.0, 1.0, np.nan, np.inf if np.isinf(dtype.type(np.inf)) else np.nan], np.float32).astype(dtype)
+    special = np.array(
+        [0.0, -0.0, 1.0, np.nan, np.inf if np.isinf(dtype.type(np.inf)) else np.nan], np.float32
+    ).astype(dtype)
     return np.where(random.random(shape) < 0.5, random.choice(special, shape), w)
 
 
 def packed_row(row, mask):
-    """One row of weights to its values and words, as the format has it: a nibble `idx0 | idx1 << 2` for each group."""
+    """One row of weights to its values and words, as the format has it: a nibble `idx0 | idx1 << 2`
+    for each group.
+    """
     values, words, nibbles = [], [], []
     for start in range(0, len(row), 4):
         first, second = [i for i in range(4) if mask[start + i]]
@@ -57,18 +69,29 @@ def packed_row(row, mask):
 
 
 def check_format(w, mask, packed, begin, end, output_first=False):
-    """`packed` holds `w`, whose axes begin..end are contracted, row by row in the order of the outputs."""
+    """`packed` holds `w`, whose axes begin..end are contracted, row by row in the order of the
+    outputs.
+    """
     contracted = math.prod(w.shape[begin:end])
     if output_first:
         rows, marks = (a.reshape(-1, contracted) for a in (w, mask))
     else:
-        rows, marks = (np.moveaxis(a.reshape(math.prod(a.shape[:begin]), contracted, -1), 1, 2).reshape(-1, contracted) for a in (w, mask))
+        rows, marks = (
+            np.moveaxis(a.reshape(math.prod(a.shape[:begin]), contracted, -1), 1, 2).reshape(
+                -1, contracted
+            )
+            for a in (w, mask)
+        )
     values, words = zip(*map(packed_row, rows, marks), strict=True)
     assert packed.metadata.dtype == jnp.uint16
     assert packed.values.dtype == w.dtype
     assert packed.metadata.shape[-1] == math.ceil(contracted / 16)
-    np.testing.assert_array_equal(bits(packed.values).reshape(len(rows), -1), bits(np.array(values, w.dtype)))
-    np.testing.assert_array_equal(np.asarray(packed.metadata).reshape(len(rows), -1), np.array(words))
+    np.testing.assert_array_equal(
+        bits(packed.values).reshape(len(rows), -1), bits(np.array(values, w.dtype))
+    )
+    np.testing.assert_array_equal(
+        np.asarray(packed.metadata).reshape(len(rows), -1), np.array(words)
+    )
     assert packed.shape == w.shape
     assert packed.ndim == w.ndim and packed.size == w.size
     assert packed.dtype == w.dtype
@@ -83,7 +106,13 @@ def check_round_trip(w, mask, packed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 5), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
 def test_a_matrix_of_any_bits(groups, outputs, dtype, output_first, seed):
     shape = (outputs, 4 * groups) if output_first else (4 * groups, outputs)
     axis = 1 if output_first else 0
@@ -97,13 +126,25 @@ def test_a_matrix_of_any_bits(groups, outputs, dtype, output_first, seed):
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 2), st.integers(1, 3), st.sampled_from(DTYPES), st.integers(0, 999))
-def test_dense_general_with_several_contracted_and_output_axes(first, groups, out_a, out_b, dtype, seed):
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.sampled_from(DTYPES),
+    st.integers(0, 999),
+)
+def test_dense_general_with_several_contracted_and_output_axes(
+    first, groups, out_a, out_b, dtype, seed
+):
     model, x = nn.DenseGeneral((out_a, out_b), axis=(-2, -1)), jnp.zeros((2, first, 4 * groups))
     plan = js.flax.plan(model, {"kernel": "2:4"}, x)
     shape = (first, 4 * groups, out_a, out_b)
     w, mask = random_weights(shape, dtype, seed), random_mask(shape, 1, seed)
-    params, masks = {"kernel": jnp.asarray(w), "bias": jnp.zeros((out_a, out_b))}, {"kernel": jnp.asarray(mask), "bias": jnp.asarray(True)}
+    params, masks = (
+        {"kernel": jnp.asarray(w), "bias": jnp.zeros((out_a, out_b))},
+        {"kernel": jnp.asarray(mask), "bias": jnp.asarray(True)},
+    )
     packed = js.compress(params, masks, plan)
     assert packed["bias"] is params["bias"]
     assert packed["kernel"].contracting == shape[:2]
@@ -126,7 +167,10 @@ def test_a_stack_is_packed_weight_by_weight(axis):
     check_round_trip(w[1, 0], mask[1, 0], one)
 
 
-@pytest.mark.parametrize("dtype, saved", [("bfloat16", 28 / 64), ("float16", 28 / 64), ("int8", 12 / 32), ("float8_e4m3fn", 12 / 32)])
+@pytest.mark.parametrize(
+    "dtype, saved",
+    [("bfloat16", 28 / 64), ("float16", 28 / 64), ("int8", 12 / 32), ("float8_e4m3fn", 12 / 32)],
+)
 def test_bytes_saved(dtype, saved):
     w, mask = random_weights((64, 8), dtype, 0), random_mask((64, 8), 0, 0)
     packed = js.compress({"w": jnp.asarray(w)}, {"w": jnp.asarray(mask)})["w"]
@@ -146,7 +190,11 @@ def example(dtype=jnp.float32, stack=()):
     w = jax.random.normal(jax.random.key(0), (*stack, 24, 6)).astype(dtype)
     plan = js.plan({"w": w}, {"w": js.NM(2, 4, axis=-2)})
     masks = js.magnitude_masks({"w": w}, plan)
-    return jnp.where(masks["w"], w, 0), js.compress({"w": w}, masks, plan)["w"], (w, masks["w"], plan)
+    return (
+        jnp.where(masks["w"], w, 0),
+        js.compress({"w": w}, masks, plan)["w"],
+        (w, masks["w"], plan),
+    )
 
 
 def test_compress_under_jit():
@@ -161,9 +209,24 @@ def test_compress_under_jit():
 def test_compress_is_elementwise_work_on_the_device(axis, layout):
     shapes = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16), jax.ShapeDtypeStruct((128, 128), bool)
     plan = js.plan({"w": shapes[0]}, {"w": js.NM(2, 4, axis=axis)})
-    compiled = jax.jit(lambda w, mask: js.compress({"w": w}, {"w": mask}, plan, layout=layout)).lower(*shapes).compile().as_text()
+    compiled = (
+        jax.jit(lambda w, mask: js.compress({"w": w}, {"w": mask}, plan, layout=layout))
+        .lower(*shapes)
+        .compile()
+        .as_text()
+    )
     assert not any(
-        name in compiled for name in (" sort(", " gather(", " scatter(", " custom-call(", " while(", "infeed", "outfeed", "callback")
+        name in compiled
+        for name in (
+            " sort(",
+            " gather(",
+            " scatter(",
+            " custom-call(",
+            " while(",
+            "infeed",
+            "outfeed",
+            "callback",
+        )
     )
 
 
@@ -177,7 +240,9 @@ def test_jit_and_device_put_keep_the_static_part():
 
 def test_casting_its_floating_arrays_casts_the_weight():
     dense, packed, _ = example()
-    cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a, packed)
+    cast = jax.tree.map(
+        lambda a: a.astype(jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a, packed
+    )
     assert cast.dtype == jnp.bfloat16
     assert cast.metadata.dtype == jnp.uint16
     np.testing.assert_array_equal(js.decompress(cast), dense.astype(jnp.bfloat16))
@@ -193,7 +258,10 @@ def test_scan_slices_a_stack_and_vmap_maps_over_it():
 
     np.testing.assert_array_equal(jax.lax.scan(body, 0, packed)[1], dense)
     np.testing.assert_array_equal(jax.vmap(lambda one: body(0, one)[1])(packed), dense)
-    np.testing.assert_array_equal(js.decompress(jax.tree.map(lambda *a: jnp.stack(a), packed, packed)), jnp.stack([dense, dense]))
+    np.testing.assert_array_equal(
+        js.decompress(jax.tree.map(lambda *a: jnp.stack(a), packed, packed)),
+        jnp.stack([dense, dense]),
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -208,7 +276,14 @@ def test_a_checkpoint_gives_it_back(dtype, tmp_path):
     np.testing.assert_array_equal(js.decompress(restored)["layer"]["kernel"], dense)
 
 
-@pytest.mark.parametrize("spoil", [lambda mask: mask.at[4:8, 2].set(True), lambda mask: mask.at[8:12, 0].set(False), jnp.zeros_like])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda mask: mask.at[4:8, 2].set(True),
+        lambda mask: mask.at[8:12, 0].set(False),
+        jnp.zeros_like,
+    ],
+)
 @pytest.mark.parametrize("with_plan", [True, False])
 def test_a_mask_that_is_not_2_of_4_is_refused_with_its_path(spoil, with_plan):
     _, _, (w, mask, plan) = example()

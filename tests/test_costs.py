@@ -13,7 +13,15 @@ from planning import spec
 import jaxsparse as js
 
 # Progressive Gradient Flow, table 18: GFLOPs of ViT-Base with sparse feed-forward layers
-VIT_BASE = {None: 34.71, "2:4": 23.61, "1:4": 18.06, "1:8": 15.29, "1:16": 13.90, "1:32": 13.20, "1:128": 12.69}
+VIT_BASE = {
+    None: 34.71,
+    "2:4": 23.61,
+    "1:4": 18.06,
+    "1:8": 15.29,
+    "1:16": 13.90,
+    "1:32": 13.20,
+    "1:128": 12.69,
+}
 TOKENS = spec(1, 196, 768)
 
 
@@ -32,7 +40,9 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.scan(self.layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=12)(name="blocks")(x, None)[0]
+        return nn.scan(
+            self.layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=12
+        )(name="blocks")(x, None)[0]
 
 
 class Unrolled(nn.Module):
@@ -62,11 +72,12 @@ def test_vit_base_is_the_table_of_the_paper(pattern, expected):
     cost = model_costs(Encoder(), {"*/ff?/kernel": pattern}, TOKENS)
     assert cost.inference_flops == pytest.approx(expected * 1e9, rel=0.001)
     assert cost.dense.inference_flops == pytest.approx(34.71e9, rel=0.001)
-    products = {"ff": 22.19e9, "attention": 11.09e9, "": 1.42e9}  # table 1, the last those of scores and of values
+    # table 1, the last those of scores and of values
+    products = {"ff": 22.19e9, "attention": 11.09e9, "": 1.42e9}
     for name, number in products.items():
-        assert sum(leaf.forward for leaf in cost.leaves if (name in leaf.path if name else not leaf.path)) == pytest.approx(
-            number, rel=0.005
-        )
+        assert sum(
+            leaf.forward for leaf in cost.leaves if (name in leaf.path if name else not leaf.path)
+        ) == pytest.approx(number, rel=0.005)
 
 
 def test_a_stack_costs_what_its_layers_cost_and_remat_computes_again():
@@ -75,10 +86,15 @@ def test_a_stack_costs_what_its_layers_cost_and_remat_computes_again():
     for name in ("inference_flops", "training_flops", "inference_bytes", "training_bytes"):
         assert getattr(scanned, name) == getattr(unrolled, name)
     feedforward, attention = 12 * 4 * 196 * 768 * 3072, 12 * 196 * (8 * 768 * 768 + 4 * 196 * 768)
-    assert scanned.training_flops == 2 * feedforward + 3 * attention  # at density 1/2 forward and back, and the gradient
+    # at density 1/2 forward and back, and the gradient
+    assert scanned.training_flops == 2 * feedforward + 3 * attention
     again = model_costs(Encoder(nn.remat(Layer)), rules, TOKENS)
     assert again.inference_flops == scanned.inference_flops
-    assert scanned.training_flops < again.training_flops <= scanned.training_flops + scanned.inference_flops
+    assert (
+        scanned.training_flops
+        < again.training_flops
+        <= scanned.training_flops + scanned.inference_flops
+    )
     last = 12 * 2 * 196 * 768 * 3072  # the last product of a layer is not needed by its gradient
     assert again.training_flops == scanned.training_flops + scanned.inference_flops - last / 2
 
@@ -86,7 +102,9 @@ def test_a_stack_costs_what_its_layers_cost_and_remat_computes_again():
 def test_an_mlp_by_hand():
     params = {"a": spec(16, 32), "b": spec(32, 8), "bias": spec(8)}
     plan = js.plan(params, {"a": js.NM(1, 4, axis=0), "b": js.NM(2, 4, axis=0)})
-    cost = js.analysis.costs(lambda p, x: jnp.maximum(x @ p["a"], 0) @ p["b"] + p["bias"], plan, params, spec(5, 16))
+    cost = js.analysis.costs(
+        lambda p, x: jnp.maximum(x @ p["a"], 0) @ p["b"] + p["bias"], plan, params, spec(5, 16)
+    )
     a, b = 2 * 5 * 16 * 32, 2 * 5 * 32 * 8
     assert flops(cost) == {"a": (a, a), "b": (b, 2 * b), "": (0, a + b)}  # x needs no gradient
     assert cost.inference_flops == a / 4 + b / 2
@@ -98,13 +116,37 @@ def test_an_mlp_by_hand():
     "layer, shape, expected",
     [
         (nn.Conv(8, (3, 5), use_bias=False), (2, 10, 12, 4), 2 * (2 * 10 * 12) * (3 * 5 * 4) * 8),
-        (nn.Conv(8, (3, 3), 2, padding="VALID", use_bias=False), (2, 10, 12, 4), 2 * (2 * 4 * 5) * (3 * 3 * 4) * 8),
-        (nn.Conv(8, (4, 4), (4, 2), use_bias=False), (2, 9, 12, 4), 2 * (2 * 3 * 6) * (4 * 4 * 4) * 8),
-        (nn.Conv(8, (2, 2), 2, padding="VALID", use_bias=False), (2, 10, 12, 4), 2 * (2 * 5 * 6) * (2 * 2 * 4) * 8),
-        (nn.Conv(8, (3,), kernel_dilation=2, padding="VALID", use_bias=False), (2, 10, 4), 2 * (2 * 6) * (3 * 4) * 8),
-        (nn.Conv(8, (3,), feature_group_count=2, use_bias=False), (2, 10, 4), 2 * (2 * 10) * (3 * 2) * 8),
+        (
+            nn.Conv(8, (3, 3), 2, padding="VALID", use_bias=False),
+            (2, 10, 12, 4),
+            2 * (2 * 4 * 5) * (3 * 3 * 4) * 8,
+        ),
+        (
+            nn.Conv(8, (4, 4), (4, 2), use_bias=False),
+            (2, 9, 12, 4),
+            2 * (2 * 3 * 6) * (4 * 4 * 4) * 8,
+        ),
+        (
+            nn.Conv(8, (2, 2), 2, padding="VALID", use_bias=False),
+            (2, 10, 12, 4),
+            2 * (2 * 5 * 6) * (2 * 2 * 4) * 8,
+        ),
+        (
+            nn.Conv(8, (3,), kernel_dilation=2, padding="VALID", use_bias=False),
+            (2, 10, 4),
+            2 * (2 * 6) * (3 * 4) * 8,
+        ),
+        (
+            nn.Conv(8, (3,), feature_group_count=2, use_bias=False),
+            (2, 10, 4),
+            2 * (2 * 10) * (3 * 2) * 8,
+        ),
         (nn.Conv(4, (3,), feature_group_count=4, use_bias=False), (2, 10, 4), 2 * (2 * 10) * 3 * 4),
-        (nn.ConvTranspose(8, (4, 4), (2, 2), use_bias=False), (2, 5, 6, 4), 2 * (2 * 5 * 6) * (4 * 4 * 4) * 8),
+        (
+            nn.ConvTranspose(8, (4, 4), (2, 2), use_bias=False),
+            (2, 5, 6, 4),
+            2 * (2 * 5 * 6) * (4 * 4 * 4) * 8,
+        ),
     ],
 )
 def test_a_convolution_by_hand(layer, shape, expected):
@@ -120,9 +162,18 @@ def test_einsum_and_batched_attention_by_hand():
         q, k, v = jnp.einsum("btd,sdhe->sbthe", x, p["qkv"])
         return jnp.einsum("bthe,hed->btd", jax.nn.dot_product_attention(q, k, v), p["out"])
 
-    cost = function_costs(fn, {"qkv": spec(3, 8, 2, 4), "out": spec(2, 4, 8)}, {"qkv": js.NM(2, 4, axis=1)}, spec(5, 7, 8))
+    cost = function_costs(
+        fn,
+        {"qkv": spec(3, 8, 2, 4), "out": spec(2, 4, 8)},
+        {"qkv": js.NM(2, 4, axis=1)},
+        spec(5, 7, 8),
+    )
     qkv, out, scores = 2 * (5 * 7) * 8 * 24, 2 * (5 * 7) * 8 * 8, 2 * 5 * 2 * 7 * 7 * 4
-    assert flops(cost) == {"out": (out, 2 * out), "qkv": (qkv, qkv), "": (2 * scores, 3 * 2 * scores + qkv + out)}
+    assert flops(cost) == {
+        "out": (out, 2 * out),
+        "qkv": (qkv, qkv),
+        "": (2 * scores, 3 * 2 * scores + qkv + out),
+    }
 
 
 def test_under_vmap_jit_and_custom_derivatives():
@@ -133,7 +184,9 @@ def test_under_vmap_jit_and_custom_derivatives():
     product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
     fn = lambda p, x: jax.vmap(lambda x: jax.jit(product)(jnp.sin(x @ p["a"]), p["b"]))(x)  # noqa: E731
     one = 2 * 3 * 5 * 4 * 4
-    found = flops(function_costs(fn, {"a": spec(4, 4), "b": spec(4, 4)}, {"*": None}, spec(3, 5, 4)))
+    found = flops(
+        function_costs(fn, {"a": spec(4, 4), "b": spec(4, 4)}, {"*": None}, spec(3, 5, 4))
+    )
     assert found == {"a": (one, one), "b": (one, 2 * one), "": (0, 2 * one)}
 
 
@@ -142,12 +195,18 @@ def test_a_scan_that_casts_its_weights():
         return lax.scan(lambda x, w: (jnp.tanh(x @ w.astype(jnp.bfloat16)), None), x, p["w"])[0]
 
     one = 6 * 2 * 5 * 4 * 4  # the casts are kept for the way back
-    assert flops(function_costs(fn, {"w": spec(6, 4, 4)}, {}, spec(5, 4, dtype="bfloat16"))) == {"w": (one, 2 * one), "": (0, one)}
+    assert flops(function_costs(fn, {"w": spec(6, 4, 4)}, {}, spec(5, 4, dtype="bfloat16"))) == {
+        "w": (one, 2 * one),
+        "": (0, one),
+    }
 
 
 def test_a_carry_is_no_weight_though_it_begins_as_one():
     fn = lambda p, x: lax.scan(lambda c, _: (jnp.sin(x @ c), None), p["w"], length=3)[0]  # noqa: E731
-    assert flops(function_costs(fn, {"w": spec(4, 4)}, {"w": js.NM(2, 4, axis=0)}, spec(4, 4))) == {"w": (0, 0), "": (3 * 128, 6 * 128)}
+    assert flops(function_costs(fn, {"w": spec(4, 4)}, {"w": js.NM(2, 4, axis=0)}, spec(4, 4))) == {
+        "w": (0, 0),
+        "": (3 * 128, 6 * 128),
+    }
 
 
 def test_the_costlier_branch_counts():
@@ -155,7 +214,10 @@ def test_the_costlier_branch_counts():
         return lax.cond(x.sum() > 0, lambda: jnp.sin(x @ p["w"]) @ p["w"], lambda: x @ p["w"])
 
     one = 2 * 5 * 4 * 4
-    assert flops(function_costs(fn, {"w": spec(4, 4)}, {}, spec(5, 4))) == {"w": (2 * one, 3 * one), "": (0, 2 * one)}
+    assert flops(function_costs(fn, {"w": spec(4, 4)}, {}, spec(5, 4))) == {
+        "w": (2 * one, 3 * one),
+        "": (0, 2 * one),
+    }
 
 
 def test_a_loop_of_known_length_counts_and_one_of_unknown_length_is_refused():
@@ -165,7 +227,12 @@ def test_a_loop_of_known_length_counts_and_one_of_unknown_length_is_refused():
     cost = function_costs(functools.partial(fn, 3), {"w": spec(4, 4)}, {}, spec(5, 4))
     assert cost.inference_flops == 3 * 2 * 5 * 4 * 4
     with pytest.raises(ValueError, match="costs: the program has matrix products in `while`"):
-        js.analysis.costs(lambda p, x: fn(x.astype(int)[0, 0], p, x), js.plan({"w": spec(4, 4)}, {}), {"w": spec(4, 4)}, spec(5, 4))
+        js.analysis.costs(
+            lambda p, x: fn(x.astype(int)[0, 0], p, x),
+            js.plan({"w": spec(4, 4)}, {}),
+            {"w": spec(4, 4)},
+            spec(5, 4),
+        )
 
 
 def test_a_loop_without_products_costs_nothing():
@@ -173,7 +240,10 @@ def test_a_loop_without_products_costs_nothing():
         scale = lax.while_loop(lambda s: s < 2, lambda s: s * 1.5, lax.stop_gradient(x.max()))
         return jnp.sort(x * scale) @ p["w"]
 
-    assert flops(function_costs(fn, {"w": spec(4, 4)}, {}, spec(5, 4))) == {"w": (160, 160), "": (0, 160)}
+    assert flops(function_costs(fn, {"w": spec(4, 4)}, {}, spec(5, 4))) == {
+        "w": (160, 160),
+        "": (0, 160),
+    }
 
 
 def test_products_that_cannot_be_counted_are_refused():
@@ -197,8 +267,14 @@ def test_kernels_concatenated_before_one_product_share_it():
     def fn(p, x):
         return x @ jnp.concatenate([p["q"], p["k"]], 1)
 
-    cost = function_costs(fn, {"q": spec(4, 6), "k": spec(4, 2)}, {"q": js.NM(2, 4, axis=0)}, spec(5, 4))
-    assert {leaf.path: leaf.forward for leaf in cost.leaves} == {"k": 2 * 5 * 4 * 2, "q": 2 * 5 * 4 * 6, "": 0}
+    cost = function_costs(
+        fn, {"q": spec(4, 6), "k": spec(4, 2)}, {"q": js.NM(2, 4, axis=0)}, spec(5, 4)
+    )
+    assert {leaf.path: leaf.forward for leaf in cost.leaves} == {
+        "k": 2 * 5 * 4 * 2,
+        "q": 2 * 5 * 4 * 6,
+        "": 0,
+    }
 
 
 def test_masked_weights_cost_what_their_plan_says():
@@ -213,26 +289,44 @@ def test_masked_weights_cost_what_their_plan_says():
 
     masked = js.analysis.costs(intercepted, js.flax.plan(model, rules, x), params, x)
     assert masked == model_costs(model, rules, x)
-    decayed = lambda p, x: x @ js.participate(p["w"], jnp.ones((4, 4), bool), 0.5 * x[0, 0], gradient="masked")  # noqa: E731
-    assert function_costs(decayed, {"w": spec(4, 4)}, {"w": js.NM(1, 4, axis=0)}, spec(5, 4)).inference_flops == 160 / 4
+    decayed = lambda p, x: (
+        x @ js.effective_weight(p["w"], jnp.ones((4, 4), bool), 0.5 * x[0, 0], gradient="masked")
+    )  # noqa: E731
+    assert (
+        function_costs(
+            decayed, {"w": spec(4, 4)}, {"w": js.NM(1, 4, axis=0)}, spec(5, 4)
+        ).inference_flops
+        == 160 / 4
+    )
 
 
 def test_a_weight_that_is_used_twice_or_multiplied_by_another():
     params = {"a": spec(4, 4), "b": spec(4, 4), "bias": spec(4)}
     rules = {"a": js.NM(2, 4, axis=0), "b": js.NM(1, 4, axis=0)}
-    cost = function_costs(lambda p, x: (x @ p["a"] @ p["a"].T) @ (p["a"] @ p["b"]), params, rules, spec(5, 4))
-    assert {leaf.path: leaf.inference_flops for leaf in cost.leaves} == {"a": 2 * 160 / 2, "b": 128 / 4, "": 160}
+    cost = function_costs(
+        lambda p, x: (x @ p["a"] @ p["a"].T) @ (p["a"] @ p["b"]), params, rules, spec(5, 4)
+    )
+    assert {leaf.path: leaf.inference_flops for leaf in cost.leaves} == {
+        "a": 2 * 160 / 2,
+        "b": 128 / 4,
+        "": 160,
+    }
 
 
 def test_outputs_may_be_integers_and_weights_unused():
     params = {"table": spec(9, 4), "w": spec(4, 4)}
     cost = function_costs(
-        lambda p, i: ((y := p["table"][i] @ p["w"]).argmax(), {"y": y}), params, {"table": js.Unstructured(0.5)}, spec(5, dtype="int32")
+        lambda p, i: ((y := p["table"][i] @ p["w"]).argmax(), {"y": y}),
+        params,
+        {"table": js.Unstructured(0.5)},
+        spec(5, dtype="int32"),
     )
     assert flops(cost) == {"table": (0, 0), "w": (160, 320), "": (0, 160)}
 
 
-@pytest.mark.parametrize("dtype, saved", [("float32", 1 - 68 / 128), ("bfloat16", 1 - 36 / 64), ("int8", 1 - 20 / 32)])
+@pytest.mark.parametrize(
+    "dtype, saved", [("float32", 1 - 68 / 128), ("bfloat16", 1 - 36 / 64), ("int8", 1 - 20 / 32)]
+)
 @pytest.mark.parametrize("pattern", [js.NM(2, 4, axis=-2), js.TransposableNM(2, 4, axes=(-2, -1))])
 def test_bytes_of_2_4_are_those_of_sparse24(pattern, dtype, saved):
     params = {"w": jnp.ones((3, 32, 8), dtype), "b": jnp.ones(8, dtype)}
@@ -242,7 +336,11 @@ def test_bytes_of_2_4_are_those_of_sparse24(pattern, dtype, saved):
     assert cost.inference_bytes == packed["w"].nbytes + params["b"].nbytes
     assert cost.leaves[0].inference_bytes == (1 - saved) * params["w"].nbytes
     assert cost.training_bytes == params["w"].nbytes + 3 * 32 * 8 / 8 + params["b"].nbytes
-    assert cost.dense.inference_bytes == cost.dense.training_bytes == params["w"].nbytes + params["b"].nbytes
+    assert (
+        cost.dense.inference_bytes
+        == cost.dense.training_bytes
+        == params["w"].nbytes + params["b"].nbytes
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,7 +368,9 @@ def test_parameters_of_another_plan_are_an_error():
 
 
 def test_the_table_shows_every_weight_and_the_sum():
-    cost = model_costs(nn.Sequential([nn.Dense(64), nn.Dense(8)]), {"layers_0/kernel": "2:4"}, spec(1000, 32))
+    cost = model_costs(
+        nn.Sequential([nn.Dense(64), nn.Dense(8)]), {"layers_0/kernel": "2:4"}, spec(1000, 32)
+    )
     expected = """
 leaf             pattern      inference GFLOPs     dense    training GFLOPs     dense    weights MB     dense
 ---------------  ---------  ------------------  --------  -----------------  --------  ------------  --------

@@ -27,14 +27,16 @@ def test_the_plan_groups_along_the_inputs():
 
 
 def test_training_moves_masks_and_the_result_runs_compressed():
-    tx = js.recipes.rewired(optax.adam(0.1), PLAN, reset_every=3)
+    tx = js.recipes.explore_exploit(optax.adam(0.1), PLAN, reset_every=3)
 
     @eqx.filter_jit
     def step(model, opt_state, x):
         params, static = eqx.partition(model, eqx.is_array)
 
         def loss(params):
-            return (jax.vmap(eqx.combine(js.sparse_params(params, opt_state), static))(x) ** 2).mean()
+            return (
+                jax.vmap(eqx.combine(js.effective_params(params, opt_state), static))(x) ** 2
+            ).mean()
 
         grads = eqx.filter_grad(loss)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -45,7 +47,9 @@ def test_training_moves_masks_and_the_result_runs_compressed():
     for _ in range(5):
         model, opt_state, grads = step(model, opt_state, X)
     masks = jax.jit(js.masks)(opt_state)
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True))
+    assert any(
+        np.any(a != b) for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True)
+    )
     assert np.any(np.asarray(grads.layers[0].weight)[~np.asarray(masks.layers[0].weight)])
 
     params = eqx.filter(model, eqx.is_array)
@@ -60,7 +64,7 @@ def test_training_moves_masks_and_the_result_runs_compressed():
     def gradients(run, params, x):
         return jax.grad(loss, argnums=(1, 2), has_aux=True, allow_int=True)(run, params, x)
 
-    (dense_grads, x_grad), y = gradients(forward, js.sparse_params(params, opt_state), X)
+    (dense_grads, x_grad), y = gradients(forward, js.effective_params(params, opt_state), X)
     expected = jax.jit(js.compress)(dense_grads, opt_state)
     run = js.sparsify(forward)
     (found, found_x_grad), found_y = gradients(run, packed, X)
@@ -69,4 +73,6 @@ def test_training_moves_masks_and_the_result_runs_compressed():
     for layer, like in zip(found.layers, expected.layers, strict=True):
         np.testing.assert_allclose(layer.weight.values, like.weight.values, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(layer.bias, like.bias, rtol=1e-5, atol=1e-5)
-    assert [(use.path, use.reason) for use in run.report(packed, X).products] == [(f"layers/{i}/weight", "") for i in range(3)]
+    assert [(use.path, use.reason) for use in run.report(packed, X).products] == [
+        (f"layers/{i}/weight", "") for i in range(3)
+    ]

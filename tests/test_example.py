@@ -9,14 +9,33 @@ def run(tmp_path, capsys, *args):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog; " * 200)
     plot = tmp_path / "curves.png"
-    char_lm.main(["--data", str(text), "--steps", "6", "--width", "32", "--depth", "2", "--plot", str(plot), *args])
+    char_lm.main(
+        [
+            "--data",
+            str(text),
+            "--steps",
+            "6",
+            "--width",
+            "32",
+            "--depth",
+            "2",
+            "--plot",
+            str(plot),
+            *args,
+        ]
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
     return capsys.readouterr().out
 
 
 def test_the_example_trains_compresses_checks_and_writes(tmp_path, capsys):
     out = run(tmp_path, capsys)
-    rows = {m[1].strip(): m for m in re.finditer(r"^(dense|2:4|2:4 compressed)  +(\d+\.\d+) +(\d\.\d+) +(\d+\.\d+)", out, re.M)}
+    rows = {
+        m[1].strip(): m
+        for m in re.finditer(
+            r"^(dense|2:4|2:4 compressed)  +(\d+\.\d+) +(\d\.\d+) +(\d+\.\d+)", out, re.M
+        )
+    }
     assert rows.keys() == {"dense", "2:4", "2:4 compressed"}
     assert float(rows["2:4"][2]) == pytest.approx(float(rows["2:4 compressed"][2]), abs=2e-3)
     assert float(rows["2:4 compressed"][4]) < float(rows["2:4"][4])

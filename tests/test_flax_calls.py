@@ -1,4 +1,6 @@
-"""`flax.intercept` and the ways of calling a model: collections, random keys, methods, bound modules, jit, a training step."""
+"""`flax.intercept` and the ways of calling a model: collections, random keys, methods, bound
+modules, jit, a training step.
+"""
 
 import gc
 import weakref
@@ -48,7 +50,7 @@ def make_plan():
 
 PLAN = make_plan()
 MASKS = js.magnitude_masks(PARAMS, PLAN)
-SPARSE = js.sparse_params(PARAMS, MASKS)
+SPARSE = js.effective_params(PARAMS, MASKS)
 PACKED = js.compress(PARAMS, MASKS, PLAN)
 CALLS = {
     "mutable statistics": {"mutable": ["batch_stats"], "rngs": RNGS},
@@ -66,8 +68,15 @@ def test_every_way_to_call_equals_sparse_params(kwargs):
         with js.flax.intercept(source):
             found = MODEL.apply({**params, **REST}, X, **kwargs)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
-        jax.tree.map(lambda a, b, t=tolerance: np.testing.assert_allclose(a, b, rtol=t, atol=t), found, expected)
-    assert not np.array_equal(jax.tree.leaves(expected)[0], jax.tree.leaves(MODEL.apply({**PARAMS, **REST}, X, **kwargs))[0])
+        jax.tree.map(
+            lambda a, b, t=tolerance: np.testing.assert_allclose(a, b, rtol=t, atol=t),
+            found,
+            expected,
+        )
+    assert not np.array_equal(
+        jax.tree.leaves(expected)[0],
+        jax.tree.leaves(MODEL.apply({**PARAMS, **REST}, X, **kwargs))[0],
+    )
 
 
 def test_parameters_returned_as_mutable_are_the_dense_ones():
@@ -76,7 +85,9 @@ def test_parameters_returned_as_mutable_are_the_dense_ones():
     jax.tree.map(np.testing.assert_array_equal, collections["params"], PARAMS["params"])
 
 
-@pytest.mark.parametrize("call", [lambda net: net.encode(X), lambda net: net.body(X), lambda net: net.head(net.body(X))])
+@pytest.mark.parametrize(
+    "call", [lambda net: net.encode(X), lambda net: net.body(X), lambda net: net.head(net.body(X))]
+)
 def test_bound_modules_and_their_submodules(call):
     expected = call(MODEL.bind({**SPARSE, **REST}))
     for params, source in ((PARAMS, MASKS), (PACKED, None)):
@@ -90,7 +101,7 @@ def dense(params, x=X):
 
 
 def masked(masks):
-    return MODEL.apply({**js.sparse_params(PARAMS, masks), **REST}, X, method="encode")
+    return MODEL.apply({**js.effective_params(PARAMS, masks), **REST}, X, method="encode")
 
 
 INVERSE = jax.tree.map(lambda m: ~m if m.ndim else m, MASKS)
@@ -109,7 +120,8 @@ def test_a_function_compiled_before_runs_with_the_masks_of_each_context_and_dens
         with js.flax.intercept(masks):
             np.testing.assert_allclose(encode(PARAMS), masked(masks), rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(encode(PARAMS), before)
-    assert len(traces) == 3  # dense, and for each set of masks: entering with the same ones again traces nothing
+    # dense, and for each set of masks: entering with the same ones again traces nothing
+    assert len(traces) == 3
 
 
 def test_a_function_first_traced_inside_is_dense_outside():
@@ -130,7 +142,7 @@ def test_of_nested_contexts_the_innermost_counts():
 
 
 def test_the_same_state_may_be_entered_twice():
-    tx = js.recipes.rewired(optax.sgd(0.1), PLAN)
+    tx = js.recipes.explore_exploit(optax.sgd(0.1), PLAN)
     state = tx.init(PARAMS)
     with js.flax.intercept(state):
         with js.flax.intercept(state):
@@ -143,7 +155,12 @@ def test_the_same_state_may_be_entered_twice():
 
 def test_masks_and_packed_leaves_in_one_model():
     params = {"params": {**PARAMS["params"], "head": PACKED["params"]["head"]}}
-    masks = {"params": {**MASKS["params"], "head": jax.tree.map(lambda _: jnp.asarray(True), MASKS["params"]["head"])}}
+    masks = {
+        "params": {
+            **MASKS["params"],
+            "head": jax.tree.map(lambda _: jnp.asarray(True), MASKS["params"]["head"]),
+        }
+    }
     with js.flax.intercept(masks):
         found = MODEL.apply({**params, **REST}, X, mutable=["batch_stats", "params"], rngs=RNGS)
     expected = MODEL.apply({**SPARSE, **REST}, X, mutable=["batch_stats"], rngs=RNGS)
@@ -165,10 +182,12 @@ def test_a_result_that_looks_like_variables_is_left_alone(packed):
     params = model.init(jax.random.key(0), X)
     plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
     masks = js.magnitude_masks(params, plan)
-    expected = model.apply(js.sparse_params(params, masks), X)
+    expected = model.apply(js.effective_params(params, masks), X)
     with js.flax.intercept(None if packed else masks):
         found = model.apply(js.compress(params, masks, plan) if packed else params, X)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+    )
 
 
 def test_frozen_variables_and_parameters_that_are_made_by_apply():
@@ -177,7 +196,9 @@ def test_frozen_variables_and_parameters_that_are_made_by_apply():
         y, variables = MODEL.apply(frozen, X, rngs=RNGS, mutable=True)
         _, made = MODEL.apply({}, X, rngs=KEYS, mutable=["params", "batch_stats"])
     np.testing.assert_array_equal(y, MODEL.apply({**SPARSE, **REST}, X, rngs=RNGS, mutable=True)[0])
-    jax.tree.map(np.testing.assert_array_equal, flax.core.unfreeze(variables["params"]), PARAMS["params"])
+    jax.tree.map(
+        np.testing.assert_array_equal, flax.core.unfreeze(variables["params"]), PARAMS["params"]
+    )
     assert jax.tree.structure(dict(made["params"])) == jax.tree.structure(PARAMS["params"])
 
 
@@ -202,7 +223,9 @@ def test_a_function_that_is_compiled_for_nn_jit_follows_the_masks():
     for chosen in (masks, jax.tree.map(lambda m: ~m if m.ndim else m, masks)):
         with js.flax.intercept(chosen):
             found = model.apply(params, X)
-        np.testing.assert_allclose(found, model.apply(js.sparse_params(params, chosen), X), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            found, model.apply(js.effective_params(params, chosen), X), rtol=1e-6, atol=1e-6
+        )
     np.testing.assert_array_equal(model.apply(params, X), plain)
 
 
@@ -222,7 +245,12 @@ def test_a_context_in_which_no_module_runs_is_an_error():
         return x @ params["params"]["body"]["kernel"]
 
     masks = jax.tree.map(jnp.copy, MASKS)
-    with pytest.raises(ValueError, match=r"flax\.intercept: no Flax Linen module ran.*sparse_params"), js.flax.intercept(masks):
+    with (
+        pytest.raises(
+            ValueError, match=r"flax\.intercept: no Flax Linen module ran.*effective_params"
+        ),
+        js.flax.intercept(masks),
+    ):
         plain(PARAMS, X)
     with pytest.raises(ZeroDivisionError), js.flax.intercept(masks):
         raise ZeroDivisionError
@@ -230,7 +258,10 @@ def test_a_context_in_which_no_module_runs_is_an_error():
 
 def test_a_model_that_was_bound_outside_is_an_error_and_not_dense():
     bound = MODEL.bind({**PARAMS, **REST})
-    with pytest.raises(ValueError, match=r"flax\.intercept: a Net runs that was bound, or wrapped"), js.flax.intercept(MASKS):
+    with (
+        pytest.raises(ValueError, match=r"flax\.intercept: a Net runs that was bound, or wrapped"),
+        js.flax.intercept(MASKS),
+    ):
         bound.encode(X)
 
 
@@ -246,12 +277,18 @@ def test_a_context_leaves_flax_as_it_was():
 @pytest.mark.parametrize("capture", [True, lambda module, method: method == "encode"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_captured_intermediates_are_those_of_the_plain_model(packed, capture):
-    kwargs = {"rngs": RNGS, "mutable": ["intermediates", "batch_stats"], "capture_intermediates": capture}
+    kwargs = {
+        "rngs": RNGS,
+        "mutable": ["intermediates", "batch_stats"],
+        "capture_intermediates": capture,
+    }
     expected = MODEL.apply({**SPARSE, **REST}, X, **kwargs)
     with js.flax.intercept(None if packed else MASKS):
         found = MODEL.apply({**(PACKED if packed else PARAMS), **REST}, X, **kwargs)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+    )
 
 
 class Setup(nn.Module):
@@ -275,8 +312,13 @@ def test_bound_models_with_setup(packed):
     params = model.init(jax.random.key(0), X)
     plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
     masks = js.magnitude_masks(params, plan)
-    calls = (lambda net: net.w, lambda net: net(X), lambda net: net.helper(X), lambda net: net.layer(X))
-    plain = model.bind(js.sparse_params(params, masks))
+    calls = (
+        lambda net: net.w,
+        lambda net: net(X),
+        lambda net: net.helper(X),
+        lambda net: net.layer(X),
+    )
+    plain = model.bind(js.effective_params(params, masks))
     expected = [call(plain) for call in calls]
     with js.flax.intercept(None if packed else masks):
         bound = model.bind(js.compress(params, masks, plan) if packed else params)
@@ -301,10 +343,14 @@ def test_perturbations_have_the_gradients_of_the_plain_model(packed):
     def loss(perturbations, params):
         return (model.apply({**params, "perturbations": perturbations}, X) ** 2).sum()
 
-    expected = jax.grad(loss)(perturbations, js.sparse_params(params, masks))
+    expected = jax.grad(loss)(perturbations, js.effective_params(params, masks))
     with js.flax.intercept(None if packed else masks):
-        found = jax.grad(loss)(perturbations, js.compress(params, masks, plan) if packed else params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+        found = jax.grad(loss)(
+            perturbations, js.compress(params, masks, plan) if packed else params
+        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+    )
 
 
 def test_the_context_inside_of_the_compiled_function_follows_the_masks():
@@ -328,18 +374,25 @@ def test_compressed_leaves_make_a_compiled_function_trace_anew():
         np.testing.assert_allclose(encode(PACKED), encode(SPARSE), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["sparse_params", "intercept"])
+@pytest.mark.parametrize("path", ["effective_params", "intercept"])
 def test_masks_move_inside_a_compiled_train_step_and_the_result_compresses(path):
-    tx = js.recipes.rewired(optax.adamw(0.1), PLAN, reset_every=3)
+    tx = js.recipes.explore_exploit(optax.adamw(0.1), PLAN, reset_every=3)
 
     @jax.jit
     def step(params, state, rest):
         def loss(params):
-            if path == "sparse_params":
-                y, rest_new = MODEL.apply({**js.sparse_params(params, state), **rest}, X, mutable=["batch_stats"], rngs=RNGS)
+            if path == "effective_params":
+                y, rest_new = MODEL.apply(
+                    {**js.effective_params(params, state), **rest},
+                    X,
+                    mutable=["batch_stats"],
+                    rngs=RNGS,
+                )
             else:
                 with js.flax.intercept(state):
-                    y, rest_new = MODEL.apply({**params, **rest}, X, mutable=["batch_stats"], rngs=RNGS)
+                    y, rest_new = MODEL.apply(
+                        {**params, **rest}, X, mutable=["batch_stats"], rngs=RNGS
+                    )
             return ((y - X[:, :8]) ** 2).mean(), rest_new
 
         grads, rest = jax.grad(loss, has_aux=True)(params)
@@ -350,22 +403,30 @@ def test_masks_move_inside_a_compiled_train_step_and_the_result_compresses(path)
     for _ in range(5):
         params, state, rest = step(params, state, rest)
     masks = js.masks(state)
-    assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(MASKS), strict=True))
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(MASKS), strict=True)
+    )
     jax.tree.map(np.testing.assert_array_equal, masks, js.magnitude_masks(params, PLAN))
     back = js.decompress(js.compress(params, state))
-    jax.tree.map(np.testing.assert_array_equal, back, js.sparse_params(params, state))
+    jax.tree.map(np.testing.assert_array_equal, back, js.effective_params(params, state))
 
 
 def test_boxed_parameters_are_masked_as_bare_ones():
-    model = nn.Dense(8, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "out")))
+    model = nn.Dense(
+        8, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "out"))
+    )
     boxed = model.init(jax.random.key(0), X)
     bare = nn.meta.unbox(boxed)
     plan = js.flax.plan(model, {"kernel": "2:4"}, X)
-    expected = model.apply(js.sparse_params(bare, js.magnitude_masks(bare, plan)), X)
+    expected = model.apply(js.effective_params(bare, js.magnitude_masks(bare, plan)), X)
     with js.flax.intercept(js.magnitude_masks(boxed, plan)):
         np.testing.assert_array_equal(model.apply(boxed, X), expected)
 
 
 def test_masks_of_other_parameters_are_refused_with_the_path():
-    with js.flax.intercept({"params": {"other": {"kernel": jnp.ones((4, 4), bool)}}}), pytest.raises(ValueError, match="other/kernel"):
+    with (
+        js.flax.intercept({"params": {"other": {"kernel": jnp.ones((4, 4), bool)}}}),
+        pytest.raises(ValueError, match="other/kernel"),
+    ):
         MODEL.apply({**PARAMS, **REST}, X, method="encode")

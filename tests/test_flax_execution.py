@@ -1,4 +1,6 @@
-"""Every kind of Flax layer runs masked and compressed under `flax.intercept` as it would on sparse parameters."""
+"""Every kind of Flax layer runs masked and compressed under `flax.intercept` as it would on sparse
+parameters.
+"""
 
 import functools
 
@@ -28,7 +30,9 @@ class Stacked(nn.Module):
     @nn.compact
     def __call__(self, x):
         block = nn.remat(Block) if self.remat else Block
-        scan = nn.scan(block, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3)
+        scan = nn.scan(
+            block, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3
+        )
         return scan(name="blocks")(x, None)[0]
 
 
@@ -97,7 +101,10 @@ ZOO = {
     "Dense of one row": (nn.Dense(8), X[0, 0]),
     "Dense in bfloat16": (nn.Dense(8, dtype=jnp.bfloat16), X),
     "Dense with weights in bfloat16": (nn.Dense(8, param_dtype=jnp.bfloat16), X),
-    "Dense with another product": (nn.Dense(8, dot_general=lambda *args, **kwargs: 2 * jax.lax.dot_general(*args, **kwargs)), X),
+    "Dense with another product": (
+        nn.Dense(8, dot_general=lambda *args, **kwargs: 2 * jax.lax.dot_general(*args, **kwargs)),
+        X,
+    ),
     "Dense with another promotion": (nn.Dense(8, promote_dtype=coarse), X),
     "DenseGeneral": (nn.DenseGeneral((4, 5)), X),
     "DenseGeneral of two axes": (nn.DenseGeneral((4, 5), axis=(-2, -1)), X),
@@ -131,9 +138,14 @@ def prepared(name):
     model, x = ZOO[name]
     random = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda a: jnp.asarray(random.normal(size=a.shape) / 4).astype(a.dtype), jax.eval_shape(model.init, jax.random.key(0), x)
+        lambda a: jnp.asarray(random.normal(size=a.shape) / 4).astype(a.dtype),
+        jax.eval_shape(model.init, jax.random.key(0), x),
     )
-    rules = {rule: pattern for rule, pattern in RULES.items() if rule == "*[kK]ernel" or name.startswith("own")}
+    rules = {
+        rule: pattern
+        for rule, pattern in RULES.items()
+        if rule == "*[kK]ernel" or name.startswith("own")
+    }
     plan = js.flax.plan(model, rules, x)
     assert plan.sparse, str(plan)
     return model, x, params, plan, js.magnitude_masks(params, plan)
@@ -148,7 +160,10 @@ def as_numbers(y):
     return (y.astype(jnp.float32) ** 2).sum()
 
 
-@pytest.mark.parametrize("name, gradient", [*((name, "dense") for name in ZOO), ("attention", "masked"), ("own weights", "masked")])
+@pytest.mark.parametrize(
+    "name, gradient",
+    [*((name, "dense") for name in ZOO), ("attention", "masked"), ("own weights", "masked")],
+)
 def test_intercepted_outputs_and_gradients_equal_those_of_sparse_params(name, gradient):
     model, x, params, _, masks = prepared(name)
 
@@ -158,7 +173,7 @@ def test_intercepted_outputs_and_gradients_equal_those_of_sparse_params(name, gr
         return as_numbers(y), y
 
     def plain(params):
-        y = model.apply(js.sparse_params(params, masks, gradient=gradient), x)
+        y = model.apply(js.effective_params(params, masks, gradient=gradient), x)
         return as_numbers(y), y
 
     (_, found), found_grads = jax.jit(jax.value_and_grad(intercepted, has_aux=True))(params)
@@ -169,7 +184,18 @@ def test_intercepted_outputs_and_gradients_equal_those_of_sparse_params(name, gr
     assert not np.array_equal(found, jax.jit(model.apply)(params, x))
 
 
-@pytest.mark.parametrize("name", ["Dense", "attention", "scan along the first axis", "remat", "vmap", "RNN", "own weights below"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Dense",
+        "attention",
+        "scan along the first axis",
+        "remat",
+        "vmap",
+        "RNN",
+        "own weights below",
+    ],
+)
 def test_init_under_it_gives_the_usual_parameters(name):
     model, x, _, _, masks = prepared(name)
 
@@ -184,13 +210,21 @@ def test_init_under_it_gives_the_usual_parameters(name):
 def test_compressed_execution_equals_the_masked_forward(name):
     model, x, params, plan, masks = prepared(name)
     packed = js.compress(params, masks, plan)
-    assert sum(isinstance(leaf, js.Sparse24) for leaf in jax.tree.leaves(packed, is_leaf=lambda a: isinstance(a, js.Sparse24)))
-    expected = jax.jit(model.apply)(js.sparse_params(params, masks), x)
+    assert sum(
+        isinstance(leaf, js.Sparse24)
+        for leaf in jax.tree.leaves(packed, is_leaf=lambda a: isinstance(a, js.Sparse24))
+    )
+    expected = jax.jit(model.apply)(js.effective_params(params, masks), x)
     with js.flax.intercept():
         found = jax.jit(model.apply)(packed, x)
     assert found.dtype == expected.dtype
     tolerance = 2e-2 if found.dtype == jnp.bfloat16 else 1e-5
-    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32),
+        np.asarray(expected, np.float32),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 SPARSE_PRODUCTS = {
@@ -237,10 +271,14 @@ def test_a_dense_layer_runs_the_sparse_product_however_it_is_called_and_its_weig
     packed = js.compress(params, masks, plan)
     x = {"inputs": X} if call == "by name" else {}
     with js.flax.intercept():
-        program = jax.make_jaxpr(lambda packed: model.apply(packed, *([] if x else [X]), **x))(packed)
+        program = jax.make_jaxpr(lambda packed: model.apply(packed, *([] if x else [X]), **x))(
+            packed
+        )
         y = model.apply(packed, *([] if x else [X]), **x)
     assert str(program).count("sparse_matmul[") == 1
-    np.testing.assert_allclose(y, model.apply(js.sparse_params(nn.meta.unbox(params), masks), X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        y, model.apply(js.effective_params(nn.meta.unbox(params), masks), X), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_named_implementation_is_that_of_every_product():
@@ -250,14 +288,34 @@ def test_a_named_implementation_is_that_of_every_product():
         with js.flax.intercept(implementation=implementation):
             program = jax.make_jaxpr(model.apply)(packed, x)
         assert str(program).count(f"implementation={implementation}") == 4
-    with pytest.raises(ValueError, match='"hopper" cannot compute this: it takes bfloat16'), js.flax.intercept(implementation="hopper"):
+    with (
+        pytest.raises(ValueError, match='"hopper" cannot compute this: it takes bfloat16'),
+        js.flax.intercept(implementation="hopper"),
+    ):
         model.apply(packed, x)
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, packed)
-    with pytest.raises(NotImplementedError, match="it needs a CUDA device"), js.flax.intercept(implementation="hopper"):
-        nn.DenseGeneral((4, 4), dtype=jnp.bfloat16).apply({"params": half["params"]["query"]}, x.astype(jnp.bfloat16))
+    half = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, packed
+    )
+    with (
+        pytest.raises(NotImplementedError, match="it needs a CUDA device"),
+        js.flax.intercept(implementation="hopper"),
+    ):
+        nn.DenseGeneral((4, 4), dtype=jnp.bfloat16).apply(
+            {"params": half["params"]["query"]}, x.astype(jnp.bfloat16)
+        )
 
 
-@pytest.mark.parametrize("name", ["Dense", "DenseGeneral of two axes", "attention", "Conv", "scan of remat", "own weights below"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Dense",
+        "DenseGeneral of two axes",
+        "attention",
+        "Conv",
+        "scan of remat",
+        "own weights below",
+    ],
+)
 def test_gradients_of_compressed_values_are_the_dense_ones_at_their_places(name):
     model, x, params, plan, masks = prepared(name)
 
@@ -266,9 +324,14 @@ def test_gradients_of_compressed_values_are_the_dense_ones_at_their_places(name)
             return as_numbers(model.apply(packed, x))
 
     found = jax.jit(jax.grad(loss, allow_int=True))(js.compress(params, masks, plan))
-    dense = jax.jit(jax.grad(lambda params: as_numbers(model.apply(params, x))))(js.sparse_params(params, masks))
+    dense = jax.jit(jax.grad(lambda params: as_numbers(model.apply(params, x))))(
+        js.effective_params(params, masks)
+    )
     expected = js.compress(dense, masks, plan)
-    values = [jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, js.Sparse24)) for tree in (found, expected)]
+    values = [
+        jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, js.Sparse24))
+        for tree in (found, expected)
+    ]
     for a, b in zip(*values, strict=True):
         assert isinstance(a, js.Sparse24) == isinstance(b, js.Sparse24)
         a, b = (leaf.values if isinstance(leaf, js.Sparse24) else leaf for leaf in (a, b))
@@ -277,12 +340,19 @@ def test_gradients_of_compressed_values_are_the_dense_ones_at_their_places(name)
 
 LAYERS = {
     "Dense": (lambda **options: nn.Dense(24, **options), (4, 16)),
-    "DenseGeneral": (lambda **options: nn.DenseGeneral((4, 6), axis=(-2, -1), **options), (4, 2, 8)),
+    "DenseGeneral": (
+        lambda **options: nn.DenseGeneral((4, 6), axis=(-2, -1), **options),
+        (4, 2, 8),
+    ),
 }
 DTYPES = {
     "bfloat16": (jnp.bfloat16, {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}, jnp.bfloat16),
     "float32 made bfloat16": (jnp.float32, {"dtype": jnp.bfloat16}, jnp.bfloat16),
-    "bfloat16 made float32": (jnp.bfloat16, {"param_dtype": jnp.bfloat16, "dtype": jnp.float32}, jnp.float32),
+    "bfloat16 made float32": (
+        jnp.bfloat16,
+        {"param_dtype": jnp.bfloat16, "dtype": jnp.float32},
+        jnp.float32,
+    ),
     "promoted": (jnp.float32, {"param_dtype": jnp.float16}, jnp.float32),
     "float16": (jnp.float16, {"param_dtype": jnp.float16}, jnp.float16),
 }
@@ -292,15 +362,17 @@ DTYPES = {
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 def test_the_bias_is_added_as_flax_does_or_before_rounding_where_a_kernel_may_run(layer, dtypes):
     (make, shape), (x_dtype, options, out_dtype) = layer, dtypes
-    random = np.random.default_rng(0)  # integers: sums are exact in float32 and are rounded in 16 bits
+    # integers: sums are exact in float32 and are rounded in 16 bits
+    random = np.random.default_rng(0)
     x = jnp.asarray(random.integers(-40, 41, shape), x_dtype)
     model = make(**options)
     params = jax.tree.map(
-        lambda a: jnp.asarray(random.integers(-40, 41, a.shape), a.dtype), jax.eval_shape(model.init, jax.random.key(0), x)
+        lambda a: jnp.asarray(random.integers(-40, 41, a.shape), a.dtype),
+        jax.eval_shape(model.init, jax.random.key(0), x),
     )
     plan = js.flax.plan(model, {"kernel": "2:4"}, x)
     masks = js.magnitude_masks(params, plan)
-    masked = js.sparse_params(params, masks)
+    masked = js.effective_params(params, masks)
 
     def run(params):
         with js.flax.intercept():
@@ -320,12 +392,16 @@ def test_the_bias_is_added_as_flax_does_or_before_rounding_where_a_kernel_may_ru
         assert found.dtype == as_flax.dtype == out_dtype and found.shape == as_flax.shape
         np.testing.assert_array_equal(found.reshape(4, 24), once if layout == "mma16" else twice)
         grads = jax.grad(lambda packed: as_numbers(run(packed)), allow_int=True)(packed)["params"]
-        np.testing.assert_allclose(grads["bias"].astype(jnp.float32), expected_grads["bias"].astype(jnp.float32), rtol=2e-2)
+        np.testing.assert_allclose(
+            grads["bias"].astype(jnp.float32), expected_grads["bias"].astype(jnp.float32), rtol=2e-2
+        )
 
 
 def test_precision_of_the_module_reaches_the_sparse_product():
     model = nn.Dense(8, precision="highest")
     params = model.init(jax.random.key(0), X)
-    packed = js.compress(params, js.magnitude_masks(params, js.flax.plan(model, {"*kernel": "2:4"}, X)))
+    packed = js.compress(
+        params, js.magnitude_masks(params, js.flax.plan(model, {"*kernel": "2:4"}, X))
+    )
     with js.flax.intercept():
         assert "HIGHEST, HIGHEST" in jax.jit(model.apply).lower(packed, X).as_text()

@@ -1,4 +1,6 @@
-"""Models whose outermost class or method is lifted, boxed parameters, and odd calls: planned, masked and compressed as plain ones."""
+"""Models whose outermost class or method is lifted, boxed parameters, and odd calls: planned,
+masked and compressed as plain ones.
+"""
 
 import functools
 
@@ -37,7 +39,9 @@ class Owner(nn.Module):
 class Decorated(nn.Module):
     """A recurrence written with a decorated method."""
 
-    @functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False}, in_axes=0, out_axes=0)
+    @functools.partial(
+        nn.scan, variable_broadcast="params", split_rngs={"params": False}, in_axes=0, out_axes=0
+    )
     @nn.compact
     def __call__(self, carry, x):
         carry = nn.tanh(nn.Dense(16)(carry) + nn.Dense(16)(x))
@@ -50,7 +54,9 @@ class Turned(nn.Module):
     @nn.compact
     def __call__(self, x):
         turn = functools.partial(jax.tree.map, lambda w: w.T)
-        return nn.map_variables(nn.Dense, "params", turn, turn, init=self.is_initializing(), mutable=True)(16, use_bias=False)(x)
+        return nn.map_variables(
+            nn.Dense, "params", turn, turn, init=self.is_initializing(), mutable=True
+        )(16, use_bias=False)(x)
 
 
 class Reads(nn.Module):
@@ -68,9 +74,21 @@ BOXED_KERNEL = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in
 BOXED_BIAS = nn.with_logical_partitioning(nn.initializers.zeros, ("out",))
 PARAMS = {"params": True}
 MODELS = {
-    "nn.vmap": (nn.vmap(Net, variable_axes={"params": 0}, split_rngs=PARAMS)(), (jnp.stack([X, 2 * X, -X]),), 2),
-    "nn.scan": (nn.scan(Body, variable_axes={"params": 0}, split_rngs=PARAMS, length=3)(), (X, None), 2),
-    "nn.scan along axis 1": (nn.scan(Body, variable_axes={"params": 1}, split_rngs=PARAMS, length=3)(), (X, None), 2),
+    "nn.vmap": (
+        nn.vmap(Net, variable_axes={"params": 0}, split_rngs=PARAMS)(),
+        (jnp.stack([X, 2 * X, -X]),),
+        2,
+    ),
+    "nn.scan": (
+        nn.scan(Body, variable_axes={"params": 0}, split_rngs=PARAMS, length=3)(),
+        (X, None),
+        2,
+    ),
+    "nn.scan along axis 1": (
+        nn.scan(Body, variable_axes={"params": 1}, split_rngs=PARAMS, length=3)(),
+        (X, None),
+        2,
+    ),
     "nn.remat_scan": (nn.remat_scan(Net, lengths=(2, 2))(), (X,), 2),
     "nn.jit": (nn.jit(Net)(), (X,), 2),
     "nn.remat": (nn.remat(Net)(), (X,), 2),
@@ -95,24 +113,28 @@ def prepared(name):
 
 def close(found, expected):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_masked(name):
     model, args, params, _, masks = prepared(name)
-    expected = jax.jit(model.apply)(js.sparse_params(params, masks), *args)
+    expected = jax.jit(model.apply)(js.effective_params(params, masks), *args)
     with js.flax.intercept(masks):
         close(model.apply(params, *args), expected)
         close(jax.jit(model.apply)(params, *args), expected)
-    assert not np.allclose(jax.tree.leaves(model.apply(params, *args))[-1], jax.tree.leaves(expected)[-1])
+    assert not np.allclose(
+        jax.tree.leaves(model.apply(params, *args))[-1], jax.tree.leaves(expected)[-1]
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compressed(name):
     model, args, params, plan, masks = prepared(name)
     packed = js.compress(params, masks, plan)
-    expected = jax.jit(model.apply)(js.sparse_params(params, masks), *args)
+    expected = jax.jit(model.apply)(js.effective_params(params, masks), *args)
     with js.flax.intercept():
         close(model.apply(packed, *args), expected)
         program = str(jax.make_jaxpr(model.apply)(packed, *args))
@@ -142,7 +164,7 @@ def test_plans_of_models_with_named_axes_positional_booleans_and_keys(train):
     packed = js.compress(params, js.magnitude_masks(params, plan), plan)
     with js.flax.intercept():
         found = model.apply({**packed, **rest}, X, False)
-    masked = js.sparse_params(params, js.magnitude_masks(params, plan))
+    masked = js.effective_params(params, js.magnitude_masks(params, plan))
     close(found, model.apply({**masked, **rest}, X, False))
 
 
@@ -158,7 +180,7 @@ def test_a_static_result_of_a_packed_model_stays_static():
     masks = js.magnitude_masks(params, plan)
     with js.flax.intercept():
         found = model.apply(js.compress(params, masks, plan), X)
-    expected = model.apply(js.sparse_params(params, masks), X)
+    expected = model.apply(js.effective_params(params, masks), X)
     close(found.pop("y"), expected.pop("y"))
     assert found == expected
 
@@ -174,15 +196,31 @@ def test_parameters_returned_as_mutable_are_the_packed_ones():
 NAMED = {
     "told otherwise": (lambda x, w: x @ w, js.NM(2, 4, axis=1), ValueError),
     "told so": (lambda x, w: x @ w, js.NM(2, 4, axis=0), ""),
-    "lost in arithmetic": (lambda x, w: x @ (w + w @ w), js.NM(2, 4, axis=1), "axis as named: shared by products"),
-    "never in a product": (lambda x, w: (x * w[0]).sum(), js.NM(2, 4, axis=1), "axis as named: used by mul, not by a matrix product"),
+    "lost in arithmetic": (
+        lambda x, w: x @ (w + w @ w),
+        js.NM(2, 4, axis=1),
+        "axis as named: shared by products",
+    ),
+    "never in a product": (
+        lambda x, w: (x * w[0]).sum(),
+        js.NM(2, 4, axis=1),
+        "axis as named: used by mul, not by a matrix product",
+    ),
     "scaled along the sum": (
         lambda x, w: x @ (w * x[0][:, None]),
         js.NM(2, 4, axis=0),
-        "axis as named: combined, before its matrix product",
+        "axis as named: combined, before its product",
     ),
-    "shared": (lambda x, w: x @ w + x @ w.T, js.NM(2, 4, axis=1), "axis as named: shared by products that sum over different axes"),
-    "looked up": (lambda x, w: w[jnp.arange(3)] @ w.T, js.NM(2, 4, axis=1), "axis as named: an embedding table"),
+    "shared": (
+        lambda x, w: x @ w + x @ w.T,
+        js.NM(2, 4, axis=1),
+        "axis as named: shared by products that sum over different axes",
+    ),
+    "looked up": (
+        lambda x, w: w[jnp.arange(3)] @ w.T,
+        js.NM(2, 4, axis=1),
+        "axis as named: an embedding table",
+    ),
 }
 
 
@@ -196,7 +234,9 @@ def test_a_rule_that_names_its_axis_is_checked_and_where_nothing_tells_taken_at_
             return use(x, self.param("kernel", nn.initializers.normal(), (16, 16)))
 
     if outcome is ValueError:
-        with pytest.raises(ValueError, match=r"names axis 1 for kernel.*but the program sums over axis -2"):
+        with pytest.raises(
+            ValueError, match=r"names axis 1 for kernel.*but the program sums over axis -2"
+        ):
             js.flax.plan(One(), {"kernel": pattern}, X)
         return
     (leaf,) = js.flax.plan(One(), {"kernel": pattern}, X).leaves
@@ -208,7 +248,9 @@ def test_a_rule_that_names_its_axis_is_checked_and_where_nothing_tells_taken_at_
 
 def test_a_wildcard_that_names_one_axis_for_kernels_of_different_rank_warns():
     params = {"q": jnp.zeros((16, 4, 8)), "out": jnp.zeros((16, 8))}
-    with pytest.warns(UserWarning, match=r"plan: rule '\*' names one axis for weights of 2 and 3 axes"):
+    with pytest.warns(
+        UserWarning, match=r"plan: rule '\*' names one axis for weights of 2 and 3 axes"
+    ):
         js.plan(params, {"*": js.NM(2, 4, axis=-2)})
 
 
@@ -217,8 +259,14 @@ def test_the_arguments_of_a_planned_function_are_arrays():
         return x @ params["w"] if mode == "on" else x
 
     params = {"w": jnp.zeros((16, 8))}
-    with pytest.raises(TypeError, match=r"plan: argument \[0\]\[1\] of `fn` is a str, not an array. Bind it with functools.partial"):
+    with pytest.raises(
+        TypeError,
+        match=r"plan: argument \[0\]\[1\] of `fn` is a str, not an array. Bind it with functools.partial",
+    ):
         js.plan(params, {"w": "2:4"}, fn, X, "on")
-    assert js.plan(params, {"w": "2:4"}, functools.partial(fn, mode="on"), X).sparse["w"].pattern.axis == -2
+    assert (
+        js.plan(params, {"w": "2:4"}, functools.partial(fn, mode="on"), X).sparse["w"].pattern.axis
+        == -2
+    )
     with pytest.raises(TypeError, match="plan: there are arguments but no function"):
         js.plan(params, {"w": "2:4"}, None, X)

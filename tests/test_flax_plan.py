@@ -11,11 +11,11 @@ from planning import planned, spec
 import jaxsparse as js
 
 TABLE = "an embedding table: its rows are looked up"
-VARIES = "combined, before its matrix product, with values that vary along the axis summed over"
+VARIES = "combined, before its product, with values that vary along the summed axis"
 RESHAPED = "reshaped before its matrix product, so that its axes cannot be told"
 CHANGED = "another value each time, or in each branch, of a "
 REPEATED = "the same for every row of its matrix product"
-GROUPED = "the kernel of a grouped convolution, which sums over a part of the input channels only"
+GROUPED = "the kernel of a grouped convolution, which sums over some input channels only"
 
 
 class Custom(nn.Module):
@@ -49,11 +49,19 @@ LAYERS = [
     (nn.DenseGeneral(4, axis=(-2, -1)), spec(2, 3, 8), {"kernel": (-2, 2, ())}),
     (nn.DenseGeneral((4, 12), axis=(-2, -1)), spec(2, 3, 8), {"kernel": (-3, 2, ())}),
     (nn.DenseGeneral(4, axis=(1, 2, 3)), spec(2, 3, 5, 8), {"kernel": (-2, 3, ())}),
-    (nn.DenseGeneral(4, axis=(-1, 1)), spec(2, 3, 8), {"kernel": (-2, 2, ())}),  # Flax sorts the axes
+    (
+        nn.DenseGeneral(4, axis=(-1, 1)),
+        spec(2, 3, 8),
+        {"kernel": (-2, 2, ())},
+    ),  # Flax sorts the axes
     (nn.DenseGeneral(4, batch_dims=0), spec(2, 8), {"kernel": (-2, 1, (-3,))}),
     (nn.Conv(4, (3,)), spec(1, 9, 8), {"kernel": (-2, 2, ())}),
     (nn.Conv(4, (3, 3)), IMAGE, {"kernel": (-2, 3, ())}),
-    (nn.Conv(4, (3, 3), kernel_dilation=2, strides=2, padding="VALID"), IMAGE, {"kernel": (-2, 3, ())}),
+    (
+        nn.Conv(4, (3, 3), kernel_dilation=2, strides=2, padding="VALID"),
+        IMAGE,
+        {"kernel": (-2, 3, ())},
+    ),
     (nn.Conv(4, (3, 3), padding="CIRCULAR"), IMAGE, {"kernel": (-2, 3, ())}),
     (nn.Conv(8, (3, 3), feature_group_count=2), IMAGE, {"kernel": GROUPED}),
     (nn.Conv(8, (3, 3), feature_group_count=8), IMAGE, {"kernel": GROUPED}),
@@ -73,7 +81,11 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "x", "expected"), LAYERS, ids=[f"{i}-{type(model).__name__}" for i, (model, _, _) in enumerate(LAYERS)])
+@pytest.mark.parametrize(
+    ("model", "x", "expected"),
+    LAYERS,
+    ids=[f"{i}-{type(model).__name__}" for i, (model, _, _) in enumerate(LAYERS)],
+)
 def test_layers(model, x, expected):
     assert planned(model, x) == expected
 
@@ -95,10 +107,18 @@ def test_layers(model, x, expected):
         ((8, 8), lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x), (-2, 1, ())),
         ((8, 8), lambda x, w: jax.jit(jax.checkpoint(jnp.matmul))(x, w), (-2, 1, ())),
         ((2, 8, 3), lambda x, w: jax.vmap(jnp.matmul)(x, w), (-2, 1, (-3,))),
-        ((8, 8), lambda x, w: x @ w + x @ w.T, "shared by products that sum over different axes [-2, -1]"),
+        (
+            (8, 8),
+            lambda x, w: x @ w + x @ w.T,
+            "shared by products that sum over different axes [-2, -1]",
+        ),
         ((8,), lambda x, w: x * w, "used by mul, not by a matrix product"),
         ((1, 8, 12), lambda x, w: x @ w[0], (-2, 1, ())),
-        ((16, 12), lambda x, w: x @ w.reshape(2, 8, 12)[0], "reshaped before its matrix product, so that its axes cannot be told"),
+        (
+            (16, 12),
+            lambda x, w: x @ w.reshape(2, 8, 12)[0],
+            "reshaped before its matrix product, so that its axes cannot be told",
+        ),
         ((12,), lambda x, w: x[:, :1] @ w.reshape(1, 12), "an operand of an outer product"),
         ((8, 12), lambda x, w: x @ jnp.concatenate([w, w], 1), (-2, 1, ())),
         ((8, 8), lambda x, w: x @ jnp.concatenate([w, w], 0)[:8], (-2, 1, ())),
@@ -112,20 +132,59 @@ def test_layers(model, x, expected):
         ((8, 12), lambda x, w: x @ jnp.where(w.sum(0) > 0, w, 0), (-2, 1, ())),
         ((8, 12), lambda x, w: x @ w[:, ::-1], (-2, 1, ())),
         ((8, 12), lambda x, w: x @ jnp.pad(w, ((0, 0), (0, 4))), (-2, 1, ())),
-        ((8, 12), lambda x, w: jnp.einsum("bij,ijo->bo", x.reshape(2, 2, 4), w.reshape(2, 4, 12)), (-2, 1, ())),
+        (
+            (8, 12),
+            lambda x, w: jnp.einsum("bij,ijo->bo", x.reshape(2, 2, 4), w.reshape(2, 4, 12)),
+            (-2, 1, ()),
+        ),
         ((8, 3, 4), lambda x, w: x @ w.reshape(8, 12).reshape(8, 6, 2)[:, 0], (-3, 1, ())),
         ((4, 8, 2), lambda x, w: jnp.einsum("bi,bio->bo", x, w[jnp.array([0, 3])]), (-2, 1, (-3,))),
-        ((4, 8, 2), lambda x, w: jnp.einsum("bi,bkio->bko", x, w[jnp.array([[0, 3], [1, 1]])]), (-2, 1, (-3,))),
+        (
+            (4, 8, 2),
+            lambda x, w: jnp.einsum("bi,bkio->bko", x, w[jnp.array([[0, 3], [1, 1]])]),
+            (-2, 1, (-3,)),
+        ),
         ((4, 8, 2), lambda x, w: w[jnp.array([0, 3])].sum(-1) @ x.T, TABLE),
         ((9, 8), lambda x, w: x @ w[jnp.array([0, 3])].T, TABLE),
-        ((9, 8), lambda x, w: jax.lax.scan(lambda c, _: (jnp.tanh(c), None), w[jnp.array([0, 3])], length=2)[0] @ w.T, TABLE),
-        ((8, 8), lambda x, w: jax.lax.fori_loop(0, 2, lambda _, c: c @ c, w).sum() + x @ w, CHANGED),
-        ((16, 8), lambda x, w: jax.lax.scan(lambda c, w: (c, x @ w), 0, jnp.moveaxis(w.reshape(8, 2, 8), 1, 0))[1], RESHAPED),
-        ((8, 8), lambda x, w: x @ jax.lax.cond(x.sum() > 0, lambda w: w, lambda w: w.T, w) + x @ w, CHANGED),
-        ((8, 8), lambda x, w: jax.lax.fori_loop(0, 2, lambda _, c: (c[0] * 0.5, c[1] @ c[0].T), (w, x))[1] + x @ w, CHANGED),
+        (
+            (9, 8),
+            lambda x, w: (
+                jax.lax.scan(lambda c, _: (jnp.tanh(c), None), w[jnp.array([0, 3])], length=2)[0]
+                @ w.T
+            ),
+            TABLE,
+        ),
+        (
+            (8, 8),
+            lambda x, w: jax.lax.fori_loop(0, 2, lambda _, c: c @ c, w).sum() + x @ w,
+            CHANGED,
+        ),
+        (
+            (16, 8),
+            lambda x, w: jax.lax.scan(
+                lambda c, w: (c, x @ w), 0, jnp.moveaxis(w.reshape(8, 2, 8), 1, 0)
+            )[1],
+            RESHAPED,
+        ),
+        (
+            (8, 8),
+            lambda x, w: x @ jax.lax.cond(x.sum() > 0, lambda w: w, lambda w: w.T, w) + x @ w,
+            CHANGED,
+        ),
+        (
+            (8, 8),
+            lambda x, w: (
+                jax.lax.fori_loop(0, 2, lambda _, c: (c[0] * 0.5, c[1] @ c[0].T), (w, x))[1] + x @ w
+            ),
+            CHANGED,
+        ),
         ((16, 8), lambda x, w: x @ w[::2], RESHAPED),
         ((8, 12), lambda x, w: x @ w[:, ::2], (-2, 1, ())),
-        ((8, 4), lambda x, w: jnp.einsum("ab,ab->", jnp.roll(w, 1, 0), x.reshape(4, 4).repeat(2, 0)), (-1, 2, ())),
+        (
+            (8, 4),
+            lambda x, w: jnp.einsum("ab,ab->", jnp.roll(w, 1, 0), x.reshape(4, 4).repeat(2, 0)),
+            (-1, 2, ()),
+        ),
         ((8,), lambda x, w: jnp.broadcast_to(w, (2, 8)) @ x.T, REPEATED),
         ((8,), lambda x, w: (jnp.zeros((2, 8)) + w) @ x.T, REPEATED),
         ((8,), lambda x, w: x @ w, (-1, 1, ())),
@@ -133,8 +192,18 @@ def test_layers(model, x, expected):
         ((3, 8, 4), lambda x, w: jax.lax.ragged_dot(x, w, jnp.array([1, 1, 0])), (-2, 1, (-3,))),
         ((8, 8), lambda x, w: jax.nn.one_hot(jnp.arange(2), 8) @ w, TABLE),
         ((8, 8), lambda x, w: (x > 0).astype(jnp.float32) @ w, (-2, 1, ())),
-        ((8, 8), lambda x, w: jax.lax.while_loop(lambda s: s[0].sum() < 0, lambda s: (s[0] @ s[1], s[1]), (x, w))[0], (-2, 1, ())),
-        ((64,), lambda x, w: x @ w.reshape(8, 8), "reshaped before its matrix product, so that its axes cannot be told"),
+        (
+            (8, 8),
+            lambda x, w: jax.lax.while_loop(
+                lambda s: s[0].sum() < 0, lambda s: (s[0] @ s[1], s[1]), (x, w)
+            )[0],
+            (-2, 1, ()),
+        ),
+        (
+            (64,),
+            lambda x, w: x @ w.reshape(8, 8),
+            "reshaped before its matrix product, so that its axes cannot be told",
+        ),
         ((2, 8), lambda x, w: w[jnp.zeros(2, int)], TABLE),
         ((8, 8), lambda x, w: x, "not used by the function when it is called with these arguments"),
     ],
@@ -158,7 +227,10 @@ class Tied(nn.Module):
 
 
 def test_a_tied_embedding_stays_dense():
-    assert planned(Tied(), spec(2, 3, dtype="int32")) == {"Dense_0/kernel": (-2, 1, ()), "Embed_0/embedding": TABLE}
+    assert planned(Tied(), spec(2, 3, dtype="int32")) == {
+        "Dense_0/kernel": (-2, 1, ()),
+        "Embed_0/embedding": TABLE,
+    }
 
 
 class Trained(nn.Module):
@@ -175,7 +247,10 @@ class Trained(nn.Module):
 @pytest.mark.parametrize("train", [True, False])
 def test_dropout_and_batch_norm_with_keyword_arguments(train):
     plan = js.flax.plan(Trained(), {"*": "2:4"}, IMAGE, train=train)
-    assert {path: leaf.pattern.axis for path, leaf in plan.sparse.items()} == {"Conv_0/kernel": -2, "Dense_0/kernel": -2}
+    assert {path: leaf.pattern.axis for path, leaf in plan.sparse.items()} == {
+        "Conv_0/kernel": -2,
+        "Dense_0/kernel": -2,
+    }
     reasons = {leaf.path: leaf.reason for leaf in plan.leaves if leaf.pattern is None}
     assert set(reasons) == {"BatchNorm_0/bias", "BatchNorm_0/scale", "Conv_0/bias", "Dense_0/bias"}
     assert all(reason.endswith("not by a matrix product") for reason in reasons.values())
@@ -186,12 +261,23 @@ class Tree(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        first, second = self.param("pair", lambda key: [{"w": jnp.zeros((8, 8))}, jnp.zeros((12, 8))])
-        return x @ first["w"] @ second.T @ self.param("more", lambda key: {"w": jnp.zeros((12, 4))})["w"]
+        first, second = self.param(
+            "pair", lambda key: [{"w": jnp.zeros((8, 8))}, jnp.zeros((12, 8))]
+        )
+        return (
+            x
+            @ first["w"]
+            @ second.T
+            @ self.param("more", lambda key: {"w": jnp.zeros((12, 4))})["w"]
+        )
 
 
 def test_parameters_that_are_trees():
-    assert planned(Tree(), X) == {"pair/0/w": (-2, 1, ()), "pair/1": (-1, 1, ()), "more/w": (-2, 1, ())}
+    assert planned(Tree(), X) == {
+        "pair/0/w": (-2, 1, ()),
+        "pair/1": (-1, 1, ()),
+        "more/w": (-2, 1, ()),
+    }
 
 
 def test_boxed_parameters():

@@ -1,4 +1,6 @@
-"""The axis that `flax.plan` learns where modules are scanned, vmapped, rematerialised, recurrent or shared."""
+"""The axis that `flax.plan` learns where modules are scanned, vmapped, rematerialised, recurrent or
+shared.
+"""
 
 import functools
 
@@ -29,7 +31,9 @@ def scanned(axis, length):
             def __call__(self, x, _):
                 return layer(self.features)(x), None
 
-        scan = nn.scan(Body, variable_axes={"params": axis}, split_rngs={"params": True}, length=length)
+        scan = nn.scan(
+            Body, variable_axes={"params": axis}, split_rngs={"params": True}, length=length
+        )
         return lambda features: lambda x: scan(features)(x, None)[0]
 
     return lift
@@ -60,7 +64,9 @@ def test_a_scan_within_a_scan():
     assert list(planned(outer, X, None).values()) == [(-2, 1, (-4, -3))]
 
 
-@pytest.mark.parametrize(("axis", "expected"), [(0, (-2, 1, (-3,))), (1, (-3, 1, (-2,))), (-1, (-3, 1, (-1,)))])
+@pytest.mark.parametrize(
+    ("axis", "expected"), [(0, (-2, 1, (-3,))), (1, (-3, 1, (-2,))), (-1, (-3, 1, (-1,)))]
+)
 def test_layers_under_vmap(axis, expected):
     lift = lambda layer: nn.vmap(layer, variable_axes={"params": axis}, split_rngs={"params": True})  # noqa: E731
     assert list(planned(Stack(lift), spec(8, 2, 8)).values()) == [expected]
@@ -68,13 +74,17 @@ def test_layers_under_vmap(axis, expected):
 
 def test_layers_under_remat():
     assert list(planned(Stack(nn.remat), X).values()) == [(-2, 1, ())]
-    assert list(planned(Stack(lambda layer: scanned(0, 8)(nn.remat(layer))), X).values()) == [(-2, 1, (-3,))]
+    assert list(planned(Stack(lambda layer: scanned(0, 8)(nn.remat(layer))), X).values()) == [
+        (-2, 1, (-3,))
+    ]
 
 
 def test_recurrent_layers():
     kernels = planned(nn.RNN(nn.LSTMCell(8)), spec(2, 5, 12))
     assert kernels == {f"cell/{side}{gate}/kernel": (-2, 1, ()) for side in "ih" for gate in "ifgo"}
-    assert set(planned(nn.RNN(nn.GRUCell(8), reverse=True), spec(2, 5, 12)).values()) == {(-2, 1, ())}
+    assert set(planned(nn.RNN(nn.GRUCell(8), reverse=True), spec(2, 5, 12)).values()) == {
+        (-2, 1, ())
+    }
 
 
 class Shared(nn.Module):

@@ -1,4 +1,6 @@
-"""The benchmark's logic, where there is no GPU: what it finds wrong, what it leaves out, what it writes."""
+"""The benchmark's logic, where there is no GPU: what it finds wrong, what it leaves out, what it
+writes.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxsparse as js
-from jaxsparse.kernels import KERNELS, hopper
+from jaxsparse._kernels import KERNELS, hopper
 
 
 @pytest.fixture
@@ -44,10 +46,19 @@ def with_metadata(change):
 
 
 WRONG = {
-    "values shifted": (lambda x, w: exact(x, dataclasses.replace(w, values=jnp.roll(w.values, 1, 1))), "values"),
+    "values shifted": (
+        lambda x, w: exact(x, dataclasses.replace(w, values=jnp.roll(w.values, 1, 1))),
+        "values",
+    ),
     "rows of the weight exchanged": (lambda x, w: exact(x, w)[:, ::-1], "values"),
-    "halves of words exchanged": (with_metadata(lambda words: words >> 16 | words << 16), "metadata"),
-    "lanes of a quad exchanged": (with_metadata(lambda words: words.reshape(-1, 2)[:, ::-1].reshape(words.shape)), "selectors"),
+    "halves of words exchanged": (
+        with_metadata(lambda words: words >> 16 | words << 16),
+        "metadata",
+    ),
+    "lanes of a quad exchanged": (
+        with_metadata(lambda words: words.reshape(-1, 2)[:, ::-1].reshape(words.shape)),
+        "selectors",
+    ),
     "columns of x exchanged": (lambda x, w: exact(x.at[:, :2].set(x[:, 1::-1]), w), "values"),
     "rows of x exchanged": (lambda x, w: exact(x[::-1], w), "x"),
 }
@@ -58,9 +69,13 @@ def test_the_probes_name_what_is_wrong(checks, multiply, operand):
     assert checks.probes(multiply)[operand] > 0
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 cannot interpret transposed references")
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="jax 0.10 cannot interpret transposed references"
+)
 def test_the_probes_pass_the_hopper_kernel(checks):
-    run = functools.partial(hopper.matmul, cores=2, ops=interpreted.hopper_ops, **interpreted.params())
+    run = functools.partial(
+        hopper.matmul, cores=2, ops=interpreted.hopper_ops, **interpreted.params()
+    )
     assert not any(checks.probes(lambda x, w: run(x, w.values, w.metadata)).values())
 
 
@@ -68,8 +83,13 @@ def test_integers_and_errors_notice_a_missing_step(checks):
     def lacks_a_step(x, w):
         return exact(x.at[:, 64:128].set(0), w)
 
-    assert checks.wrong_integers(exact, 8, 128, 256) == 0 and checks.error(exact, 8, 128, 256) <= 0.51
-    assert checks.wrong_integers(lacks_a_step, 8, 128, 256) > 0 and checks.error(lacks_a_step, 8, 128, 256) > 1
+    assert (
+        checks.wrong_integers(exact, 8, 128, 256) == 0 and checks.error(exact, 8, 128, 256) <= 0.51
+    )
+    assert (
+        checks.wrong_integers(lacks_a_step, 8, 128, 256) > 0
+        and checks.error(lacks_a_step, 8, 128, 256) > 1
+    )
 
 
 def test_a_wrong_gradient_is_noticed(gpu, monkeypatch):
@@ -79,7 +99,9 @@ def test_a_wrong_gradient_is_noticed(gpu, monkeypatch):
         monkeypatch.setattr(gpu, "x_gradient", lambda name: gradient)
         return gpu.checks("dense", {"small": (128, 128), "padded": (133, 132)}, (8, 3))
 
-    assert found(right)["right"] and found(right)["wrong integers of gradients"] == {"8 x 128 x 128": 0}
+    assert found(right)["right"] and found(right)["wrong integers of gradients"] == {
+        "8 x 128 x 128": 0
+    }
     assert not found(lambda ct, w: right(ct.at[:, :4].set(0), w))["right"]
     assert not found(lambda ct, w: exact(ct, w))["right"]
 
@@ -94,14 +116,22 @@ def test_the_smoke_run_takes_every_step(gpu, tmp_path, capsys, monkeypatch):
     gpu.main(["--smoke", "--out", str(tmp_path)])
     found = written(tmp_path)
     assert found["checks"]["dense"]["right"] and not found["left_out"] and not found["wrong"]
-    assert [(one["M"], one["rows"]) for one in found["timings"]] == [(128, 8), (133, 8), (128, 3), (133, 3)]
+    assert [(one["M"], one["rows"]) for one in found["timings"]] == [
+        (128, 8),
+        (133, 8),
+        (128, 3),
+        (133, 3),
+    ]
     assert all(one["microseconds"].keys() == {"dense", "jax dense"} for one in found["timings"])
     assert all("needs a CUDA device" in found["checks"][name]["why"] for name in KERNELS)
     assert [one.keys() for one in found["gradients"]] == [
         {"shape", "rows", "dense", "dense, turned before", "turning", "decompressing", "jax dense"}
     ]
     once = {one["what"]: one for one in found["weights once"]}
-    assert once["read once"]["over reading once"] == 1 and {"2:4 axis 0", "compress, mma16"} < once.keys()
+    assert (
+        once["read once"]["over reading once"] == 1
+        and {"2:4 axis 0", "compress, mma16"} < once.keys()
+    )
     assert all(one["GB/s"] > 0 for one in once.values())
     assert [*tmp_path.glob("*.png")] and "over jax dense" in capsys.readouterr().out
 
@@ -112,14 +142,19 @@ def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatc
     x_gradient, fused = gpu.x_gradient, gpu.fused
     monkeypatch.setattr(gpu, "x_gradient", lambda name: x_gradient("dense"))
     monkeypatch.setattr(gpu, "fused", lambda name: fused("dense"))
-    monkeypatch.setattr(gpu, "product", lambda name: exact if name == "decode" else lambda x, w: exact(x, w) + 1)
+    monkeypatch.setattr(
+        gpu, "product", lambda name: exact if name == "decode" else lambda x, w: exact(x, w) + 1
+    )
     gpu.main(["--smoke", "--out", str(tmp_path)])
     found = written(tmp_path)
     assert [found["checks"][name]["right"] for name in KERNELS] == [False, False, True]
     assert all(one["best"] == "decode" and one["over jax dense"] > 0 for one in found["timings"])
     monkeypatch.setattr(gpu, "checks", lambda *_: {"right": True})
     gpu.main(["--smoke", "--out", str(tmp_path), "--seconds", "0"])
-    assert not written(tmp_path)["timings"] and written(tmp_path)["left_out"][:2] == ["masks and packing", "gradient of small"]
+    assert not written(tmp_path)["timings"] and written(tmp_path)["left_out"][:2] == [
+        "masks and packing",
+        "gradient of small",
+    ]
     assert len(written(tmp_path)["left_out"]) == 6
 
 
@@ -134,7 +169,9 @@ def test_a_kernel_that_hangs_or_faults_takes_nothing_with_it(gpu, tmp_path, monk
     monkeypatch.setattr(gpu, "weights_once", fails)
     monkeypatch.setattr(gpu, "gradient_turns", lambda *_: {})
     gpu.main(["--smoke", "--out", str(tmp_path / "new")])
-    assert written(tmp_path / "new")["failed"] == {"masks and packing": "RuntimeError: out of memory"}
+    assert written(tmp_path / "new")["failed"] == {
+        "masks and packing": "RuntimeError: out of memory"
+    }
     assert len(written(tmp_path / "new")["timings"]) == 4
 
 
@@ -149,11 +186,18 @@ def test_a_kernel_that_is_wrong_for_one_shape_is_not_timed_there(gpu, tmp_path, 
     monkeypatch.setattr(gpu, "checks", lambda *_: {"right": True})
     monkeypatch.setattr(gpu, "weights_once", lambda *_: [])
     monkeypatch.setattr(gpu, "gradient_turns", lambda *_: {})
-    monkeypatch.setattr(gpu, "product", lambda name: lambda x, w: exact(x, w) + (jnp.nan if w.output == (133,) else 0))
+    monkeypatch.setattr(
+        gpu,
+        "product",
+        lambda name: lambda x, w: exact(x, w) + (jnp.nan if w.output == (133,) else 0),
+    )
     gpu.main(["--smoke", "--out", str(tmp_path)])
     found = written(tmp_path)
     assert [(one["shape"], one["kernel"]) for one in found["wrong"]] == [("padded", "decode")] * 2
-    assert [one["microseconds"].keys() for one in found["timings"]] == [{"decode", "jax dense"}, {"jax dense"}] * 2
+    assert [one["microseconds"].keys() for one in found["timings"]] == [
+        {"decode", "jax dense"},
+        {"jax dense"},
+    ] * 2
 
 
 def test_variants_tell_configurations_apart(gpu, monkeypatch):
@@ -161,7 +205,9 @@ def test_variants_tell_configurations_apart(gpu, monkeypatch):
         w = js.Sparse24(values, metadata, (128,), (128,), layout="mma16")
         return exact(x, w) + (8 if config["unroll"] == 2 else 0)
 
-    monkeypatch.setattr(gpu.importlib, "import_module", lambda name: SimpleNamespace(Config=dict, matmul=matmul))
+    monkeypatch.setattr(
+        gpu.importlib, "import_module", lambda name: SimpleNamespace(Config=dict, matmul=matmul)
+    )
     first, second = gpu.variants("decode", 8, 128, 128, [{"unroll": 1}, {"unroll": 2}], 2)
     assert first["differs"] < 0.1 and second["differs"] > 7
     assert first["config"] == "{'unroll': 1}" and first["microseconds"] > 0
@@ -169,9 +215,11 @@ def test_variants_tell_configurations_apart(gpu, monkeypatch):
 
 def test_every_variant_is_one_that_the_kernels_take(gpu):
     for name, (n, _, _, configs) in gpu.VARIANTS.items():
-        module = importlib.import_module(f"jaxsparse.kernels.{name}")
+        module = importlib.import_module(f"jaxsparse._kernels.{name}")
         assert gpu.fits(name, n) and all(module.Config(**config) for config in configs)
-    assert all(config["warpgroups"] <= config["tile_m"] // 16 for config in gpu.VARIANTS["decode"][3])
+    assert all(
+        config["warpgroups"] <= config["tile_m"] // 16 for config in gpu.VARIANTS["decode"][3]
+    )
     assert set(gpu.MASKS) < gpu.masks.patterns().keys()
     assert set(gpu.CHECKED) < gpu.SHAPES.keys() and gpu.TIMED_ROWS.keys() == set(KERNELS)
 
@@ -185,18 +233,36 @@ def test_without_a_gpu_it_says_so(gpu, capsys):
 def test_a_row_of_the_table(gpu):
     seconds = {"decode": 1e-3, "hopper": 2e-3, "jax dense": 1.5e-3, "torch semi-structured": 3e-3}
     row = gpu.gpu_report.row("some", 1000, 1000, 1000, seconds, (4e12, 1e12))
-    assert (row["best"], row["over jax dense"], row["over torch"], row["TFLOP/s"]) == ("decode", 1.5, 3.0, pytest.approx(2.0))
+    assert (row["best"], row["over jax dense"], row["over torch"], row["TFLOP/s"]) == (
+        "decode",
+        1.5,
+        3.0,
+        pytest.approx(2.0),
+    )
     assert row["GB/s"] == pytest.approx(1.125 + 4) and row["of bound"] == pytest.approx(0.5)
 
 
 def timed(m, k, n, dense, **kernels):
-    return {"shape": f"{m} x {k}", "rows": n, "M": m, "K": k, "microseconds": {"jax dense": dense, **kernels}}
+    return {
+        "shape": f"{m} x {k}",
+        "rows": n,
+        "M": m,
+        "K": k,
+        "microseconds": {"jax dense": dense, **kernels},
+    }
 
 
 def test_choices_are_where_a_kernel_won_at_every_shape(gpu):
     timings = [
-        *(timed(m, m, n, 10, decode=d) for n in (1, 16) for m, d in ((1024, 11), (2048, 6), (4096, 6))),
-        *(timed(m, m, 64, 10, decode=d, hopper=h) for m, d, h in ((1024, 11, 20), (2048, 8, 20), (4096, 9.9, 20))),
+        *(
+            timed(m, m, n, 10, decode=d)
+            for n in (1, 16)
+            for m, d in ((1024, 11), (2048, 6), (4096, 6))
+        ),
+        *(
+            timed(m, m, 64, 10, decode=d, hopper=h)
+            for m, d, h in ((1024, 11, 20), (2048, 8, 20), (4096, 9.9, 20))
+        ),
         *(timed(m, 2048, 4096, 10, hopper=h) for m, h in ((1024, 12), (4096, 9), (8192, 7))),
         timed(8192, 512, 4096, 10, hopper=9),
     ]
@@ -207,10 +273,18 @@ def test_choices_are_where_a_kernel_won_at_every_shape(gpu):
 
 
 def test_a_shape_at_which_a_kernel_was_wrong_is_one_that_it_lost(gpu):
-    timings = [timed(1024, 1024, 16, 10, decode=5), timed(2048, 2048, 16, 10), timed(4096, 4096, 16, 10, decode=5)]
+    timings = [
+        timed(1024, 1024, 16, 10, decode=5),
+        timed(2048, 2048, 16, 10),
+        timed(4096, 4096, 16, 10, decode=5),
+    ]
     wrong = [{"kernel": "decode", "shape": "2048 x 2048", "rows": 16, "error": 3.0}]
-    assert gpu.gpu_report.choices(timings, [], (9, 0)) == [(((9, 0),), "decode", 16, 16, 1024 * 1024, 1024)]
-    assert gpu.gpu_report.choices(timings, wrong, (9, 0)) == [(((9, 0),), "decode", 16, 16, 4096 * 4096, 4096)]
+    assert gpu.gpu_report.choices(timings, [], (9, 0)) == [
+        (((9, 0),), "decode", 16, 16, 1024 * 1024, 1024)
+    ]
+    assert gpu.gpu_report.choices(timings, wrong, (9, 0)) == [
+        (((9, 0),), "decode", 16, 16, 4096 * 4096, 4096)
+    ]
 
 
 def test_the_readme_shows_what_was_measured_or_that_nothing_was(gpu, tmp_path, monkeypatch):
@@ -220,13 +294,26 @@ def test_the_readme_shows_what_was_measured_or_that_nothing_was(gpu, tmp_path, m
     monkeypatch.setattr(readme.timing, "RESULTS", tmp_path)
     assert "no speed is measured" in readme.filled(text) and "old" not in readme.filled(text)
     peaks = (4e12, 1e12)
-    timings = [gpu.gpu_report.row("some", n, 1000, 1000, {"decode": 1e-3, "jax dense": n * 1e-3}, peaks) for n in (1, 2)]
+    timings = [
+        gpu.gpu_report.row("some", n, 1000, 1000, {"decode": 1e-3, "jax dense": n * 1e-3}, peaks)
+        for n in (1, 2)
+    ]
     timings.append(gpu.gpu_report.row("other", 2, 500, 1000, {"jax dense": 1e-3}, peaks))
     kernels = {"hopper": "NotImplementedError: no", "decode": "ran"}
     timing = readme.timing
-    timing.save("NVIDIA_X", tmp_path, kernels=kernels, checks={"decode": {"right": True}}, timings=timings, wrong=[], left_out=["a"])
+    timing.save(
+        "NVIDIA_X",
+        tmp_path,
+        kernels=kernels,
+        checks={"decode": {"right": True}},
+        timings=timings,
+        wrong=[],
+        left_out=["a"],
+    )
     lines = readme.filled(text).splitlines()
     assert any("`decode` right" in line and "1 left out" in line for line in lines)
-    assert [line for line in lines if line.startswith("| some")] == ["| some    | 1000 x 1000 | 1.00 | 2.00 |"]
+    assert [line for line in lines if line.startswith("| some")] == [
+        "| some    | 1000 x 1000 | 1.00 | 2.00 |"
+    ]
     assert not any(line.startswith("| other") for line in lines)
     assert any("NVIDIA_X.png" in line for line in lines)

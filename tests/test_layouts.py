@@ -1,4 +1,6 @@
-"""Packed weights against lane-level emulations of the sparse tensor core instructions, and the round trip of their metadata."""
+"""Packed weights against lane-level emulations of the sparse tensor core instructions, and the
+round trip of their metadata.
+"""
 
 import chex
 import jax
@@ -9,13 +11,15 @@ import pytest
 from flax import serialization
 
 import jaxsparse as js
-from jaxsparse import layouts
+from jaxsparse._packed import layouts
 
 
 def packed(rows=128, columns=256, layout="mma16", dtype=jnp.bfloat16, seed=0):
     """The weight in the orientation `[M, K]`, masked, and its packed form."""
     mask, weights = lanes.prune(np.random.default_rng(seed), rows, columns)
-    w = js.compress({"w": jnp.asarray(weights.T, dtype)}, {"w": jnp.asarray(mask.T)}, layout=layout)["w"]
+    w = js.compress(
+        {"w": jnp.asarray(weights.T, dtype)}, {"w": jnp.asarray(mask.T)}, layout=layout
+    )["w"]
     return weights * mask, w
 
 
@@ -36,7 +40,13 @@ def by_warps(a, x, words, selector):
     for warp, n in np.ndindex(4, x.shape[1] // 8):
         a_fragment = a[16 * warp : 16 * warp + 16][lanes.A_ROW, lanes.A_COLUMN]
         b_fragment = x[:, 8 * n : 8 * n + 8][lanes.B_ROW, lanes.B_COLUMN]
-        d = lanes.mma_sp_m16n8k32(a_fragment, b_fragment, np.zeros((32, 4), np.float32), words[32 * warp : 32 * warp + 32], selector)
+        d = lanes.mma_sp_m16n8k32(
+            a_fragment,
+            b_fragment,
+            np.zeros((32, 4), np.float32),
+            words[32 * warp : 32 * warp + 32],
+            selector,
+        )
         y[16 * warp : 16 * warp + 16, 8 * n : 8 * n + 8][lanes.C_ROW, lanes.C_COLUMN] = d
     return y
 
@@ -45,12 +55,18 @@ def by_warps(a, x, words, selector):
 def test_the_lanes_read_what_was_packed(instruction):
     dense, w = packed()
     x = np.random.default_rng(1).integers(-9, 10, (256, 8)).astype(np.float32)
-    np.testing.assert_array_equal(product(instruction, np.asarray(w.values, np.float32), np.asarray(w.metadata), x), dense @ x)
+    np.testing.assert_array_equal(
+        product(instruction, np.asarray(w.values, np.float32), np.asarray(w.metadata), x), dense @ x
+    )
 
 
 WRONG = {
-    "lanes of a quad exchanged": lambda words: words.reshape(*words.shape[:-1], 32, 4)[..., [1, 0, 2, 3]].reshape(words.shape),
-    "selectors exchanged": lambda words: words.reshape(*words.shape[:-1], 32, 2, 2)[..., ::-1, :].reshape(words.shape),
+    "lanes of a quad exchanged": lambda words: words.reshape(*words.shape[:-1], 32, 4)[
+        ..., [1, 0, 2, 3]
+    ].reshape(words.shape),
+    "selectors exchanged": lambda words: words.reshape(*words.shape[:-1], 32, 2, 2)[
+        ..., ::-1, :
+    ].reshape(words.shape),
     "row halves exchanged": lambda words: words >> 16 | words << 16,
     "warps exchanged": lambda words: np.roll(words, 32, -1),
     "column tiles exchanged": lambda words: words[:, ::-1],
@@ -62,14 +78,22 @@ WRONG = {
 def test_the_emulators_notice_a_wrong_arrangement(instruction, change):
     dense, w = packed()
     x = np.random.default_rng(1).integers(-9, 10, (256, 8)).astype(np.float32)
-    assert (product(instruction, np.asarray(w.values, np.float32), change(np.asarray(w.metadata)), x) != dense @ x).any()
+    assert (
+        product(instruction, np.asarray(w.values, np.float32), change(np.asarray(w.metadata)), x)
+        != dense @ x
+    ).any()
 
 
 def test_the_emulators_refuse_unordered_places():
     _, w = packed()
     bad = np.asarray(w.metadata) & ~np.uint32(15)
     with pytest.raises(lanes.UnorderedMetadataError):
-        product(lanes.wgmma_sp_m64k32, np.asarray(w.values, np.float32), bad, np.ones((256, 8), np.float32))
+        product(
+            lanes.wgmma_sp_m64k32,
+            np.asarray(w.values, np.float32),
+            bad,
+            np.ones((256, 8), np.float32),
+        )
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(128, 256), (64, 64), (8, 4), (200, 68), (130, 132)])
@@ -79,8 +103,13 @@ def test_layouts_round_trip_and_hold_only_legal_words(rows, columns):
     assert tiled.metadata.shape == (-(-rows // 128) * 2, -(-columns // 128) * 2, 128)
     assert canonical.with_layout("mma16").metadata.tolist() == tiled.metadata.tolist()
     back = tiled.with_layout("canonical")
-    assert back.metadata.dtype == jnp.uint16 and back.metadata.tolist() == canonical.metadata.tolist()
-    assert (jax.tree.structure(back), jax.tree.structure(tiled)) == (jax.tree.structure(canonical), jax.tree.structure(tiled))
+    assert (
+        back.metadata.dtype == jnp.uint16 and back.metadata.tolist() == canonical.metadata.tolist()
+    )
+    assert (jax.tree.structure(back), jax.tree.structure(tiled)) == (
+        jax.tree.structure(canonical),
+        jax.tree.structure(tiled),
+    )
     nibbles = np.asarray(tiled.metadata)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
     assert set(np.unique(nibbles)) <= {4, 8, 9, 12, 13, 14}
     np.testing.assert_array_equal(js.decompress({"w": tiled})["w"], dense.T)
@@ -89,10 +118,17 @@ def test_layouts_round_trip_and_hold_only_legal_words(rows, columns):
 def test_a_stack_is_tiled_weight_by_weight():
     both = [packed(seed=seed)[1] for seed in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
-    assert stacked.with_layout("canonical").with_layout("mma16").metadata.tolist() == stacked.metadata.tolist()
+    assert (
+        stacked.with_layout("canonical").with_layout("mma16").metadata.tolist()
+        == stacked.metadata.tolist()
+    )
     x = jnp.asarray(np.random.default_rng(2).integers(-3, 4, (2, 5, 256)), jnp.bfloat16)
-    scanned = jax.lax.scan(lambda _, step: (None, js.sparse_matmul(step[0], step[1])), None, (x, stacked))[1]
-    np.testing.assert_array_equal(scanned, jnp.stack([js.sparse_matmul(a, w) for a, w in zip(x, both, strict=True)]))
+    scanned = jax.lax.scan(
+        lambda _, step: (None, js.sparse_matmul(step[0], step[1])), None, (x, stacked)
+    )[1]
+    np.testing.assert_array_equal(
+        scanned, jnp.stack([js.sparse_matmul(a, w) for a, w in zip(x, both, strict=True)])
+    )
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -102,11 +138,18 @@ def test_compress_chooses_the_layout_of_the_backend(monkeypatch, jit):
 
     def layout(dtype):
         pack = lambda w, m: js.compress({"w": w}, {"w": m}, plan)["w"]  # noqa: E731
-        return (jax.jit(pack) if jit else pack)(jnp.asarray(weights.T, dtype), jnp.asarray(mask.T)).layout
+        return (jax.jit(pack) if jit else pack)(
+            jnp.asarray(weights.T, dtype), jnp.asarray(mask.T)
+        ).layout
 
-    assert layout(jnp.bfloat16) == "canonical"  # the fallback on a CPU reads its metadata as they are
+    # the fallback on a CPU reads its metadata as they are
+    assert layout(jnp.bfloat16) == "canonical"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert (layout(jnp.bfloat16), layout(jnp.float16), layout(jnp.float32)) == ("mma16", "mma16", "canonical")
+    assert (layout(jnp.bfloat16), layout(jnp.float16), layout(jnp.float32)) == (
+        "mma16",
+        "mma16",
+        "canonical",
+    )
 
 
 def test_flax_writes_canonical_metadata_and_restores_the_layout_of_the_target():
@@ -115,7 +158,9 @@ def test_flax_writes_canonical_metadata_and_restores_the_layout_of_the_target():
     fresh = {layout: jax.tree.map(jnp.zeros_like, w) for layout, w in both.items()}
     assert serialization.to_bytes(both["canonical"]) == serialization.to_bytes(both["mma16"])
     for layout, w in both.items():
-        restored = serialization.from_bytes(fresh[layout], serialization.to_bytes(both["canonical"]))
+        restored = serialization.from_bytes(
+            fresh[layout], serialization.to_bytes(both["canonical"])
+        )
         chex.assert_trees_all_equal(restored, w)
 
 

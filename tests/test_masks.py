@@ -14,7 +14,19 @@ import jaxsparse as js
 FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 INTEGERS = ("int8", "int32", "uint32", "uint8")
 DTYPES = FLOATS + INTEGERS
-SIZES = [(1, 1), (1, 2), (2, 4), (4, 8), (1, 9), (3, 7), (5, 12), (1, 128), (64, 128), (127, 128), (128, 128)]
+SIZES = [
+    (1, 1),
+    (1, 2),
+    (2, 4),
+    (4, 8),
+    (1, 9),
+    (3, 7),
+    (5, 12),
+    (1, 128),
+    (64, 128),
+    (127, 128),
+    (128, 128),
+]
 
 
 nm_mask = jax.jit(js.nm_mask, static_argnums=(1, 2), static_argnames="axis")
@@ -24,10 +36,25 @@ def special_values(dtype):
     """Values of `dtype` that are easy to rank wrongly."""
     if dtype in INTEGERS:
         info = jnp.iinfo(dtype)
-        return np.array([info.min, info.min, info.min + 1, 0, 0, 1, info.max - 1, info.max, info.max], dtype)
+        return np.array(
+            [info.min, info.min, info.min + 1, 0, 0, 1, info.max - 1, info.max, info.max], dtype
+        )
     info = jnp.finfo(dtype)
     tiny = info.smallest_subnormal
-    values = [0.0, -0.0, tiny, -tiny, info.tiny, -info.tiny, 1, -1, info.max, info.min, np.nan, -np.nan]
+    values = [
+        0.0,
+        -0.0,
+        tiny,
+        -tiny,
+        info.tiny,
+        -info.tiny,
+        1,
+        -1,
+        info.max,
+        info.min,
+        np.nan,
+        -np.nan,
+    ]
     if dtype != "float8_e4m3fn":  # which has no infinity
         values += [np.inf, -np.inf]
     return np.array(values, "float32" if dtype == "float32" else "float64").astype(jnp.dtype(dtype))
@@ -79,7 +106,12 @@ def test_exactly_n_of_every_m_stay(n, m):
 def test_all_equal_keeps_the_first_n(n, m):
     expected = np.tile(np.arange(m) < n, 2)
     lowest = jnp.iinfo("int32").min
-    for scores in (np.zeros(2 * m, "float32"), np.full(2 * m, np.nan, "bfloat16"), np.full(2 * m, -np.inf), np.full(2 * m, lowest)):
+    for scores in (
+        np.zeros(2 * m, "float32"),
+        np.full(2 * m, np.nan, "bfloat16"),
+        np.full(2 * m, -np.inf),
+        np.full(2 * m, lowest),
+    ):
         np.testing.assert_array_equal(nm_mask(scores, n, m, axis=0), expected)
 
 
@@ -107,7 +139,8 @@ def test_denormals_rank_above_zero(m):
 def test_the_other_narrow_dtypes_rank_as_their_values(dtype):
     scores = np.array([1, -1, 2, 3, -2, 1, 0, 1], "float32")
     np.testing.assert_array_equal(
-        js.nm_mask(jnp.asarray(scores.astype(jnp.dtype(dtype))), 2, 4, axis=0), reference.nm_mask(scores, 2, 4, 0)
+        js.nm_mask(jnp.asarray(scores.astype(jnp.dtype(dtype))), 2, 4, axis=0),
+        reference.nm_mask(scores, 2, 4, 0),
     )
 
 
@@ -125,9 +158,13 @@ def test_transformations_give_the_same_mask(n, m):
     np.testing.assert_array_equal(js.nm_mask(scores, n, m, axis=1), expected)
     np.testing.assert_array_equal(nm_mask(scores, n, m, axis=1), expected)
     np.testing.assert_array_equal(jax.vmap(one)(scores), expected)
-    np.testing.assert_array_equal(jax.vmap(lambda s: js.nm_mask(s, n, m, axis=-1), 2, 2)(scores), expected)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda s: js.nm_mask(s, n, m, axis=-1), 2, 2)(scores), expected
+    )
     np.testing.assert_array_equal(jax.jit(jax.vmap(jax.vmap(one, 1, 1)))(scores), expected)
-    np.testing.assert_array_equal(jax.lax.scan(lambda _, s: (None, one(s)), None, scores)[1], expected)
+    np.testing.assert_array_equal(
+        jax.lax.scan(lambda _, s: (None, one(s)), None, scores)[1], expected
+    )
     np.testing.assert_array_equal(jax.lax.map(jax.checkpoint(one), scores), expected)
 
 
@@ -157,9 +194,13 @@ def test_traced_n_equals_static_n_without_a_retrace(m, dtype):
         return js.nm_mask(scores, n, m, axis=1)
 
     for n in {1, m // 2 or 1, m - 1 or 1, m}:
-        np.testing.assert_array_equal(mask(scores, jnp.asarray(n, dtype)), js.nm_mask(scores, n, m, axis=1))
+        np.testing.assert_array_equal(
+            mask(scores, jnp.asarray(n, dtype)), js.nm_mask(scores, n, m, axis=1)
+        )
     for n in range(1, m + 1):
-        np.testing.assert_array_equal(mask(scores, jnp.asarray(n, dtype)), reference.nm_mask(scores, n, m, 1))
+        np.testing.assert_array_equal(
+            mask(scores, jnp.asarray(n, dtype)), reference.nm_mask(scores, n, m, 1)
+        )
     assert len(traces) == 1
     assert not mask(scores, jnp.asarray(0, dtype)).any()
     assert mask(scores, jnp.asarray(m + 3, dtype)).all()
@@ -168,7 +209,9 @@ def test_traced_n_equals_static_n_without_a_retrace(m, dtype):
 @pytest.mark.parametrize("m", [4, 20])
 def test_traced_n_may_differ_from_one_batch_member_to_the_next(m):
     scores = jnp.asarray(random_scores(np.random.default_rng(4), "float32", (m, 2 * m)))
-    masks = jax.jit(jax.vmap(lambda s, n: js.nm_mask(s, n, m, axis=0)))(scores, jnp.arange(1, m + 1))
+    masks = jax.jit(jax.vmap(lambda s, n: js.nm_mask(s, n, m, axis=0)))(
+        scores, jnp.arange(1, m + 1)
+    )
     for row, mask in enumerate(masks):
         np.testing.assert_array_equal(mask, reference.nm_mask(scores[row], row + 1, m, 0))
     shared = jax.vmap(lambda n: js.nm_mask(scores[0], n, m, axis=0))(jnp.array([1, m]))
@@ -177,7 +220,10 @@ def test_traced_n_may_differ_from_one_batch_member_to_the_next(m):
 
 def test_integer_like_n_m_and_axis_are_accepted():
     scores = jnp.array([3.0, 1.0, 2.0, 2.0])
-    for n, m, axis in [(np.int64(2), np.uint8(4), np.int32(-1)), (jnp.int32(2), jnp.int32(4), jnp.int8(0))]:
+    for n, m, axis in [
+        (np.int64(2), np.uint8(4), np.int32(-1)),
+        (jnp.int32(2), jnp.int32(4), jnp.int8(0)),
+    ]:
         assert js.nm_mask(scores, n, m, axis=axis).tolist() == [True, False, True, False]
 
 
@@ -187,7 +233,9 @@ def test_no_wide_types_appear():
         assert "64[" not in program
     with jax.enable_x64(True):
         scores = np.random.default_rng(5).normal(size=(16, 2))
-        np.testing.assert_array_equal(js.nm_mask(scores, 2, 4, axis=0), reference.nm_mask(scores, 2, 4, 0))
+        np.testing.assert_array_equal(
+            js.nm_mask(scores, 2, 4, axis=0), reference.nm_mask(scores, 2, 4, 0)
+        )
 
 
 def params():
@@ -197,10 +245,16 @@ def params():
 
 def test_magnitude_masks_rank_absolute_values_and_are_scalars_where_dense():
     tree = params()
-    masks = js.magnitude_masks(tree, js.plan(tree, {"in/w": js.NM(2, 4, axis=0), "out/0": js.NM(1, 8, axis=1)}))
+    masks = js.magnitude_masks(
+        tree, js.plan(tree, {"in/w": js.NM(2, 4, axis=0), "out/0": js.NM(1, 8, axis=1)})
+    )
     assert jax.tree.structure(masks) == jax.tree.structure(tree)
-    np.testing.assert_array_equal(masks["in"]["w"], reference.nm_mask(np.abs(tree["in"]["w"]), 2, 4, 0))
-    np.testing.assert_array_equal(masks["out"][0], reference.nm_mask(np.abs(tree["out"][0]), 1, 8, 1))
+    np.testing.assert_array_equal(
+        masks["in"]["w"], reference.nm_mask(np.abs(tree["in"]["w"]), 2, 4, 0)
+    )
+    np.testing.assert_array_equal(
+        masks["out"][0], reference.nm_mask(np.abs(tree["out"][0]), 1, 8, 1)
+    )
     for dense in (masks["b"], masks["out"][1]):
         assert dense.shape == () and dense.dtype == bool and dense
 
@@ -219,7 +273,9 @@ def test_magnitude_masks_agree_under_jit_and_in_narrow_dtypes():
     plan = js.plan(tree, {"in/w": js.NM(2, 4, axis=0)})
     eager, jitted = js.magnitude_masks(tree, plan), jax.jit(js.magnitude_masks)(tree, plan)
     jax.tree.map(np.testing.assert_array_equal, eager, jitted)
-    np.testing.assert_array_equal(eager["in"]["w"], reference.nm_mask(np.abs(tree["in"]["w"].astype("float32")), 2, 4, 0))
+    np.testing.assert_array_equal(
+        eager["in"]["w"], reference.nm_mask(np.abs(tree["in"]["w"].astype("float32")), 2, 4, 0)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int64", "float32", "bfloat16"])
@@ -227,7 +283,10 @@ def test_magnitude_masks_agree_under_jit_and_in_narrow_dtypes():
 def test_masks_in_64_bits(n, m, dtype):
     with jax.enable_x64(True):
         scores = jnp.asarray(np.random.default_rng(0).permutation(2 * m).reshape(m, 2), dtype)
-        np.testing.assert_array_equal(js.nm_mask(scores, n, m, axis=0), reference.nm_mask(np.asarray(scores, float), n, m, axis=0))
+        np.testing.assert_array_equal(
+            js.nm_mask(scores, n, m, axis=0),
+            reference.nm_mask(np.asarray(scores, float), n, m, axis=0),
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int4", "uint4"])
@@ -250,4 +309,6 @@ def test_leaves_of_8_bits_rank_together_with_others():
     params = {"a": jnp.asarray(values[0], "float8_e4m3fn"), "b": jnp.asarray(values[1], "bfloat16")}
     found = js.magnitude_masks(params, js.plan(params, {"*": js.Unstructured(0.25, "global")}))
     rounded = np.concatenate([np.asarray(params[name], np.float32) for name in "ab"])
-    np.testing.assert_array_equal(np.concatenate([found["a"], found["b"]]), reference.topk_mask(rounded, 8))
+    np.testing.assert_array_equal(
+        np.concatenate([found["a"], found["b"]]), reference.topk_mask(rounded, 8)
+    )

@@ -1,4 +1,6 @@
-"""`sparse_matmul` equals the product with the dense masked weight, and so do all its transformations."""
+"""`sparse_matmul` equals the product with the dense masked weight, and so do all its
+transformations.
+"""
 
 import functools
 import math
@@ -12,12 +14,23 @@ from jax import export
 import jaxsparse as js
 
 
-def make(core=(24,), output=(6,), *, stack=(), output_first=False, dtype=jnp.float32, integers=False, seed=0):
+def make(
+    core=(24,),
+    output=(6,),
+    *,
+    stack=(),
+    output_first=False,
+    dtype=jnp.float32,
+    integers=False,
+    seed=0,
+):
     """A packed weight and the dense masked one in NumPy, float64, as `[*stack, K, M]`."""
     random = np.random.default_rng(seed)
     k, m = math.prod(core), math.prod(output)
     w = random.integers(-8, 9, (*stack, k, m)) if integers else random.normal(size=(*stack, k, m))
-    keep = random.permuted(np.broadcast_to([True, True, False, False], (*stack, m, k // 4, 4)), axis=-1)
+    keep = random.permuted(
+        np.broadcast_to([True, True, False, False], (*stack, m, k // 4, 4)), axis=-1
+    )
     mask = keep.reshape(*stack, m, k).swapaxes(-1, -2)
     w = np.asarray(jnp.asarray(w).astype(dtype), np.float64)
     values = w.swapaxes(-1, -2)[mask.swapaxes(-1, -2)].reshape(*stack, m, k // 2)
@@ -27,22 +40,32 @@ def make(core=(24,), output=(6,), *, stack=(), output_first=False, dtype=jnp.flo
     nibbles[..., : k // 4] = first | second << 2
     words = (nibbles.reshape(*stack, m, -1, 4) * 16 ** np.arange(4)).sum(-1)
     axes = "O" * len(output) + "K" * len(core) if output_first else ""
-    return js.Sparse24(jnp.asarray(values, dtype), jnp.asarray(words, jnp.uint16), core, output, axes), np.where(mask, w, 0)
+    return js.Sparse24(
+        jnp.asarray(values, dtype), jnp.asarray(words, jnp.uint16), core, output, axes
+    ), np.where(mask, w, 0)
 
 
 def make_x(shape, dtype=jnp.float32, integers=False, seed=9):
     random = np.random.default_rng(seed)
-    return jnp.asarray(random.integers(-8, 9, shape) if integers else random.normal(size=shape)).astype(dtype)
+    return jnp.asarray(
+        random.integers(-8, 9, shape) if integers else random.normal(size=shape)
+    ).astype(dtype)
 
 
 def dense_product(x, w):
     """Row by row of x, for the last axis of x and `[K, M]`."""
     x = np.asarray(x, np.float64)
-    return np.stack([sum(row[k] * w[k] for k in range(len(row))) for row in x.reshape(-1, x.shape[-1])]).reshape(*x.shape[:-1], -1)
+    return np.stack(
+        [sum(row[k] * w[k] for k in range(len(row))) for row in x.reshape(-1, x.shape[-1])]
+    ).reshape(*x.shape[:-1], -1)
 
 
 def close(a, b, **kwargs):
-    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), **{"rtol": 1e-5, "atol": 1e-5, **kwargs})
+    np.testing.assert_allclose(
+        np.asarray(a, np.float64),
+        np.asarray(b, np.float64),
+        **{"rtol": 1e-5, "atol": 1e-5, **kwargs},
+    )
 
 
 @pytest.mark.parametrize("rows", [(), (5,), (2, 3), (2, 1, 3), (0,), (2, 0)])
@@ -54,7 +77,10 @@ def test_integers_are_exact_for_x_of_any_rank(rows, dtype):
     assert y.dtype == dtype
     assert y.shape == (*rows, 6)
     if y.size:
-        np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(jnp.asarray(dense_product(x, dense)).astype(dtype), np.float64))
+        np.testing.assert_array_equal(
+            np.asarray(y, np.float64),
+            np.asarray(jnp.asarray(dense_product(x, dense)).astype(dtype), np.float64),
+        )
 
 
 @pytest.mark.parametrize("implementation", [None, "dense"])
@@ -87,7 +113,13 @@ def test_a_stack_multiplies_each_with_its_own(rows):
 
 
 @pytest.mark.parametrize(
-    "x_dtype, w_dtype", [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "float16"), ("bfloat16", "int8")]
+    "x_dtype, w_dtype",
+    [
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("bfloat16", "float16"),
+        ("bfloat16", "int8"),
+    ],
 )
 def test_dtypes_promote_as_in_a_dense_product(x_dtype, w_dtype):
     w, dense = make(dtype=w_dtype, integers=True)
@@ -102,11 +134,18 @@ def test_sixteen_bit_sums_are_taken_in_float32():
     w = js.Sparse24(values, jnp.full((1, 64), 0x4444, jnp.uint16), (1024,), (1,))
     x = jnp.ones((1, 1024), jnp.bfloat16)
     assert js.sparse_matmul(x, w)[0, 0] == 768  # 767 to the nearest of 8 bits
-    (product,) = [line for line in jax.jit(js.sparse_matmul).lower(x, w).as_text().splitlines() if "dot_general" in line]
+    (product,) = [
+        line
+        for line in jax.jit(js.sparse_matmul).lower(x, w).as_text().splitlines()
+        if "dot_general" in line
+    ]
     assert product.endswith("-> tensor<1x1xf32>")  # not left to the backend
 
 
-@pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGHEST, (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)])
+@pytest.mark.parametrize(
+    "precision",
+    ["highest", jax.lax.Precision.HIGHEST, (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)],
+)
 def test_precision_reaches_the_product_and_its_gradients(precision):
     w, _ = make()
     f = lambda x, w: js.sparse_matmul(x, w, precision=precision).sum()  # noqa: E731
@@ -117,7 +156,10 @@ def test_precision_reaches_the_product_and_its_gradients(precision):
     assert "dot_general" in plain
 
 
-@pytest.mark.parametrize(("asked", "said"), [("highest", "HIGHEST"), ("BF16_BF16_F32_X3", "num_primitive_operations = 3")])
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("highest", "HIGHEST"), ("BF16_BF16_F32_X3", "num_primitive_operations = 3")],
+)
 def test_the_precision_of_the_context_is_that_where_the_product_is_called(asked, said):
     w, _ = make()
 
@@ -135,7 +177,10 @@ def test_the_gradient_of_relu_at_0_is_0():
     x = jnp.zeros((3, 24))
     found, expected = (
         jax.grad(lambda x, values, f=f: f(x, with_values(w, values)).sum(), (0, 1))(x, w.values)
-        for f in (functools.partial(js.sparse_matmul, activation="relu"), lambda x, w: jax.nn.relu(js.sparse_matmul(x, w)))
+        for f in (
+            functools.partial(js.sparse_matmul, activation="relu"),
+            lambda x, w: jax.nn.relu(js.sparse_matmul(x, w)),
+        )
     )
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert not found[0].any()
@@ -146,7 +191,9 @@ def with_values(w, values):
 
 
 def dense_twin(w):
-    """A differentiable dense product of x and the values, through a scatter that the library has no part in."""
+    """A differentiable dense product of x and the values, through a scatter that the library has no
+    part in.
+    """
     k, m = w.contracting[0], w.output[0]
     nibbles = np.asarray(w.metadata)[..., None] >> np.arange(0, 16, 4) & 15
     nibbles = nibbles.reshape(m, -1)[:, : k // 4]
@@ -206,16 +253,27 @@ def test_forward_mode_equals_the_dense_one(mode):
 @pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
 def test_second_derivatives_equal_the_dense_ones(outer, argnums):
     x = X[:2]
-    found, expected = (outer(jax.grad(scalar(f), argnums), argnums)(x, W.values) for f in (sparse, TWIN))
+    found, expected = (
+        outer(jax.grad(scalar(f), argnums), argnums)(x, W.values) for f in (sparse, TWIN)
+    )
     jax.tree.map(functools.partial(close, atol=1e-4), found, expected)
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (2, None), (None, 2), (1, 2)])
 def test_vmap_equals_the_dense_one(axes):
     x = X if axes[0] is None else jnp.stack([X, 2 * X, X - 1], axes[0])
-    values = W.values if axes[1] is None else jnp.stack([W.values, 3 * W.values, W.values + 1], axes[1])
-    for f, twin in ((sparse, TWIN), (jax.grad(scalar(sparse), (0, 1)), jax.grad(scalar(TWIN), (0, 1)))):
-        jax.tree.map(functools.partial(close, atol=1e-4), jax.vmap(f, axes)(x, values), jax.vmap(twin, axes)(x, values))
+    values = (
+        W.values if axes[1] is None else jnp.stack([W.values, 3 * W.values, W.values + 1], axes[1])
+    )
+    for f, twin in (
+        (sparse, TWIN),
+        (jax.grad(scalar(sparse), (0, 1)), jax.grad(scalar(TWIN), (0, 1))),
+    ):
+        jax.tree.map(
+            functools.partial(close, atol=1e-4),
+            jax.vmap(f, axes)(x, values),
+            jax.vmap(twin, axes)(x, values),
+        )
 
 
 def test_vmap_over_whole_weights_and_nested():
@@ -224,8 +282,13 @@ def test_vmap_over_whole_weights_and_nested():
     for i in range(2):
         for j in range(3):
             close(y[i, j], dense_product(make_x((2, 5, 24))[i], dense[i, j]))
-    close(jax.vmap(jax.vmap(js.sparse_matmul, (0, None)), (0, None))(make_x((2, 3, 24)), W), dense_product(make_x((2, 3, 24)), DENSE))
-    y = jax.vmap(jax.vmap(js.sparse_matmul, (0, None)), (None, 0))(X, jax.tree.map(lambda a: a[0], ws))
+    close(
+        jax.vmap(jax.vmap(js.sparse_matmul, (0, None)), (0, None))(make_x((2, 3, 24)), W),
+        dense_product(make_x((2, 3, 24)), DENSE),
+    )
+    y = jax.vmap(jax.vmap(js.sparse_matmul, (0, None)), (None, 0))(
+        X, jax.tree.map(lambda a: a[0], ws)
+    )
     close(y[1], dense_product(X, dense[0, 1]))
 
 
@@ -250,7 +313,9 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def test_it_exports_for_every_platform_at_once():
-    exported = export.export(jax.jit(lambda x, values: js.sparse_matmul(x, with_values(W, values))), platforms=PLATFORMS)(X, W.values)
+    exported = export.export(
+        jax.jit(lambda x, values: js.sparse_matmul(x, with_values(W, values))), platforms=PLATFORMS
+    )(X, W.values)
     assert exported.platforms == PLATFORMS
     close(exported.call(X, W.values), dense_product(X, DENSE))
 
@@ -262,7 +327,9 @@ def test_it_lowers_for_a_platform_that_is_not_here(platform):
 
 
 def test_a_mismatch_names_both_shapes():
-    with pytest.raises(ValueError, match=r"`x` of shape \(5, 20\) does not end with the contracted axes \(24,\)"):
+    with pytest.raises(
+        ValueError, match=r"`x` of shape \(5, 20\) does not end with the contracted axes \(24,\)"
+    ):
         js.sparse_matmul(X[:, :20], W)
     with pytest.raises(TypeError, match="not a Sparse24"):
         js.sparse_matmul(X, DENSE)

@@ -1,4 +1,6 @@
-"""`jaxsparse.nnx`: plans of Modules, the context in which their Params hold the effective weights, and a model as in `char_lm`."""
+"""`jaxsparse.nnx`: plans of Modules, the context in which their Params hold the effective weights,
+and a model as in `char_lm`.
+"""
 
 import functools
 import pathlib
@@ -14,7 +16,8 @@ from flax import errors, nnx
 import jaxsparse as js
 from jaxsparse.examples import char_lm, char_lm_nnx
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
+# compiles in half the time
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 X = jax.random.normal(jax.random.key(1), (8, 16))
 
 
@@ -27,7 +30,9 @@ class Residual(nnx.Module):
 
 
 class Net(nnx.Module):
-    """A stack under scan and remat, a Linear in two places, batch norm, dropout, a cache and an intermediate value."""
+    """A stack under scan and remat, a Linear in two places, batch norm, dropout, a cache and an
+    intermediate value.
+    """
 
     def __init__(self, *, rngs):
         self.stack = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: Residual(rngs=rngs)))(rngs)
@@ -41,7 +46,9 @@ class Net(nnx.Module):
 
     def __call__(self, x):
         self.calls[...] += 1
-        x = nnx.scan(nnx.remat(Residual.__call__), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.stack, x)
+        x = nnx.scan(nnx.remat(Residual.__call__), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(
+            self.stack, x
+        )
         x = self.drop(self.norm(self.shared(self.block(x))))
         self.hidden[...] = x
         return self.head(x)
@@ -58,7 +65,7 @@ def optimizer_of(model, recipe):
     return nnx.Optimizer(model, recipe(optax.sgd(0.1), plan), wrt=nnx.Param)
 
 
-def make(recipe=js.recipes.rewired):
+def make(recipe=js.recipes.explore_exploit):
     model = create()
     return model, optimizer_of(model, recipe)
 
@@ -80,7 +87,12 @@ def pure(model, filter=...):
     """The arrays of a model by path, random keys as integers."""
     found = nnx.to_flat_state(nnx.state(model, filter))
     arrays = {"/".join(map(str, path)): variable.get_value() for path, variable in found}
-    return {path: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x) for path, x in arrays.items()}
+    return {
+        path: jax.random.key_data(x)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        else np.asarray(x)
+        for path, x in arrays.items()
+    }
 
 
 def assert_same(found, expected):
@@ -96,11 +108,11 @@ def nnx_step(model, optimizer):
 
 
 def split_step(model, optimizer):
-    """The same in pure functions, with `sparse_params`."""
+    """The same in pure functions, with `effective_params`."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, rest):
-        model = nnx.merge(graphdef, js.sparse_params(params, optimizer), rest, copy=True)
+        model = nnx.merge(graphdef, js.effective_params(params, optimizer), rest, copy=True)
         value = (model(X) ** 2).mean()
         return value, nnx.state(model, nnx.Not(nnx.Param))
 
@@ -142,7 +154,7 @@ def through_jax_jit(step):
 
 @pytest.mark.parametrize(
     ("step", "compiled", "recipe"),
-    [(nnx_step, nnx.jit, js.recipes.rewired), (merged_step, through_jax_jit, mdgf)],
+    [(nnx_step, nnx.jit, js.recipes.explore_exploit), (merged_step, through_jax_jit, mdgf)],
     ids=["nnx.jit, rewired", "jax.jit, mdgf"],
 )
 def test_training_equals_that_by_sparse_params_on_split_state(step, compiled, recipe):
@@ -166,15 +178,22 @@ def test_the_params_hold_the_effective_weights_in_the_context_and_the_dense_ones
     model, optimizer = make()
     dense = jax.tree.leaves(nnx.state(model, nnx.Param))
     others = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Param)))
-    expected = pure(js.sparse_params(nnx.state(model, nnx.Param), optimizer))
+    expected = pure(js.effective_params(nnx.state(model, nnx.Param), optimizer))
     with pytest.raises(ZeroDivisionError), js.nnx.intercept(model, optimizer):
         assert_same(pure(model, nnx.Param), expected)
         assert model.shared.kernel is model.block.linear.kernel
-        assert all(a is b for a, b in zip(jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Param))), others, strict=True))
+        assert all(
+            a is b
+            for a, b in zip(
+                jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Param))), others, strict=True
+            )
+        )
         model.calls[...] += 1
         model.fresh = nnx.Intermediate(jnp.ones(2))
         _ = 1 / 0
-    assert all(a is b for a, b in zip(jax.tree.leaves(nnx.state(model, nnx.Param)), dense, strict=True))
+    assert all(
+        a is b for a, b in zip(jax.tree.leaves(nnx.state(model, nnx.Param)), dense, strict=True)
+    )
     assert model.calls[...] == model.fresh[...].sum() - 1 == 1
     assert any(np.any(expected[path] != value) for path, value in pure(model, nnx.Param).items())
 
@@ -185,28 +204,36 @@ def pair():
 
 
 def pair_masks(model):
-    return js.magnitude_masks(nnx.state(model, nnx.Param), js.nnx.plan(model, {"*/kernel": "2:4"}, X))
+    return js.magnitude_masks(
+        nnx.state(model, nnx.Param), js.nnx.plan(model, {"*/kernel": "2:4"}, X)
+    )
 
 
 def test_functions_compiled_before_the_context_follow_it():
     model, forward = pair(), nnx.jit(nnx.Sequential.__call__)
     masks = pair_masks(model)
     dense = forward(model, X)
-    expected = forward(nnx.merge(nnx.graphdef(model), js.sparse_params(nnx.state(model, nnx.Param), masks)), X)
+    expected = forward(
+        nnx.merge(nnx.graphdef(model), js.effective_params(nnx.state(model, nnx.Param), masks)), X
+    )
     with js.nnx.intercept(model, masks):
         np.testing.assert_array_equal(forward(model, X), expected)
     np.testing.assert_array_equal(forward(model, X), dense)
     assert not np.array_equal(dense, expected)
 
 
-@pytest.mark.parametrize("source", [lambda optimizer: optimizer, lambda optimizer: optimizer.opt_state, js.masks])
+@pytest.mark.parametrize(
+    "source", [lambda optimizer: optimizer, lambda optimizer: optimizer.opt_state, js.masks]
+)
 def test_an_optimizer_its_state_and_masks_say_the_same(source):
     model = pair()
     plan = js.nnx.plan(model, {"*/kernel": "2:4"}, X)
-    optimizer = nnx.Optimizer(model, js.recipes.rewired(optax.sgd(0.1), plan), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, js.recipes.explore_exploit(optax.sgd(0.1), plan), wrt=nnx.Param
+    )
     with js.nnx.intercept(model, source(optimizer)):
         found = pure(model)
-    assert_same(found, pure(js.sparse_params(nnx.state(model, nnx.Param), optimizer)))
+    assert_same(found, pure(js.effective_params(nnx.state(model, nnx.Param), optimizer)))
 
 
 @pytest.mark.parametrize("gradient", ["dense", "masked"])
@@ -221,7 +248,9 @@ def test_the_gradient_is_that_of_sparse_params(graph, gradient):
             return (model(X) ** 2).mean()
 
     def expected_loss(params):
-        return (nnx.merge(graphdef, js.sparse_params(params, masks, gradient=gradient))(X) ** 2).mean()
+        return (
+            nnx.merge(graphdef, js.effective_params(params, masks, gradient=gradient))(X) ** 2
+        ).mean()
 
     found = pure(nnx.grad(loss, graph=graph)(model))
     assert_same(found, pure(jax.grad(expected_loss)(params)))
@@ -246,7 +275,12 @@ def test_a_vmapped_ensemble_runs_under_masks_of_its_own():
         found = forward(model, x)
     kernel, bias = model.kernel[...], model.bias[...]
     for i in range(3):
-        np.testing.assert_allclose(found[i], x[i] @ js.participate(kernel[i], masks["kernel"][...][i]) + bias[i], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            found[i],
+            x[i] @ js.effective_weight(kernel[i], masks["kernel"][...][i]) + bias[i],
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def test_a_model_from_outside_of_the_traced_function_is_refused_and_left_as_it_was():
@@ -259,16 +293,24 @@ def test_a_model_from_outside_of_the_traced_function_is_refused_and_left_as_it_w
         with js.nnx.intercept(model, masks):
             return model(x)
 
-    with pytest.raises(errors.TraceContextError, match=r"nnx\.intercept: `model` comes from outside.* as an argument"):
+    with pytest.raises(
+        errors.TraceContextError,
+        match=r"nnx\.intercept: `model` comes from outside.* as an argument",
+    ):
         closed_over(X)
     assert all(a is b for a, b in zip(jax.tree.leaves(nnx.state(model)), before, strict=True))
 
 
 def test_errors_name_the_call():
     model = pair()
-    with pytest.raises(TypeError, match=r"nnx\.plan: `model` is a function, not a flax\.nnx\.Module"):
+    with pytest.raises(
+        TypeError, match=r"nnx\.plan: `model` is a function, not a flax\.nnx\.Module"
+    ):
         js.nnx.plan(pair, {"*": "2:4"}, X)
-    with pytest.raises(TypeError, match=r"nnx\.intercept: `model` is a State"), js.nnx.intercept(nnx.state(model), pair_masks(model)):
+    with (
+        pytest.raises(TypeError, match=r"nnx\.intercept: `model` is a State"),
+        js.nnx.intercept(nnx.state(model), pair_masks(model)),
+    ):
         pass
     with (
         pytest.raises(ValueError, match=r"nnx\.intercept: .* neither masks nor an optimizer state"),
@@ -280,7 +322,10 @@ def test_errors_name_the_call():
         js.nnx.intercept(model.layers[0], pair_masks(model)),
     ):
         pass
-    with pytest.raises(ValueError, match=r"nnx\.intercept: gradient='none'"), js.nnx.intercept(model, pair_masks(model), gradient="none"):
+    with (
+        pytest.raises(ValueError, match=r"nnx\.intercept: gradient='none'"),
+        js.nnx.intercept(model, pair_masks(model), gradient="none"),
+    ):
         pass
 
 
@@ -302,7 +347,11 @@ KINDS = {
         jnp.ones((2, 4, 8)),
         {"kernel": ("LinearGeneral", -3, 2)},
     ),
-    "Einsum": (lambda rngs: nnx.Einsum("be,ehd->bhd", (16, 4, 8), rngs=rngs), X, {"kernel": ("Einsum", -3, 1)}),
+    "Einsum": (
+        lambda rngs: nnx.Einsum("be,ehd->bhd", (16, 4, 8), rngs=rngs),
+        X,
+        {"kernel": ("Einsum", -3, 1)},
+    ),
     "Conv": (lambda rngs: nnx.Conv(16, 8, 3, rngs=rngs), X[None], {"kernel": ("Conv", -2, 2)}),
     "MultiHeadAttention": (
         lambda rngs: nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs),
@@ -312,16 +361,33 @@ KINDS = {
             "out/kernel": ("LinearGeneral", -2, 2),
         },
     ),
-    "LoRA": (lambda rngs: nnx.LoRA(16, 4, 8, rngs=rngs), X, {"lora_a": ("LoRA", -2, 1), "lora_b": ("LoRA", -2, 1)}),
-    "Bare": (lambda rngs: Bare(rngs=rngs), X, {"weights/0": ("Bare", -2, 1), "more/out": ("Bare", -1, 1)}),
-    "Net": (lambda rngs: Net(rngs=rngs), X, {f"{path}/kernel": ("Linear", -2, 1) for path in ("block/linear", "stack/linear", "head")}),
+    "LoRA": (
+        lambda rngs: nnx.LoRA(16, 4, 8, rngs=rngs),
+        X,
+        {"lora_a": ("LoRA", -2, 1), "lora_b": ("LoRA", -2, 1)},
+    ),
+    "Bare": (
+        lambda rngs: Bare(rngs=rngs),
+        X,
+        {"weights/0": ("Bare", -2, 1), "more/out": ("Bare", -1, 1)},
+    ),
+    "Net": (
+        lambda rngs: Net(rngs=rngs),
+        X,
+        {f"{path}/kernel": ("Linear", -2, 1) for path in ("block/linear", "stack/linear", "head")},
+    ),
 }
 
 
 @pytest.mark.parametrize(("make", "x", "expected"), KINDS.values(), ids=KINDS)
 def test_plans_learn_the_axes_and_say_whose_the_weights_are(make, x, expected):
-    plan = js.nnx.plan(nnx.eval_shape(make, nnx.Rngs(0)), {"*": "2:4"}, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    assert {path: (leaf.layer, leaf.pattern.axis, len(leaf.summed)) for path, leaf in plan.sparse.items()} == expected
+    plan = js.nnx.plan(
+        nnx.eval_shape(make, nnx.Rngs(0)), {"*": "2:4"}, jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
+    assert {
+        path: (leaf.layer, leaf.pattern.axis, len(leaf.summed))
+        for path, leaf in plan.sparse.items()
+    } == expected
     assert str(plan) == str(js.nnx.plan(make(nnx.Rngs(0)), {"*": "2:4"}, x))
 
 
@@ -353,9 +419,16 @@ def test_arguments_that_are_no_arrays_and_other_methods():
     model, rngs = Switched(rngs=nnx.Rngs(0)), nnx.Rngs(1)
     rules = {"*/kernel": "2:4"}
     assert js.nnx.plan(model, rules, X, True).sparse.keys() == {"a/kernel"}
-    assert js.nnx.plan(model, rules, X, False, rngs=rngs, mode="noise").sparse.keys() == {"b/kernel"}
-    assert js.nnx.plan(model, rules, np.asarray(X), first=True, scale=2).sparse.keys() == {"a/kernel"}
-    assert js.nnx.plan(model, rules, {"a": X, "b": X}, method="both").sparse.keys() == {"a/kernel", "b/kernel"}
+    assert js.nnx.plan(model, rules, X, False, rngs=rngs, mode="noise").sparse.keys() == {
+        "b/kernel"
+    }
+    assert js.nnx.plan(model, rules, np.asarray(X), first=True, scale=2).sparse.keys() == {
+        "a/kernel"
+    }
+    assert js.nnx.plan(model, rules, {"a": X, "b": X}, method="both").sparse.keys() == {
+        "a/kernel",
+        "b/kernel",
+    }
     assert rngs.default.count[...] == 0
 
 
@@ -366,10 +439,14 @@ def test_the_loop_of_the_readme_runs_as_printed():
     (loop,) = re.findall(r"```python\n(import [^\n]*\nfrom flax import nnx\n.*?)```", README, re.S)
     found = {}
     exec(loop, found)
-    model, optimizer, params, packed, x = (found[name] for name in ("model", "optimizer", "params", "packed", "x"))
+    model, optimizer, params, packed, x = (
+        found[name] for name in ("model", "optimizer", "params", "packed", "x")
+    )
     assert isinstance(packed.layers[0].kernel.get_value(), js.Sparse24)
     mask = js.masks(optimizer)["layers"][0]["kernel"].get_value()
-    np.testing.assert_array_equal(mask, js.nm_mask(jnp.abs(model.layers[0].kernel[...]), 2, 4, axis=0))
+    np.testing.assert_array_equal(
+        mask, js.nm_mask(jnp.abs(model.layers[0].kernel[...]), 2, 4, axis=0)
+    )
     initial = nnx.Linear(64, 256, rngs=nnx.Rngs(0)).kernel[...]
     assert np.any(mask != js.nm_mask(jnp.abs(initial), 2, 4, axis=0))
     with js.nnx.intercept(model, optimizer):
@@ -388,14 +465,24 @@ def test_a_trained_model_runs_compressed_with_its_statistics_and_gradients():
         return (model(X) ** 2).mean(), nnx.state(model, nnx.Not(nnx.Param))
 
     sparse = js.sparsify(forward)
-    (found, found_rest), grads = quick(jax.value_and_grad(sparse, has_aux=True, allow_int=True))(packed, rest)
-    (expected, expected_rest), dense_grads = quick(jax.value_and_grad(forward, has_aux=True))(js.sparse_params(params, optimizer), rest)
+    (found, found_rest), grads = quick(jax.value_and_grad(sparse, has_aux=True, allow_int=True))(
+        packed, rest
+    )
+    (expected, expected_rest), dense_grads = quick(jax.value_and_grad(forward, has_aux=True))(
+        js.effective_params(params, optimizer), rest
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for path, value in pure(expected_rest).items():
-        np.testing.assert_allclose(pure(found_rest)[path], value, rtol=1e-5, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(
+            pure(found_rest)[path], value, rtol=1e-5, atol=1e-5, err_msg=path
+        )
     for path, grad in nnx.to_flat_state(js.compress(dense_grads, optimizer.opt_state)):
         actual = dict(nnx.to_flat_state(grads))[path].get_value()
-        values = (actual.values, grad.get_value().values) if isinstance(actual, js.Sparse24) else (actual, grad.get_value())
+        values = (
+            (actual.values, grad.get_value().values)
+            if isinstance(actual, js.Sparse24)
+            else (actual, grad.get_value())
+        )
         np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5, err_msg=str(path))
     ran = {use.path for use in sparse.report(packed, rest).products if not use.reason}
     assert ran == {"block/linear/kernel", "head/kernel", "stack/linear/kernel"}
@@ -406,20 +493,24 @@ def test_the_character_model_trains_as_in_linen():
     tokens = random.integers(0, 11, (5, 2, char_lm.CONTEXT + 1))
     linen = char_lm.Transformer(11, 16, 2, heads=2)
     shapes = jax.eval_shape(linen.init, jax.random.key(0), tokens[0, :, :-1])
-    params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(scale=0.1, size=leaf.shape), leaf.dtype), shapes)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(scale=0.1, size=leaf.shape), leaf.dtype), shapes
+    )
 
     rules, example = {"*/kernel": "2:4"}, tokens[0, :, :-1]
     plan = js.flax.plan(linen, rules, example)
 
     def recipe(plan):
-        return js.recipes.rewired(optax.adamw(1e-2), plan, reset_every=2)
+        return js.recipes.explore_exploit(optax.adamw(1e-2), plan, reset_every=2)
 
     @nnx.jit
     def converted(params):
         model = char_lm_nnx.Transformer(11, 16, 2, heads=2, rngs=nnx.Rngs(0))
         nnx.update(model, char_lm_nnx.convert(params))
         found = js.nnx.plan(model, rules, example)
-        assert {path: leaf.pattern for path, leaf in found.sparse.items()} == {path: leaf.pattern for path, leaf in plan.sparse.items()}
+        assert {path: leaf.pattern for path, leaf in found.sparse.items()} == {
+            path: leaf.pattern for path, leaf in plan.sparse.items()
+        }
         return model, nnx.Optimizer(model, recipe(found), wrt=nnx.Param)
 
     @through_jax_jit
@@ -427,7 +518,9 @@ def test_the_character_model_trains_as_in_linen():
         def loss(model):
             with js.nnx.intercept(model, optimizer):
                 logits = model(tokens[:, :-1])
-            return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean() / jnp.log(2)
+            return optax.losses.softmax_cross_entropy_with_integer_labels(
+                logits, tokens[:, 1:]
+            ).mean() / jnp.log(2)
 
         value, grads = nnx.value_and_grad(loss)(model)
         optimizer.update(model, grads)
@@ -436,12 +529,20 @@ def test_the_character_model_trains_as_in_linen():
     model, optimizer = converted(params)
     before = jax.jit(js.masks)(optimizer.opt_state)
     opt_state = jax.jit(recipe(plan).init)(params)
-    linen_step = char_lm.trainer(linen, recipe(plan), sparse=True).lower(params, opt_state, tokens[0]).compile(QUICK)
+    linen_step = (
+        char_lm.trainer(linen, recipe(plan), sparse=True)
+        .lower(params, opt_state, tokens[0])
+        .compile(QUICK)
+    )
     losses = []
     for batch in tokens:
         params, opt_state, expected = linen_step(params, opt_state, batch)
         losses.append((step(model, optimizer, batch), expected))
     np.testing.assert_allclose(*zip(*losses, strict=True), rtol=1e-5)
     masks, expected = jax.jit(js.masks)(optimizer.opt_state), jax.jit(js.masks)(opt_state)
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(masks), char_lm_nnx.convert(expected))
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True))
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.to_pure_dict(masks), char_lm_nnx.convert(expected)
+    )
+    assert any(
+        np.any(a != b) for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True)
+    )

@@ -36,7 +36,11 @@ HALF = js.Unstructured(0.5)
 def test_flax_plans_learn_both_axes(model, x, axes, stack):
     for pattern, expected in ((T24, axes), (BLOCK, axes), (HALF, ())):
         (leaf,) = js.flax.plan(model, {"*kernel": pattern}, x).sparse.values()
-        assert leaf.pattern == pattern.along(expected) and leaf.pattern.axes == expected and leaf.stack == stack
+        assert (
+            leaf.pattern == pattern.along(expected)
+            and leaf.pattern.axes == expected
+            and leaf.stack == stack
+        )
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
@@ -45,10 +49,16 @@ def test_each_weight_of_a_stack_is_masked_for_itself(axis):
     for pattern in (T24, HALF, BLOCK, js.Block((3, 3), 0.5, score="l2")):
         plan = js.flax.plan(model, {"*": pattern}, spec(2, 8))
         (leaf,) = plan.leaves
-        weights = rng.normal(size=leaf.shape).astype("float32") * np.moveaxis(np.array([[[1]], [[10]], [[100]]]), 0, axis)
-        params = jax.tree.unflatten(jax.tree.structure(model.init(jax.random.key(0), jnp.zeros((2, 8)))), [weights])
+        weights = rng.normal(size=leaf.shape).astype("float32") * np.moveaxis(
+            np.array([[[1]], [[10]], [[100]]]), 0, axis
+        )
+        params = jax.tree.unflatten(
+            jax.tree.structure(model.init(jax.random.key(0), jnp.zeros((2, 8)))), [weights]
+        )
         (mask,) = jax.tree.leaves(jax.jit(js.magnitude_masks)(params, plan))
-        for one, its in zip(np.moveaxis(weights, axis, 0), np.moveaxis(np.asarray(mask), axis, 0), strict=True):
+        for one, its in zip(
+            np.moveaxis(weights, axis, 0), np.moveaxis(np.asarray(mask), axis, 0), strict=True
+        ):
             alone = js.plan({"w": one}, {"w": pattern.along((0, 1))})
             np.testing.assert_array_equal(its, js.magnitude_masks({"w": one}, alone)["w"])
 
@@ -79,13 +89,22 @@ def test_reasons_why_a_leaf_stays_dense():
     assert js.flax.plan(Vector(), {"w": HALF}, spec(2, 8)).sparse
     kernel = js.flax.plan(nn.Dense(6), {"kernel": T24}, spec(2, 8)).leaves[1]
     assert kernel.reason == "axis -1 has size 6, not a multiple of m=4"
-    empty = js.plan({"a": jnp.zeros((0, 4)), "b": jnp.ones(4)}, {"*": js.Unstructured(0.5, "global")})
+    empty = js.plan(
+        {"a": jnp.zeros((0, 4)), "b": jnp.ones(4)}, {"*": js.Unstructured(0.5, "global")}
+    )
     assert [leaf.reason for leaf in empty.leaves] == ["it is empty", ""]
 
 
 def test_the_report_shows_both_axes():
     params = {"a": jnp.zeros((8, 8)), "b": jnp.zeros((8, 8)), "c": jnp.zeros(8)}
-    plan = js.plan(params, {"a": T24.along((0, 1)), "b": js.Block((2, 2), 0.25, axes=(1, 0)), "c": js.Unstructured(0.125, "global")})
+    plan = js.plan(
+        params,
+        {
+            "a": T24.along((0, 1)),
+            "b": js.Block((2, 2), 0.25, axes=(1, 0)),
+            "c": js.Unstructured(0.125, "global"),
+        },
+    )
     lines = [line.split() for line in str(plan).splitlines()[2:5]]
     assert lines == [
         ["a", "8x8", "-2,", "-1", "transposable", "2:4", "0.5"],
@@ -96,7 +115,11 @@ def test_the_report_shows_both_axes():
 
 def test_patterns_are_values():
     schedule = js.gradual_density(0.1, begin=0, end=10)
-    for make in (lambda: T24.along((0, 1)), lambda: js.Unstructured(schedule, "global"), lambda: js.Block([4, 4], schedule, [0, 1])):
+    for make in (
+        lambda: T24.along((0, 1)),
+        lambda: js.Unstructured(schedule, "global"),
+        lambda: js.Block([4, 4], schedule, [0, 1]),
+    ):
         assert make() == make() and hash(make()) == hash(make())
     assert js.Unstructured(schedule) != js.Unstructured(0.1)
     assert js.Unstructured(schedule).density == pytest.approx(0.1)
@@ -112,18 +135,25 @@ def test_global_scope_ranks_all_leaves_together():
               [("a", (5, 7), "float32"), ("b", (3, 2, 4), "bfloat16"), ("c", (11,), "float16"), ("d", (4, 4), "float32")]}  # fmt: skip
     plan = js.plan(params, {"d": js.Unstructured(0.3), "*": js.Unstructured(0.3, "global")})
     masks = jax.jit(js.magnitude_masks)(params, plan)
-    together = np.concatenate([np.abs(np.asarray(params[name], "float32")).ravel() for name in "abc"])
+    together = np.concatenate(
+        [np.abs(np.asarray(params[name], "float32")).ravel() for name in "abc"]
+    )
     found = np.concatenate([np.asarray(masks[name]).ravel() for name in "abc"])
-    np.testing.assert_array_equal(found, reference.topk_mask(together, reference.half_up(0.3 * together.size)))
+    np.testing.assert_array_equal(
+        found, reference.topk_mask(together, reference.half_up(0.3 * together.size))
+    )
     np.testing.assert_array_equal(masks["d"], reference.topk_mask(np.abs(params["d"]), 5))
 
 
 def test_global_ties_go_by_leaf_and_then_by_index():
     params = {"a": jnp.ones((2, 3)), "b": -jnp.ones((2, 3)), "c": jnp.ones(4)}
     for k, kept in ((3, [3, 0, 0]), (8, [6, 2, 0]), (12, [6, 6, 0]), (13, [6, 6, 1])):
-        masks = js.magnitude_masks(params, js.plan(params, {"*": js.Unstructured(k / 16, "global")}))
+        masks = js.magnitude_masks(
+            params, js.plan(params, {"*": js.Unstructured(k / 16, "global")})
+        )
         assert [mask.ravel().tolist() for mask in masks.values()] == [
-            [place < n for place in range(mask.size)] for n, mask in zip(kept, masks.values(), strict=True)
+            [place < n for place in range(mask.size)]
+            for n, mask in zip(kept, masks.values(), strict=True)
         ]
 
 
@@ -139,9 +169,18 @@ def test_global_blocks(score):
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_density_schedule_does_not_recompile(scope, every):
     schedule = js.gradual_density(0.25, begin=0, end=6)
-    params = {"u": jax.random.normal(jax.random.key(0), (8, 8)), "b": jax.random.normal(jax.random.key(1), (8, 8))}
-    plan = js.plan(params, {"u": js.Unstructured(schedule, scope), "b": js.Block((2, 2), schedule, (0, 1), scope=scope)})
-    tx = js.recipes.rewired(optax.sgd(0.1), plan, every=every, reset_every=None)
+    params = {
+        "u": jax.random.normal(jax.random.key(0), (8, 8)),
+        "b": jax.random.normal(jax.random.key(1), (8, 8)),
+    }
+    plan = js.plan(
+        params,
+        {
+            "u": js.Unstructured(schedule, scope),
+            "b": js.Block((2, 2), schedule, (0, 1), scope=scope),
+        },
+    )
+    tx = js.recipes.explore_exploit(optax.sgd(0.1), plan, every=every, reset_every=None)
     traces = []
 
     @jax.jit
@@ -164,11 +203,13 @@ def test_a_density_schedule_does_not_recompile(scope, every):
 def test_recipes_train_under_every_pattern(pattern, dtype):
     params = {"w": jax.random.normal(jax.random.key(0), (8, 8), dtype)}
     plan = js.plan(params, {"w": pattern})
-    tx = js.recipes.rewired(optax.sgd(0.1), plan, reset_every=2, decay=0.1)
+    tx = js.recipes.explore_exploit(optax.sgd(0.1), plan, reset_every=2, decay=0.1)
 
     def body(carry, _):
         params, state = carry
-        grads = jax.grad(lambda p: (js.sparse_params(p, state)["w"].astype("float32") ** 2).sum())(params)
+        grads = jax.grad(
+            lambda p: (js.effective_params(p, state)["w"].astype("float32") ** 2).sum()
+        )(params)
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), js.masks(state)["w"].sum()
 
@@ -203,11 +244,15 @@ def test_transposable_weights_compress_along_their_first_axis(axes):
     np.testing.assert_array_equal(js.decompress(packed)["w"], jnp.where(masks["w"], params["w"], 0))
 
 
-@pytest.mark.parametrize("pattern", [js.TransposableNM(1, 4, (0, 1)), HALF, BLOCK.along((0, 1))], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [js.TransposableNM(1, 4, (0, 1)), HALF, BLOCK.along((0, 1))], ids=str
+)
 def test_other_patterns_do_not_compress(pattern):
     params = {"w": jnp.ones((8, 8))}
     plan = js.plan(params, {"w": pattern})
-    with pytest.raises(ValueError, match=f"compress: w is planned {pattern}, but the compressed format is 2:4"):
+    with pytest.raises(
+        ValueError, match=f"compress: w is planned {pattern}, but the compressed format is 2:4"
+    ):
         js.compress(params, js.magnitude_masks(params, plan), plan)
 
 
@@ -216,7 +261,8 @@ def test_masks_of_one_shape_are_traced_once(monkeypatch):
     module = importlib.import_module("jaxsparse.masks")
     mask_groups = module.mask_groups
     monkeypatch.setattr(module, "mask_groups", lambda *args: calls.append(1) or mask_groups(*args))
-    params = {str(i): jax.ShapeDtypeStruct((52, 11), "float32") for i in range(5)}  # a shape of no other test
+    # a shape of no other test
+    params = {str(i): jax.ShapeDtypeStruct((52, 11), "float32") for i in range(5)}
     plan = js.plan(params, {"*": js.NM(2, 4, axis=0)})
     jax.make_jaxpr(functools.partial(js.magnitude_masks, plan=plan))(params)
     assert len(calls) == 1

@@ -1,4 +1,6 @@
-"""Transposable, unstructured and block masks against the plain references, and under every transformation."""
+"""Transposable, unstructured and block masks against the plain references, and under every
+transformation.
+"""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -22,7 +24,9 @@ def wide(scores):
 
 
 def few(rng, dtype, shape):
-    """Small integers, so that ties abound, with NaN, inf and signed zeros between them where there are such."""
+    """Small integers, so that ties abound, with NaN, inf and signed zeros between them where there
+    are such.
+    """
     scores = rng.integers(0, 4, shape).astype(jnp.dtype(dtype))
     if "float" not in dtype:
         return scores
@@ -33,7 +37,11 @@ def few(rng, dtype, shape):
 @st.composite
 def arrays(draw, least=1):
     shape = draw(st.lists(st.integers(1, 9), min_size=least, max_size=3))
-    return random_scores(np.random.default_rng(draw(st.integers(0, 2**32 - 1))), draw(st.sampled_from(DTYPES)), tuple(shape))
+    return random_scores(
+        np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
+        draw(st.sampled_from(DTYPES)),
+        tuple(shape),
+    )
 
 
 @hypothesis.given(arrays(), st.floats(0.001, 1.0))
@@ -47,12 +55,18 @@ def test_topk_equals_the_reference(scores, density):
 @pytest.mark.parametrize("shape", [(), (1,), (10007,), (37, 41, 7), (2, 3, 1), (130, 257)])
 def test_topk_at_every_density(dtype, shape):
     scores = random_scores(np.random.default_rng(1), dtype, shape)
-    smooth = np.random.default_rng(2).normal(size=shape).astype(jnp.dtype("float32" if "int" in dtype else dtype))
+    smooth = (
+        np.random.default_rng(2)
+        .normal(size=shape)
+        .astype(jnp.dtype("float32" if "int" in dtype else dtype))
+    )
     mask = jax.jit(js.topk_mask)
     for density in (1e-9, 0.01, 0.3, 0.5, 0.999, 1.0):
         k = reference.half_up(np.float32(density) * np.float32(scores.size))
         for some in (scores, smooth):
-            np.testing.assert_array_equal(mask(some, jnp.float32(density)), reference.topk_mask(wide(some), k), str(density))
+            np.testing.assert_array_equal(
+                mask(some, jnp.float32(density)), reference.topk_mask(wide(some), k), str(density)
+            )
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, np.nan, -np.inf, np.inf, 1e-45])
@@ -63,7 +77,15 @@ def test_all_equal_keeps_the_first(value):
 
 
 def test_numbers_are_rounded_half_up_and_at_least_one_stays():
-    for density, size, k in [(0.5, 5, 3), (0.5, 4, 2), (0.25, 2, 1), (0.01, 10, 1), (0.3, 10, 3), (0.34, 10, 3), (1.0, 7, 7)]:
+    for density, size, k in [
+        (0.5, 5, 3),
+        (0.5, 4, 2),
+        (0.25, 2, 1),
+        (0.01, 10, 1),
+        (0.3, 10, 3),
+        (0.34, 10, 3),
+        (1.0, 7, 7),
+    ]:
         assert js.topk_mask(jnp.arange(size), density).sum() == k
         assert jax.jit(js.topk_mask)(jnp.arange(size), density).sum() == k
     assert js.topk_mask(jnp.zeros((0, 3)), 0.5).shape == (0, 3)
@@ -77,16 +99,22 @@ def test_transposable_equals_brute_force(n, dtype):
     for shape, axes in [((8, 12), (0, 1)), ((4, 3, 8), (2, 0)), ((2, 4, 4), (-2, -1))]:
         scores = rng.integers(0, 4, shape).astype(jnp.dtype(dtype))
         mask = np.asarray(transposable(scores, n, 4, axes=axes))
-        for block, pattern in zip(*(reference.blocks_of_four(x, axes) for x in (scores, mask)), strict=True):
+        for block, pattern in zip(
+            *(reference.blocks_of_four(x, axes) for x in (scores, mask)), strict=True
+        ):
             assert pattern == reference.best_transposable(block, n)
 
 
 @hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3]), st.integers(-30, 30))
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 def test_transposable_keeps_the_largest_sum(seed, n, exponent):
-    scores = (np.random.default_rng(seed).integers(-(1 << 16), 1 << 16, (4, 8)) * 2.0**exponent).astype("float32")  # sums are exact
+    scores = (
+        np.random.default_rng(seed).integers(-(1 << 16), 1 << 16, (4, 8)) * 2.0**exponent
+    ).astype("float32")  # sums are exact
     mask = np.asarray(transposable(scores, n, 4, axes=(0, 1)))
-    for block, pattern in zip(*(reference.blocks_of_four(x, (0, 1)) for x in (scores, mask)), strict=True):
+    for block, pattern in zip(
+        *(reference.blocks_of_four(x, (0, 1)) for x in (scores, mask)), strict=True
+    ):
         assert pattern == reference.best_transposable(block, n)
 
 
@@ -97,12 +125,19 @@ def test_transposable_keeps_most_nan_and_then_most_inf(n, dtype):
     top = float(jnp.finfo(dtype).max)
     scores = rng.choice([0, 1, top, np.inf, np.inf, np.nan], (16, 16)).astype(jnp.dtype(dtype))
     mask = np.asarray(transposable(scores, n, 4, axes=(0, 1)))
-    for block, pattern in zip(*(reference.blocks_of_four(x, (0, 1)) for x in (scores.astype("float64"), mask)), strict=True):
+    for block, pattern in zip(
+        *(reference.blocks_of_four(x, (0, 1)) for x in (scores.astype("float64"), mask)),
+        strict=True,
+    ):
         assert pattern in list(reference.transposable_patterns(n))
         if top < 1e38:  # else the largest are as good as inf
-            assert reference.kept(block, pattern)[:2] == max(reference.kept(block, p)[:2] for p in reference.transposable_patterns(n))
+            assert reference.kept(block, pattern)[:2] == max(
+                reference.kept(block, p)[:2] for p in reference.transposable_patterns(n)
+            )
         else:
-            assert reference.kept(block, pattern)[0] == max(reference.kept(block, p)[0] for p in reference.transposable_patterns(n))
+            assert reference.kept(block, pattern)[0] == max(
+                reference.kept(block, p)[0] for p in reference.transposable_patterns(n)
+            )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -117,8 +152,16 @@ def test_the_mask_of_the_transpose_is_the_transposed_mask(n):
 
 def test_transposable_masks_of_negative_and_huge_scores_stay_patterns():
     rng = np.random.default_rng(3)
-    for values in ([-np.inf, -1, -3e38, np.nan, np.inf], [3e38, 3e38, np.inf], [-np.inf], [np.nan], [1e-45, 0]):
-        mask = np.asarray(transposable(rng.choice(values, (16, 16)).astype("float32"), 2, 4, axes=(0, 1)))
+    for values in (
+        [-np.inf, -1, -3e38, np.nan, np.inf],
+        [3e38, 3e38, np.inf],
+        [-np.inf],
+        [np.nan],
+        [1e-45, 0],
+    ):
+        mask = np.asarray(
+            transposable(rng.choice(values, (16, 16)).astype("float32"), 2, 4, axes=(0, 1))
+        )
         for groups in (mask, mask.T):
             np.testing.assert_array_equal(groups.reshape(-1, 4).sum(1), 2)
 
@@ -138,7 +181,9 @@ def test_blocks_equal_the_reference(seed, sizes, shape, score, dtype, density, o
     scores = few(np.random.default_rng(seed), dtype, tuple(sizes))
     scores = scores if dtype == "uint8" else scores - scores.dtype.type(2)
     mask = block_mask(scores, shape, density, axes=axes, score=score)
-    np.testing.assert_array_equal(mask, reference.block_mask(wide(scores), shape, density, axes, score))
+    np.testing.assert_array_equal(
+        mask, reference.block_mask(wide(scores), shape, density, axes, score)
+    )
 
 
 MASKS = {
@@ -154,10 +199,18 @@ def test_transformations_give_the_same_mask(name):
     w = jnp.asarray(np.random.default_rng(5).integers(0, 9, (3, 8, 16)), jnp.float32)
     expected = np.stack([mask(one) for one in w])
     np.testing.assert_array_equal(jax.jit(jax.vmap(mask))(w), expected)
-    np.testing.assert_array_equal(jax.vmap(mask, 2, 2)(w.transpose(1, 2, 0)), expected.transpose(1, 2, 0))
-    np.testing.assert_array_equal(jax.lax.scan(lambda _, one: (None, mask(one)), None, w)[1], expected)
-    np.testing.assert_array_equal(jax.grad(lambda one: (one * mask(one)).sum())(w[0]), expected[0].astype("float32"))
-    np.testing.assert_array_equal(jax.jit(jax.grad(lambda one: (one * mask(one)).sum()))(w[0]), expected[0].astype("float32"))
+    np.testing.assert_array_equal(
+        jax.vmap(mask, 2, 2)(w.transpose(1, 2, 0)), expected.transpose(1, 2, 0)
+    )
+    np.testing.assert_array_equal(
+        jax.lax.scan(lambda _, one: (None, mask(one)), None, w)[1], expected
+    )
+    np.testing.assert_array_equal(
+        jax.grad(lambda one: (one * mask(one)).sum())(w[0]), expected[0].astype("float32")
+    )
+    np.testing.assert_array_equal(
+        jax.jit(jax.grad(lambda one: (one * mask(one)).sum()))(w[0]), expected[0].astype("float32")
+    )
 
 
 def test_a_traced_density_may_differ_from_one_batch_member_to_the_next():
@@ -173,12 +226,17 @@ def test_no_wide_types_appear_and_wide_ones_work():
     with jax.enable_x64(True):
         scores = np.random.default_rng(7).normal(size=(8, 16)) * 1e-9 + 1
         np.testing.assert_array_equal(js.topk_mask(scores, 0.3), reference.topk_mask(scores, 38))
-        np.testing.assert_array_equal(jax.jit(js.topk_mask)(scores, 0.3), reference.topk_mask(scores, 38))
         np.testing.assert_array_equal(
-            js.block_mask(scores, (3, 2), 0.3, axes=(0, 1)), reference.block_mask(scores, (3, 2), 0.3, (0, 1), "max")
+            jax.jit(js.topk_mask)(scores, 0.3), reference.topk_mask(scores, 38)
+        )
+        np.testing.assert_array_equal(
+            js.block_mask(scores, (3, 2), 0.3, axes=(0, 1)),
+            reference.block_mask(scores, (3, 2), 0.3, (0, 1), "max"),
         )
         mask = np.asarray(js.transposable_nm_mask(scores, 2, 4, axes=(0, 1)))
-        for block, pattern in zip(*(reference.blocks_of_four(x, (0, 1)) for x in (scores, mask)), strict=True):
+        for block, pattern in zip(
+            *(reference.blocks_of_four(x, (0, 1)) for x in (scores, mask)), strict=True
+        ):
             assert reference.kept(block, pattern)[2] == pytest.approx(
                 reference.kept(block, reference.best_transposable(block, 2))[2], 1e-14
             )

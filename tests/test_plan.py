@@ -29,7 +29,11 @@ class Cell:
 
 def tree():
     block = Block(jnp.zeros((8, 4)), jnp.zeros(4))
-    return {"blocks": [block, block], "cell": Cell(jnp.zeros((4, 2))), "head": (jnp.zeros((6, 4)), jnp.zeros(()))}
+    return {
+        "blocks": [block, block],
+        "cell": Cell(jnp.zeros((4, 2))),
+        "head": (jnp.zeros((6, 4)), jnp.zeros(())),
+    }
 
 
 def patterns(plan):
@@ -38,9 +42,19 @@ def patterns(plan):
 
 def test_paths_run_through_dicts_lists_tuples_and_named_tuples_in_tree_order():
     plan = js.plan(tree(), {"*": None})
-    paths = ["blocks/0/kernel", "blocks/0/bias", "blocks/1/kernel", "blocks/1/bias", "cell/kernel", "head/0", "head/1"]
+    paths = [
+        "blocks/0/kernel",
+        "blocks/0/bias",
+        "blocks/1/kernel",
+        "blocks/1/bias",
+        "cell/kernel",
+        "head/0",
+        "head/1",
+    ]
     assert [leaf.path for leaf in plan.leaves] == paths
-    assert [leaf.shape for leaf in plan.leaves] == [jnp.shape(leaf) for leaf in jax.tree.leaves(tree())]
+    assert [leaf.shape for leaf in plan.leaves] == [
+        jnp.shape(leaf) for leaf in jax.tree.leaves(tree())
+    ]
 
 
 class Attention(NamedTuple):
@@ -63,7 +77,10 @@ def test_a_plan_that_was_pickled_does_not_keep_the_hash_of_its_process():
 
 
 def test_every_leaf_says_its_pattern_or_why_it_is_dense():
-    plan = js.plan(tree(), {"blocks/0/*": NM, "head/*": NM, "cell/*": None, "blocks/1/kernel": js.NM(1, 4, axis=-1)})
+    plan = js.plan(
+        tree(),
+        {"blocks/0/*": NM, "head/*": NM, "cell/*": None, "blocks/1/kernel": js.NM(1, 4, axis=-1)},
+    )
     assert patterns(plan) == {
         "blocks/0/kernel": "2:4",
         "blocks/0/bias": "2:4",
@@ -113,7 +130,10 @@ def test_wildcards_and_the_params_prefix(rule, paths, prefix):
 
 
 def test_a_key_with_brackets_is_matched_by_its_own_name():
-    assert set(js.plan({"w[0]": jnp.zeros(4), "w0": jnp.zeros(4)}, {"w[0]": NM}).sparse) == {"w[0]", "w0"}
+    assert set(js.plan({"w[0]": jnp.zeros(4), "w0": jnp.zeros(4)}, {"w[0]": NM}).sparse) == {
+        "w[0]",
+        "w0",
+    }
 
 
 def test_a_single_array_is_a_tree():
@@ -133,7 +153,11 @@ def test_real_dtypes_can_be_sparse(dtype):
 
 
 def test_other_dtypes_stay_dense_with_a_reason():
-    params = {"c": jnp.zeros(4, "complex64"), "k": jax.random.split(jax.random.key(0), 4), "m": jnp.zeros(4, bool)}
+    params = {
+        "c": jnp.zeros(4, "complex64"),
+        "k": jax.random.split(jax.random.key(0), 4),
+        "m": jnp.zeros(4, bool),
+    }
     found = patterns(js.plan(params, {"*": NM}))
     assert found["c"] == "complex64 has no order to rank by"
     assert found["m"] == "bool has no order to rank by"
@@ -146,11 +170,17 @@ def test_shapes_are_enough():
     assert plan == js.plan({"w": huge}, {"w": js.NM(2, 4, axis=-2)})
     assert plan.leaves[0].shape == huge.shape and "1,099,511,627,776" in str(plan)
     arrays = {"w": np.zeros((8, 4), "float32")}
-    assert js.plan(arrays, {"w": NM}) == js.plan(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, arrays)), {"w": NM})
+    assert js.plan(arrays, {"w": NM}) == js.plan(
+        jax.eval_shape(lambda: jax.tree.map(jnp.asarray, arrays)), {"w": NM}
+    )
 
 
 def test_a_plan_is_a_static_value():
-    plan, same, other = js.plan(tree(), {"blocks/*": NM}), js.plan(tree(), {"blocks/*": NM}), js.plan(tree(), {"cell/*": NM})
+    plan, same, other = (
+        js.plan(tree(), {"blocks/*": NM}),
+        js.plan(tree(), {"blocks/*": NM}),
+        js.plan(tree(), {"cell/*": NM}),
+    )
     assert plan == same and hash(plan) == hash(same) and plan != other
     assert jax.tree.leaves(plan) == []
     assert jax.tree.structure(plan) == jax.tree.structure(same) != jax.tree.structure(other)
@@ -192,10 +222,15 @@ def test_the_report_names_every_leaf_and_the_totals():
     report = str(js.plan(tree(), {"blocks/0/*": NM, "head/*": NM}))
     for leaf in ("blocks/0/kernel", "cell/kernel", "head/1"):
         assert leaf in report
-    assert "8x4" in report and "scalar" in report and "axis 0 has size 6, not a multiple of m=4" in report
+    assert (
+        "8x4" in report
+        and "scalar" in report
+        and "axis 0 has size 6, not a multiple of m=4" in report
+    )
     total, planned = 36 + 36 + 8 + 24 + 1, 36
     kept = total - planned // 2
     assert report.splitlines()[-1] == (
-        f"2 of 7 leaves are sparse, with {planned} of {total} weights; {kept} weights participate (density {kept / total:.3f})."
+        f"2 of 7 leaves are sparse, with {planned} of {total} weights; {kept} weights participate "
+        f"(density {kept / total:.3f})."
     )
     assert "0 of 0 leaves" in str(js.plan({}, {}))

@@ -1,4 +1,6 @@
-"""The quality benchmark: what it compares is comparable, its statistics are right, and every step of it runs."""
+"""The quality benchmark: what it compares is comparable, its statistics are right, and every step
+of it runs.
+"""
 
 import functools
 import json
@@ -21,13 +23,32 @@ from benchmarks.quality.__main__ import missing, some
 from benchmarks.quality.models import SPARSE, Conv, attention, products
 
 ROOT = pathlib.Path(__file__).parent.parent
-FINDINGS = ("gap", "ties", "decaying", "exploration", "sweeps", "structures", "decorrelation", "variances", "digits")
+FINDINGS = (
+    "gap",
+    "ties",
+    "decaying",
+    "exploration",
+    "sweeps",
+    "structures",
+    "decorrelation",
+    "variances",
+    "digits",
+)
 
 
 def smoke(folder, *arguments):
     """The finished runs of a smoke run, by cell and seed."""
-    command = [sys.executable, "-m", "benchmarks.quality", "--smoke", "--out", str(folder), *arguments]
-    fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}  # nearly all of it is compilation
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.quality",
+        "--smoke",
+        "--out",
+        str(folder),
+        *arguments,
+    ]
+    # nearly all of it is compilation
+    fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | fast, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return store.read(folder)
@@ -37,16 +58,26 @@ def test_smoke_runs_take_every_step_and_seeds_train_alone_as_together(tmp_path):
     alone, together = smoke(tmp_path / "cpu", "--workers", "1"), smoke(tmp_path / "gpu", "--gpu")
     for folder, found in {"cpu": alone, "gpu": together}.items():
         assert any("decorrelation" in record for record in found.values())
-        assert all(0 < record["bits"] < 9 and 0 <= record["error"] <= 1 for record in found.values())
+        assert all(
+            0 < record["bits"] < 9 and 0 <= record["error"] <= 1 for record in found.values()
+        )
         summary = json.loads((tmp_path / folder / "findings.json").read_text())
-        assert [name for name, _ in summary["findings"]] == list(FINDINGS) and summary["runs"] == len(found)
+        assert [name for name, _ in summary["findings"]] == list(FINDINGS) and summary[
+            "runs"
+        ] == len(found)
         for name in FINDINGS:
             assert (tmp_path / folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
             assert json.loads((tmp_path / folder / f"{name}.json").read_text())["rows"]
     common = alone.keys() & together.keys()
     assert len(common) >= 12
-    assert all(alone[run]["bits"] == pytest.approx(together[run]["bits"], rel=1e-3) for run in common)
-    dense = {seed: record["bits"] for (cell, seed), record in alone.items() if cell.recipe == "dense" and cell.task == "characters"}
+    assert all(
+        alone[run]["bits"] == pytest.approx(together[run]["bits"], rel=1e-3) for run in common
+    )
+    dense = {
+        seed: record["bits"]
+        for (cell, seed), record in alone.items()
+        if cell.recipe == "dense" and cell.task == "characters"
+    }
     assert len({*dense.values()}) == 3  # two seeds and that of the tuning
 
 
@@ -59,21 +90,27 @@ def cells():
 def shapes(task, width, small):
     task = tasks.load(task, runs.CPU)
     model = task.model(width, small)
-    return model, jax.eval_shape(model.init, jax.random.key(0), task.validation[0][0]), task.validation[0][0]
+    return (
+        model,
+        jax.eval_shape(model.init, jax.random.key(0), task.validation[0][0]),
+        task.validation[0][0],
+    )
 
 
 def test_every_run_of_the_matrix_and_of_the_tuning_can_be_made(cells):
     wanted = {cell for _, cell in runs.matrix(cells)}
     wanted |= {cell for part in runs.tuning(cells) for tried in part.values() for cell in tried}
     plan_of = functools.cache(
-        lambda task, width, pattern: js.flax.plan(shapes(task, width, 1.0)[0], {SPARSE: pattern}, shapes(task, width, 1.0)[2])
+        lambda task, width, pattern: js.flax.plan(
+            shapes(task, width, 1.0)[0], {SPARSE: pattern}, shapes(task, width, 1.0)[2]
+        )
     )
     for cell in wanted:
         if cell.recipe in runs.RECIPES:
             plan = plan_of(cell.task, cell.width, runs.as_pattern(cell.pattern))
-            assert [leaf.density for leaf in plan.sparse.values()] == [runs.density(cell.pattern)] * (
-                2 if cell.task == "convolutions" else 4
-            )
+            assert [leaf.density for leaf in plan.sparse.values()] == [
+                runs.density(cell.pattern)
+            ] * (2 if cell.task == "convolutions" else 4)
             parts = list(train.phases(cell, plan))
             assert sum(steps for _, steps, _ in parts) == cell.steps >= 1000
             jax.eval_shape(parts[-1][0].init, shapes(cell.task, cell.width, 1.0)[1])
@@ -86,7 +123,11 @@ def test_small_has_as_many_weights_as_participate(cells, task, pattern):
     def hidden(small):
         width = cells("dense", "dense", task).width
         leaves = jax.tree.leaves_with_path(shapes(task, width, small)[1])
-        return sum(leaf.size for path, leaf in leaves if "hidden" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path))
+        return sum(
+            leaf.size
+            for path, leaf in leaves
+            if "hidden" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path)
+        )
 
     assert hidden(runs.density(pattern)) == hidden(1.0) * runs.density(pattern)
 
@@ -96,18 +137,30 @@ def test_attention_is_that_of_flax_with_its_gradients():
     query, key, value, weights = (jax.random.normal(one, (2, 6, 3, 4)) for one in keys)
 
     def attended(attend, mask):
-        return jax.grad(lambda *inputs: (attend(*inputs, mask=mask) * weights).sum(), (0, 1, 2))(query, key, value)
+        return jax.grad(lambda *inputs: (attend(*inputs, mask=mask) * weights).sum(), (0, 1, 2))(
+            query, key, value
+        )
 
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # sums of numbers of about 10, some of which cancel
+    # sums of numbers of about 10, some of which cancel
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     for mask in (None, nn.make_causal_mask(jnp.ones((2, 6)))):
-        close(attention(query, key, value, mask), nn.dot_product_attention(query, key, value, mask=mask))
+        close(
+            attention(query, key, value, mask),
+            nn.dot_product_attention(query, key, value, mask=mask),
+        )
         close(attended(attention, mask), attended(nn.dot_product_attention, mask))
 
 
-TO_HEADS, FROM_HEADS = functools.partial(nn.DenseGeneral, (3, 2)), functools.partial(nn.DenseGeneral, 5, axis=(-2, -1))
+TO_HEADS, FROM_HEADS = (
+    functools.partial(nn.DenseGeneral, (3, 2)),
+    functools.partial(nn.DenseGeneral, 5, axis=(-2, -1)),
+)
 
 
-@pytest.mark.parametrize(("layer", "shape"), [(functools.partial(nn.Dense, 5), (4, 5)), (TO_HEADS, (4, 3, 2)), (FROM_HEADS, (3, 4, 5))])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(functools.partial(nn.Dense, 5), (4, 5)), (TO_HEADS, (4, 3, 2)), (FROM_HEADS, (3, 4, 5))],
+)
 def test_products_are_those_of_flax_with_their_gradients(layer, shape):
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernel = jax.random.normal(keys[0], (2, 6, 3, 4)), jax.random.normal(keys[1], shape)
@@ -118,14 +171,18 @@ def test_products_are_those_of_flax_with_their_gradients(layer, shape):
     def gradients(**how):
         return jax.grad(lambda *inputs: (applied(*inputs, **how) ** 2).sum(), (0, 1))(x, kernel)
 
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)  # sums of numbers of about 100, some of which cancel
+    # sums of numbers of about 100, some of which cancel
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
     close(applied(x, kernel, dot_general=products), applied(x, kernel))
     jax.tree.map(close, gradients(dot_general=products), gradients())
 
 
 def test_a_convolution_is_that_of_flax_with_its_gradients():
     keys = jax.random.split(jax.random.key(0), 2)
-    images, kernel = jax.random.normal(keys[0], (2, 8, 8, 3)), jax.random.normal(keys[1], (3, 3, 3, 5))
+    images, kernel = (
+        jax.random.normal(keys[0], (2, 8, 8, 3)),
+        jax.random.normal(keys[1], (3, 3, 3, 5)),
+    )
 
     def squares(layer, images, kernel):
         return (layer.apply({"params": {"kernel": kernel}}, images) ** 2).sum()
@@ -134,13 +191,15 @@ def test_a_convolution_is_that_of_flax_with_its_gradients():
         layers = Conv(5, stride), nn.Conv(5, (3, 3), stride, padding=1, use_bias=False)
         for argument in (1, 2):
             ours, theirs = (jax.grad(squares, argument)(layer, images, kernel) for layer in layers)
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)  # sums of numbers of about 100
+            # sums of numbers of about 100
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_text_is_the_library_without_tests_split_by_file():
     held_out, rest = tasks.library()
     assert len(rest) > 5 * len(held_out) > 1e6
-    assert "def lru_cache(" in held_out + rest and "class TestCase(" in held_out + rest  # functools, unittest
+    # functools, unittest
+    assert "def lru_cache(" in held_out + rest and "class TestCase(" in held_out + rest
     assert "test_lru_cache" not in held_out + rest
     for module in ("functools", "json.decoder", "argparse"):
         text = pathlib.Path(__import__(module, fromlist=["_"]).__file__).read_text()
@@ -160,10 +219,16 @@ def test_differences_are_paired_by_seed(cells):
     scale, rng = runs.CPU, np.random.default_rng(0)
     a, b = cells("2:4", "RESET"), cells("dense", "dense")
     x, y = rng.normal(2, 1, 5), rng.normal(1, 1, 5)
-    found = {(a, seed): {"bits": x[seed]} for seed in (0, 1, 3, 4)} | {(b, seed): {"bits": y[seed]} for seed in (0, 2, 3, 4)}
+    found = {(a, seed): {"bits": x[seed]} for seed in (0, 1, 3, 4)} | {
+        (b, seed): {"bits": y[seed]} for seed in (0, 2, 3, 4)
+    }
     one = compare.Runs(found | {(a, runs.TUNING_SEED): {"bits": 99.0}}, scale).difference(a, b)
     common = [0, 3, 4]
-    assert one.seeds == 3 and one.mean == pytest.approx((x - y)[common].mean()) and one.spread == pytest.approx((x - y)[common].std(ddof=1))
+    assert (
+        one.seeds == 3
+        and one.mean == pytest.approx((x - y)[common].mean())
+        and one.spread == pytest.approx((x - y)[common].std(ddof=1))
+    )
     assert one.p == pytest.approx(stats.ttest_rel(x[common], y[common]).pvalue)
     assert compare.Runs({}, scale).difference(a, b) is None
     single = compare.Runs({(a, 0): {"bits": 2.0}, (b, 0): {"bits": 1.5}}, scale).difference(a, b)
@@ -174,7 +239,12 @@ def test_tuning_takes_the_best_of_all_settings_at_the_best_rate(cells):
     found = {}
 
     def finish(tried, bits):
-        found.update({(cell, runs.TUNING_SEED): {"bits": value} for cell, value in zip(tried, bits, strict=True)})
+        found.update(
+            {
+                (cell, runs.TUNING_SEED): {"bits": value}
+                for cell, value in zip(tried, bits, strict=True)
+            }
+        )
 
     rates, _ = runs.tuning(cells)
     assert cells.settings["characters"] == 1e-2
@@ -185,15 +255,24 @@ def test_tuning_takes_the_best_of_all_settings_at_the_best_rate(cells):
     assert {cell.rate for tried in at_best.values() for cell in tried} == {5e-3}
     finish(at_best["RESET"], [2.0, 2.1, 1.9])
     finish(at_best["FIX"][:2], [2.0, 2.1])  # not all of them
-    assert runs.tuned(runs.CPU, found, {})["RESET"] == 300 and runs.tuned(runs.CPU, found, {})["FIX"] == 0.25
+    assert (
+        runs.tuned(runs.CPU, found, {})["RESET"] == 300
+        and runs.tuned(runs.CPU, found, {})["FIX"] == 0.25
+    )
     assert runs.tuned(runs.GPU, {}, runs.tuned(runs.CPU, found, {}))["RESET"] == 300
 
 
 def test_settings_stretch_with_the_run(cells):
-    at = {steps: dict(cells("1:16", "RESET", steps=steps).options)["reset_every"] for steps in (1000, 3000, 9000)}
+    at = {
+        steps: dict(cells("1:16", "RESET", steps=steps).options)["reset_every"]
+        for steps in (1000, 3000, 9000)
+    }
     assert at == {1000: 100, 3000: 100, 9000: 300}
     assert dict(cells("2:4", "FIX", steps=1000).options)["fix_after"] == 250
-    assert dict(cells("1:16", "SDGF geometric").options)["k"] == 4 and dict(cells("2:4", "SDGF geometric").options)["k"] == 16
+    assert (
+        dict(cells("1:16", "SDGF geometric").options)["k"] == 4
+        and dict(cells("2:4", "SDGF geometric").options)["k"] == 16
+    )
 
 
 def test_finished_runs_come_back_and_are_not_run_again(cells, tmp_path, monkeypatch):
@@ -203,7 +282,11 @@ def test_finished_runs_come_back_and_are_not_run_again(cells, tmp_path, monkeypa
     store.Store(tmp_path).add(b, 1, {"bits": 3.0})
     found = store.read(tmp_path)
     assert found.keys() == {(a, 0), (b, 1)} and found[b, 1]["bits"] == 3.0
-    assert missing([(a, (0, 1)), (b, (0, 1)), (a, (0, 1, 2))], found) == [(a, [1]), (b, [0]), (a, [2])]
+    assert missing([(a, (0, 1)), (b, (0, 1)), (a, (0, 1, 2))], found) == [
+        (a, [1]),
+        (b, [0]),
+        (a, [2]),
+    ]
     monkeypatch.setattr(tasks, "fingerprint", lambda: "another")
     with pytest.raises(SystemExit, match="which is another text"):
         store.Store(tmp_path)
@@ -221,4 +304,6 @@ def test_a_smoke_run_has_something_of_every_recipe(cells):
     seen = [cell for _, cell in some(runs.matrix(cells))]
     functions = {runs.RECIPES[cell.recipe].function for cell in seen if cell.recipe in runs.RECIPES}
     assert functions == {recipe.function for recipe in runs.RECIPES.values()}
-    assert {cell.recipe for cell in seen} >= {*runs.WITHOUT_PLAN} and len(seen) == len(functions) + 2
+    assert {cell.recipe for cell in seen} >= {*runs.WITHOUT_PLAN} and len(seen) == len(
+        functions
+    ) + 2

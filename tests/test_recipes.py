@@ -1,4 +1,6 @@
-"""Full short runs of every recipe equal a NumPy transcription of its paper, also when they are resumed at any step."""
+"""Full short runs of every recipe equal a NumPy transcription of its paper, also when they are
+resumed at any step.
+"""
 
 import functools
 import itertools
@@ -14,7 +16,7 @@ import pytest
 from test_algorithm1 import AdamW, Momentum, gradients
 
 import jaxsparse as js
-from jaxsparse.phases import as_step
+from jaxsparse._training.phases import as_step
 
 STEPS = 20  # dense_until=0.1 is step 2, fine_tune_from=0.7 is step 14
 PHASES = {"total_steps": STEPS, "dense_until": 0.1, "fine_tune_from": 0.7}
@@ -42,7 +44,9 @@ def top_blocks(w, density, size=2):
 
 
 def phased(tables):
-    """The mask that changes by `tables`: (first step, last step + 1, every, how); outside of them every weight participates."""
+    """The mask that changes by `tables`: (first step, last step + 1, every, how); outside of them
+    every weight participates.
+    """
 
     def mask_of(t, w, last):
         for begin, end, every, mask in tables:
@@ -71,7 +75,9 @@ def density(initial, t, first=2, last=14):
 
 
 def falling(select, initial, every):
-    """The masks of gradual pruning: they change every so many steps and for the last time at step 14."""
+    """The masks of gradual pruning: they change every so many steps and for the last time at step
+    14.
+    """
 
     def mask_of(t, w, last):
         if t < 2:
@@ -101,28 +107,62 @@ ONE = kept(1, 4)
 CASES = {
     "sr-ste": Case(functools.partial(R.sr_ste, decay=0.3), phased([(0, 99, 1, ONE)]), pull=0.3),
     "sr-ste, dense before": Case(
-        functools.partial(R.sr_ste, decay=0.3, dense_until=0.25, total_steps=STEPS), phased([(5, 99, 1, ONE)]), pull=0.3
+        functools.partial(R.sr_ste, decay=0.3, dense_until=0.25, total_steps=STEPS),
+        phased([(5, 99, 1, ONE)]),
+        pull=0.3,
     ),
-    "sr-ste, every third": Case(functools.partial(R.sr_ste, decay=0.3, dense_until=4, every=3), phased([(4, 99, 3, ONE)]), pull=0.3),
-    "mdgf": Case(functools.partial(R.mdgf, **PHASES), phased([(2, 99, 1, ONE)]), exponential, "masked"),
-    "mdgf linear": Case(functools.partial(R.mdgf, decay="linear", **PHASES), phased([(2, 99, 1, ONE)]), linear, "masked"),
-    "mdgf as the authors' code": Case(functools.partial(R.mdgf, gradient="dense", **PHASES), phased([(2, 99, 1, ONE)]), exponential),
+    "sr-ste, every third": Case(
+        functools.partial(R.sr_ste, decay=0.3, dense_until=4, every=3),
+        phased([(4, 99, 3, ONE)]),
+        pull=0.3,
+    ),
+    "mdgf": Case(
+        functools.partial(R.mdgf, **PHASES), phased([(2, 99, 1, ONE)]), exponential, "masked"
+    ),
+    "mdgf linear": Case(
+        functools.partial(R.mdgf, decay="linear", **PHASES),
+        phased([(2, 99, 1, ONE)]),
+        linear,
+        "masked",
+    ),
+    "mdgf as the authors' code": Case(
+        functools.partial(R.mdgf, gradient="dense", **PHASES),
+        phased([(2, 99, 1, ONE)]),
+        exponential,
+    ),
     "mdgf linear, dense gradient, every fifth": Case(
-        functools.partial(R.mdgf, decay="linear", gradient="dense", every=5, **PHASES), phased([(2, 99, 5, ONE)]), linear
+        functools.partial(R.mdgf, decay="linear", gradient="dense", every=5, **PHASES),
+        phased([(2, 99, 5, ONE)]),
+        linear,
     ),
     "mdgf from the start": Case(
-        functools.partial(R.mdgf, total_steps=STEPS, dense_until=0, fine_tune_from=19, decay="linear"),
+        functools.partial(
+            R.mdgf, total_steps=STEPS, dense_until=0, fine_tune_from=19, decay="linear"
+        ),
         phased([(0, 99, 1, ONE)]),
         lambda t: 1 - t / 19,
         "masked",
     ),
     "mdgf unstructured": Case(
-        functools.partial(R.mdgf, **PHASES), phased([(2, 99, 1, lambda w: top(w, 0.25))]), exponential, "masked", pattern=U
+        functools.partial(R.mdgf, **PHASES),
+        phased([(2, 99, 1, lambda w: top(w, 0.25))]),
+        exponential,
+        "masked",
+        pattern=U,
     ),
-    "sdgf": Case(functools.partial(R.sdgf, **PHASES), phased([(2, 6, 1, kept(3, 4)), (6, 10, 1, kept(2, 4)), (10, 99, 1, kept(1, 4))])),
+    "sdgf": Case(
+        functools.partial(R.sdgf, **PHASES),
+        phased([(2, 6, 1, kept(3, 4)), (6, 10, 1, kept(2, 4)), (10, 99, 1, kept(1, 4))]),
+    ),
     "sdgf 2:4, every fourth": Case(
         functools.partial(R.sdgf, every=4, **PHASES),
-        lambda t, w, last: np.ones(w.shape, bool) if t < 2 else kept(3 if t < 8 else 2, 4)(w) if t in (2, 6, 8, 10, 14, 18) else last,
+        lambda t, w, last: (
+            np.ones(w.shape, bool)
+            if t < 2
+            else kept(3 if t < 8 else 2, 4)(w)
+            if t in (2, 6, 8, 10, 14, 18)
+            else last
+        ),
         pattern=js.NM(2, 4, axis=0),
     ),
     "sdgf geometric": Case(
@@ -137,14 +177,32 @@ CASES = {
         functools.partial(R.sdgf, total_steps=STEPS, dense_until=3, fine_tune_from=14),
         phased([(3, 6, 1, kept(3, 4)), (6, 10, 1, kept(2, 4)), (10, 99, 1, kept(1, 4))]),
     ),
-    "gradual": Case(functools.partial(R.gradual, **PHASES), falling(top, 1.0, 1), gradient="masked", pattern=U),
-    "gradual, every fifth": Case(
-        functools.partial(R.gradual, every=5, initial=0.75, **PHASES), falling(top, 0.75, 5), gradient="masked", pattern=U
+    "gradual": Case(
+        functools.partial(R.gradual, **PHASES), falling(top, 1.0, 1), gradient="masked", pattern=U
     ),
-    "gradual blocks": Case(functools.partial(R.gradual, **PHASES), falling(top_blocks, 1.0, 1), gradient="masked", pattern=B),
-    "static": Case(R.static, lambda t, w, last: kept(1, 4)(w) if last is None else last, gradient="masked", held=True),
+    "gradual, every fifth": Case(
+        functools.partial(R.gradual, every=5, initial=0.75, **PHASES),
+        falling(top, 0.75, 5),
+        gradient="masked",
+        pattern=U,
+    ),
+    "gradual blocks": Case(
+        functools.partial(R.gradual, **PHASES),
+        falling(top_blocks, 1.0, 1),
+        gradient="masked",
+        pattern=B,
+    ),
+    "static": Case(
+        R.static,
+        lambda t, w, last: kept(1, 4)(w) if last is None else last,
+        gradient="masked",
+        held=True,
+    ),
     "static, given masks": Case(
-        functools.partial(R.static, masks={"w": GIVEN, "b": True}), lambda t, w, last: GIVEN, gradient="masked", held=True
+        functools.partial(R.static, masks={"w": GIVEN, "b": True}),
+        lambda t, w, last: GIVEN,
+        gradient="masked",
+        held=True,
     ),
 }
 
@@ -179,7 +237,7 @@ def trainer(case, optimizer):
     tx = case.recipe(optimizer.optax(), js.plan(params, {"w": case.pattern}))
 
     def loss(params, state, x, y):
-        effective = js.sparse_params(params, state)
+        effective = js.effective_params(params, state)
         return jnp.mean((x @ effective["w"] + effective["b"] - y) ** 2)
 
     @jax.jit
@@ -193,18 +251,26 @@ def trainer(case, optimizer):
 
 def used_factor(params, state):
     """The factor on non-participating weights in the next forward pass; None where there are none."""
-    ratio = np.asarray(js.sparse_params(params, state)["w"] / params["w"])[~np.asarray(js.masks(state)["w"])]
+    ratio = np.asarray(js.effective_params(params, state)["w"] / params["w"])[
+        ~np.asarray(js.masks(state)["w"])
+    ]
     return None if not ratio.size or not np.isfinite(ratio).all() else ratio.mean()
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer"), [*((name, AdamW) for name in CASES), *((name, Momentum) for name in ("sr-ste", "mdgf", "sdgf", "static"))]
+    ("name", "optimizer"),
+    [
+        *((name, AdamW) for name in CASES),
+        *((name, Momentum) for name in ("sr-ste", "mdgf", "sdgf", "static")),
+    ],
 )
 def test_a_run_equals_the_transcription_and_itself_when_resumed_at_any_step(name, optimizer):
     case = CASES[name]
     expected, saved = transcription(case, optimizer()), []
     # the decay factor is a float32
-    tight = {"rtol": 1e-5, "atol": 1e-6} if name.startswith("mdgf") else {"rtol": 1e-9, "atol": 1e-12}
+    tight = (
+        {"rtol": 1e-5, "atol": 1e-6} if name.startswith("mdgf") else {"rtol": 1e-9, "atol": 1e-12}
+    )
     with jax.enable_x64(True):
         step, params, state, batches = trainer(case, optimizer())
         for t, ((x, y), (w, b, mask, factor)) in enumerate(zip(batches, expected, strict=True)):
@@ -212,18 +278,25 @@ def test_a_run_equals_the_transcription_and_itself_when_resumed_at_any_step(name
             np.testing.assert_array_equal(js.masks(state)["w"], mask, err_msg=f"mask at step {t}")
             used = used_factor(params, state)
             if used is not None:
-                np.testing.assert_allclose(used, factor, rtol=1e-6, atol=0, err_msg=f"decay factor at step {t}")
+                np.testing.assert_allclose(
+                    used, factor, rtol=1e-6, atol=0, err_msg=f"decay factor at step {t}"
+                )
             params, state = step(params, state, x, y)
             np.testing.assert_allclose(params["w"], w, **tight, err_msg=f"weights after step {t}")
             np.testing.assert_allclose(params["b"], b, **tight, err_msg=f"bias after step {t}")
             np.testing.assert_array_equal(params["w"] == 0, w == 0, err_msg=f"zeros after step {t}")
 
-        _, *fresh, _ = trainer(case, optimizer())  # another recipe with the same arguments, as in another process
+        # another recipe with the same arguments, as in another process
+        _, *fresh, _ = trainer(case, optimizer())
         for begin, leaves in enumerate(saved):
             resumed = jax.tree.unflatten(jax.tree.structure(tuple(fresh)), map(jnp.asarray, leaves))
             for x, y in batches[begin:]:
                 resumed = step(*resumed, x, y)
-            jax.tree.map(functools.partial(np.testing.assert_array_equal, err_msg=f"from step {begin}"), resumed, (params, state))
+            jax.tree.map(
+                functools.partial(np.testing.assert_array_equal, err_msg=f"from step {begin}"),
+                resumed,
+                (params, state),
+            )
     assert step._cache_size() == 1
 
 
@@ -238,8 +311,24 @@ def test_the_transcriptions_differ_and_rewire():
 @pytest.mark.parametrize(
     ("value", "total", "step"),
     [
-        *[(0, 10, 0), (3, 10, 3), (10, 10, 10), (np.int64(4), 10, 4), (7, None, 7), (0.0, 10, 0), (1.0, 10, 10), (0.05, 30, 2)],
-        *[(0.7, 10, 7), (0.7, 15, 11), (1 / 3, 3000, 1000), (np.float32(0.7), 10, 7), (0.05, 10, 1), (0.0125, 1000, 13)],
+        *[
+            (0, 10, 0),
+            (3, 10, 3),
+            (10, 10, 10),
+            (np.int64(4), 10, 4),
+            (7, None, 7),
+            (0.0, 10, 0),
+            (1.0, 10, 10),
+            (0.05, 30, 2),
+        ],
+        *[
+            (0.7, 10, 7),
+            (0.7, 15, 11),
+            (1 / 3, 3000, 1000),
+            (np.float32(0.7), 10, 7),
+            (0.05, 10, 1),
+            (0.0125, 1000, 13),
+        ],
     ],
 )
 def test_a_boundary_is_a_step_or_a_fraction_rounded_to_the_nearest(value, total, step):
@@ -248,14 +337,27 @@ def test_a_boundary_is_a_step_or_a_fraction_rounded_to_the_nearest(value, total,
 
 @pytest.mark.parametrize("total_steps", [4, 5, 10, 37, 100, 350, 1001])
 @pytest.mark.parametrize("decay", ["linear", "exponential"])
-def test_the_factor_is_1_at_the_start_above_0_before_fine_tuning_and_exactly_0_from_there(total_steps, decay):
+def test_the_factor_is_1_at_the_start_above_0_before_fine_tuning_and_exactly_0_from_there(
+    total_steps, decay
+):
     params = {"w": jnp.arange(8.0)}
-    tx = js.recipes.mdgf(optax.sgd(0.0), js.plan(params, {"w": js.NM(2, 4, axis=0)}), total_steps=total_steps, decay=decay, dense_until=1)
+    tx = js.recipes.mdgf(
+        optax.sgd(0.0),
+        js.plan(params, {"w": js.NM(2, 4, axis=0)}),
+        total_steps=total_steps,
+        decay=decay,
+        dense_until=1,
+    )
     begin, end = 1, as_step("recipe", "boundary", 0.7, total_steps)
     _, factors = jax.lax.scan(
-        lambda state, _: (tx.update(params, state, params)[1], state.inner_state.decay), tx.init(params), None, total_steps
+        lambda state, _: (tx.update(params, state, params)[1], state.inner_state.decay),
+        tx.init(params),
+        None,
+        total_steps,
     )
     assert (factors[: begin + 1] == 1).all() and (factors[end:] == 0).all()
     assert (factors[:end] > 0).all() and (np.diff(factors[begin : end + 1]) < 0).all()
     if decay == "exponential":
-        np.testing.assert_allclose(factors[end - 1], 0.01 ** ((end - 1 - begin) / (end - begin)), rtol=1e-5)
+        np.testing.assert_allclose(
+            factors[end - 1], 0.01 ** ((end - 1 - begin) / (end - begin)), rtol=1e-5
+        )

@@ -18,14 +18,19 @@ from jaxsparse import analysis
 
 def make_params():
     keys = jax.random.split(jax.random.key(0))
-    return {"a": {"b": jnp.zeros(4), "w": jax.random.normal(keys[0], (16, 4))}, "c": {"w": jax.random.normal(keys[1], (20, 4))}}
+    return {
+        "a": {"b": jnp.zeros(4), "w": jax.random.normal(keys[0], (16, 4))},
+        "c": {"w": jax.random.normal(keys[1], (20, 4))},
+    }
 
 
 NOISE = np.random.default_rng(0).normal(size=(32, 20, 4)).astype(np.float32)
 
 
 def gradient(params, t):
-    return jax.tree.map(lambda p: p + jnp.asarray(NOISE)[t].ravel()[: p.size].reshape(p.shape), params)
+    return jax.tree.map(
+        lambda p: p + jnp.asarray(NOISE)[t].ravel()[: p.size].reshape(p.shape), params
+    )
 
 
 PLAN = js.plan(make_params(), {"*/w": js.NM(2, 4, axis=0)})
@@ -33,11 +38,13 @@ PATHS = {"a/w", "c/w"}
 
 
 def recipe(optimizer=None, **kwargs):
-    return js.recipes.rewired(optimizer or optax.adamw(0.3), PLAN, reset_every=7, **kwargs)
+    return js.recipes.explore_exploit(optimizer or optax.adamw(0.3), PLAN, reset_every=7, **kwargs)
 
 
 def recorded(tx, total_steps=12, **kwargs):
-    return analysis.record(tx, PLAN, **{"total_steps": total_steps, "samples": 4, "weights": 24} | kwargs)
+    return analysis.record(
+        tx, PLAN, **{"total_steps": total_steps, "samples": 4, "weights": 24} | kwargs
+    )
 
 
 def run(tx, steps, params=None, state=None, begin=0):
@@ -77,18 +84,38 @@ def test_samples_are_what_the_run_went_through(every):
     _, state, history = a_run() if every == 2 else run(recorded(recipe()), 12)
     found = analysis.recordings(state)
     np.testing.assert_array_equal(found.steps, [3, 6, 9, 12])
-    for name in ("weights", "gradient_variance", "second_moment_variance", "density", "retained_magnitude", "churn"):
+    for name in (
+        "weights",
+        "gradient_variance",
+        "second_moment_variance",
+        "density",
+        "retained_magnitude",
+        "churn",
+    ):
         assert getattr(found, name).keys() == PATHS
     for path in PATHS:
         assert found.weights[path].shape == (4, 24)
         for i, t in enumerate((3, 6, 9, 12)):
             before, _, params, after = history[t - 1]
             grads = gradient(before, t - 1)
-            w, mask, nu = weight(params, path), weight(js.masks(after), path), weight(find_nu(after), path)
-            assert np.isin(found.weights[path][i], w).all() and len(np.unique(found.weights[path][i])) > 10
-            np.testing.assert_allclose(found.gradient_variance[path][i], weight(grads, path).var(), rtol=1e-4)
+            w, mask, nu = (
+                weight(params, path),
+                weight(js.masks(after), path),
+                weight(find_nu(after), path),
+            )
+            assert (
+                np.isin(found.weights[path][i], w).all()
+                and len(np.unique(found.weights[path][i])) > 10
+            )
+            np.testing.assert_allclose(
+                found.gradient_variance[path][i], weight(grads, path).var(), rtol=1e-4
+            )
             np.testing.assert_allclose(found.second_moment_variance[path][i], nu.var(), rtol=1e-4)
-            np.testing.assert_allclose(found.retained_magnitude[path][i], np.abs(w[mask]).sum() / np.abs(w).sum(), rtol=1e-5)
+            np.testing.assert_allclose(
+                found.retained_magnitude[path][i],
+                np.abs(w[mask]).sum() / np.abs(w).sum(),
+                rtol=1e-5,
+            )
             assert found.density[path][i] == 0.5
             masks = [weight(js.masks(one[1]), path) for one in history[t - 3 : t]] + [mask]
             flips = sum((old != new).mean() for old, new in itertools.pairwise(masks))
@@ -97,7 +124,11 @@ def test_samples_are_what_the_run_went_through(every):
 
 
 def find_nu(state):
-    return next(node.nu for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.ScaleByAdamState)) if hasattr(node, "nu"))
+    return next(
+        node.nu
+        for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.ScaleByAdamState))
+        if hasattr(node, "nu")
+    )
 
 
 def test_the_same_weights_are_followed():
@@ -117,7 +148,10 @@ def test_the_run_is_the_same_as_without():
     plain, recording = run(recipe(every=2), 12), a_run()
     for (_, expected, params, _), (_, found, same, _) in zip(plain[2], recording[2], strict=True):
         assert_same(js.masks(found), js.masks(expected))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), same, params)  # rounded otherwise
+        # rounded otherwise
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), same, params
+        )
     assert jax.tree.structure(recording[1].inner_state) == jax.tree.structure(plain[1])
 
 
@@ -132,7 +166,13 @@ def test_samples_are_as_far_apart_as_the_number_of_steps_asks(total, samples, st
 def test_a_dense_run_has_weights_and_gradients_alone():
     found = analysis.recordings(run(recorded(optax.sgd(0.1)), 12)[1])
     assert found.weights.keys() == found.gradient_variance.keys() == PATHS
-    assert found.second_moment_variance == found.density == found.retained_magnitude == found.churn == {}
+    assert (
+        found.second_moment_variance
+        == found.density
+        == found.retained_magnitude
+        == found.churn
+        == {}
+    )
 
 
 def test_nothing_is_traced_again_copied_or_changed_in_layout():
@@ -158,7 +198,11 @@ def test_nothing_is_traced_again_copied_or_changed_in_layout():
     assert_same(given, last)
 
     start = make_params()
-    scan = jax.jit(lambda carry: jax.lax.scan(lambda carry, t: (step(*carry, t), None), carry, jnp.arange(12))[0])
+    scan = jax.jit(
+        lambda carry: jax.lax.scan(lambda carry, t: (step(*carry, t), None), carry, jnp.arange(12))[
+            0
+        ]
+    )
     found = scan((start, tx.init(start)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, last)
 
@@ -180,15 +224,28 @@ ONLY = {one: js.plan(make_params(), {f"{one}/w": js.NM(2, 4, axis=0)}) for one i
 WRAPPED = {
     "MultiSteps outside": lambda: optax.MultiSteps(recorded(recipe()), 2).gradient_transformation(),
     "chain": lambda: optax.chain(optax.clip(1.0), recorded(recipe())),
-    "hyperparams inside": lambda: recorded(recipe(optax.inject_hyperparams(optax.adamw)(optax.linear_schedule(0.5, 0.1, 12)))),
-    "hyperparams outside": lambda: optax.inject_hyperparams(lambda learning_rate: recorded(recipe(optax.adamw(learning_rate))))(
-        learning_rate=optax.linear_schedule(0.5, 0.1, 12)
+    "hyperparams inside": lambda: recorded(
+        recipe(optax.inject_hyperparams(optax.adamw)(optax.linear_schedule(0.5, 0.1, 12)))
     ),
+    "hyperparams outside": lambda: optax.inject_hyperparams(
+        lambda learning_rate: recorded(recipe(optax.adamw(learning_rate)))
+    )(learning_rate=optax.linear_schedule(0.5, 0.1, 12)),
     "two rewires": lambda: recorded(
-        optax.multi_transform({one: js.recipes.rewired(optax.adam(0.1), ONLY[one]) for one in "ac"}, {"a": "a", "c": "c"})
+        optax.multi_transform(
+            {one: js.recipes.explore_exploit(optax.adam(0.1), ONLY[one]) for one in "ac"},
+            {"a": "a", "c": "c"},
+        )
     ),
     "under a label": lambda: optax.multi_transform(
-        {"x": analysis.record(js.recipes.rewired(optax.adam(0.1), ONLY["a"]), ONLY["a"], total_steps=12, samples=4), "y": optax.sgd(0.1)},
+        {
+            "x": analysis.record(
+                js.recipes.explore_exploit(optax.adam(0.1), ONLY["a"]),
+                ONLY["a"],
+                total_steps=12,
+                samples=4,
+            ),
+            "y": optax.sgd(0.1),
+        },
         LABELS,
     ),
     "one path alone": lambda: analysis.record(recipe(), ONLY["a"], total_steps=12, samples=4),
@@ -212,23 +269,33 @@ def test_recordings_and_masks_are_found_however_deep(name):
 def test_nnx_and_the_interceptor_see_through_it():
     model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     plan = js.plan(nnx.state(model, nnx.Param), {"kernel": js.NM(2, 4, axis=0)})
-    tx = analysis.record(js.recipes.rewired(optax.adam(0.1), plan), plan, total_steps=2)
+    tx = analysis.record(js.recipes.explore_exploit(optax.adam(0.1), plan), plan, total_steps=2)
     opt = nnx.Optimizer(model, tx, wrt=nnx.Param)
     opt.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
-    np.testing.assert_array_equal(analysis.recordings(opt).weights["kernel"], model.kernel.get_value().reshape(1, -1))
+    np.testing.assert_array_equal(
+        analysis.recordings(opt).weights["kernel"], model.kernel.get_value().reshape(1, -1)
+    )
 
     dense, x = nn.Dense(4, use_bias=False), jnp.ones((1, 8))
     params = dense.init(jax.random.key(0), x)
     plan = js.flax.plan(dense, {"kernel": "2:4"}, x)
-    state = analysis.record(js.recipes.rewired(optax.adam(0.1), plan), plan, total_steps=2).init(params)
+    state = analysis.record(
+        js.recipes.explore_exploit(optax.adam(0.1), plan), plan, total_steps=2
+    ).init(params)
     with js.flax.intercept(state):
         found = dense.apply(params, x)
-    np.testing.assert_allclose(found, x @ js.sparse_params(params, state)["params"]["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(
+        found, x @ js.effective_params(params, state)["params"]["kernel"], rtol=1e-6
+    )
 
 
 def test_memory_does_not_grow_with_the_run():
     sizes = {
-        total: sum(x.size for x in jax.tree.leaves(jax.eval_shape(recorded(recipe(), total).init, make_params()))) for total in (16, 10**9)
+        total: sum(
+            x.size
+            for x in jax.tree.leaves(jax.eval_shape(recorded(recipe(), total).init, make_params()))
+        )
+        for total in (16, 10**9)
     }
     assert len(set(sizes.values())) == 1
 
@@ -240,7 +307,9 @@ def test_low_precision_weights_are_recorded_as_float32():
 
 
 def test_what_is_no_array_of_numbers_may_be_in_the_state():
-    tx = recorded(recipe(optax.chain(optax.add_noise(0.01, 0.55, key=jax.random.key(0)), optax.sgd(0.1))))
+    tx = recorded(
+        recipe(optax.chain(optax.add_noise(0.01, 0.55, key=jax.random.key(0)), optax.sgd(0.1)))
+    )
     _, state, _ = run(tx, 12)
     assert len(analysis.recordings(state).steps) == 4
 

@@ -23,10 +23,14 @@ def test_linear_decay_gives_the_worked_value():
 
 
 def test_exponential_decay_gives_the_worked_value():
-    np.testing.assert_allclose(js.exponential_decay(0.01)(25) * np.array([1.0, 2.0]), [0.7788, 1.5576], atol=5e-5)
+    np.testing.assert_allclose(
+        js.exponential_decay(0.01)(25) * np.array([1.0, 2.0]), [0.7788, 1.5576], atol=5e-5
+    )
 
 
-@pytest.mark.parametrize("beta", [1.0, 0.5, 0.1, 0.01, 0.001, 1e-4, 1 / 3, 1 / 41, 1 / 47, 1 / 700, 3e-4])
+@pytest.mark.parametrize(
+    "beta", [1.0, 0.5, 0.1, 0.01, 0.001, 1e-4, 1 / 3, 1 / 41, 1 / 47, 1 / 700, 3e-4]
+)
 @pytest.mark.parametrize("begin", [0, 125])
 def test_linear_decay_is_exactly_1_up_to_begin_and_exactly_0_at_its_end(beta, begin):
     factor, end = js.linear_decay(beta, begin), begin + math.ceil(1 / beta - 1e-6)
@@ -66,7 +70,9 @@ def test_a_traced_step_gives_the_same_without_a_retrace(name):
     expected = np.array([schedule(step) for step in steps])
     np.testing.assert_allclose(jax.vmap(schedule)(jnp.array(steps)), expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(schedule(jnp.array(steps)), expected, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(jax.lax.map(schedule, jnp.array(steps)), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        jax.lax.map(schedule, jnp.array(steps)), expected, rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -121,9 +127,13 @@ def test_stages_are_valid_patterns_that_never_loosen_and_end_at_the_target(stage
 
 def test_gradual_density_is_the_cubic_of_the_survey():
     initial, final, begin, every, count = 0.8, 0.25, 20, 5, 12
-    density = js.gradual_density(final, begin=begin, end=begin + count * every, every=every, initial=initial)
+    density = js.gradual_density(
+        final, begin=begin, end=begin + count * every, every=every, initial=initial
+    )
     for step in range(begin, begin + count * every + 1, every):
-        sparsity = (1 - final) + ((1 - initial) - (1 - final)) * (1 - (step - begin) / (count * every)) ** 3
+        sparsity = (1 - final) + ((1 - initial) - (1 - final)) * (
+            1 - (step - begin) / (count * every)
+        ) ** 3
         np.testing.assert_allclose(density(step), 1 - sparsity, rtol=1e-5)
 
 
@@ -152,5 +162,5 @@ def test_gradual_density_may_rise():
 
 def test_factors_fit_a_bfloat16_weight():
     factor = js.linear_decay(0.01)(25)
-    effective = js.participate(jnp.ones(4, jnp.bfloat16), jnp.zeros(4, bool), factor)
+    effective = js.effective_weight(jnp.ones(4, jnp.bfloat16), jnp.zeros(4, bool), factor)
     assert effective.dtype == jnp.bfloat16 and effective.tolist() == [0.75] * 4

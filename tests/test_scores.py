@@ -53,7 +53,7 @@ def test_random_masks_stay_and_differ_by_seed():
 
 
 def test_recipes_take_a_score():
-    tx = js.recipes.rewired(optax.sgd(0.0), PLAN, reset_every=None, score="first_order")
+    tx = js.recipes.explore_exploit(optax.sgd(0.0), PLAN, reset_every=None, score="first_order")
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     np.testing.assert_array_equal(js.masks(state)["w"], expected(abs(W * G)))
 
@@ -67,8 +67,13 @@ def test_the_fisher_diagonal_is_the_mean_of_squares():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_fisher_diagonal_is_summed_in_float32(dtype):
-    found = js.diagonal_fisher(lambda w, x: (w * x).sum(), jnp.zeros(2, dtype), jnp.tile(jnp.array([1.0, 1e-4], dtype), (1000, 1)))
-    np.testing.assert_allclose(found, [1.0, 1e-8], rtol=0.01)  # in bfloat16 a sum of ones ends at 256; in float16 1e-8 is 0
+    found = js.diagonal_fisher(
+        lambda w, x: (w * x).sum(),
+        jnp.zeros(2, dtype),
+        jnp.tile(jnp.array([1.0, 1e-4], dtype), (1000, 1)),
+    )
+    # in bfloat16 a sum of ones ends at 256; in float16 1e-8 is 0
+    np.testing.assert_allclose(found, [1.0, 1e-8], rtol=0.01)
 
 
 @pytest.mark.parametrize("score", ["first_order", "fisher"])

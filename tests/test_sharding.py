@@ -1,4 +1,6 @@
-"""Masks on two devices: the same as on one, and without communication where groups are whole on each device."""
+"""Masks on two devices: the same as on one, and without communication where groups are whole on
+each device.
+"""
 
 import os
 import subprocess
@@ -13,8 +15,8 @@ import jaxsparse as js
 assert jax.device_count() == 2
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
-def rewired(inner, plan):
-    return js.recipes.rewired(inner, plan, reset_every=2)
+def explore_exploit(inner, plan):
+    return js.recipes.explore_exploit(inner, plan, reset_every=2)
 
 def mdgf(inner, plan):
     return js.recipes.mdgf(inner, plan, total_steps=4, dense_until=1, fine_tune_from=3)
@@ -103,6 +105,8 @@ print("done")
 def test_masks_of_sharded_weights():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=env, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=env, timeout=300
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.endswith("done\n")

@@ -1,4 +1,6 @@
-"""A layer that is the whole model runs sparse and compressed, whatever axes it sums over and in whatever order."""
+"""A layer that is the whole model runs sparse and compressed, whatever axes it sums over and in
+whatever order.
+"""
 
 import jax
 import numpy as np
@@ -36,7 +38,7 @@ def test_masked_and_compressed_forward_agree_with_sparse_params(model):
             masked = apply(params)
         with js.flax.intercept():
             compressed = apply(js.compress(params, masks, plan))
-        return apply(params), apply(js.sparse_params(params, masks)), masked, compressed
+        return apply(params), apply(js.effective_params(params, masks)), masked, compressed
 
     dense, expected, masked, compressed = outputs(jax.jit(model.init)(jax.random.key(0), X))
     assert not np.allclose(expected, dense, atol=1e-3)

@@ -1,4 +1,6 @@
-"""`sparsify` runs any function from compressed weights: every kind of product, call and transformation, against the masked function."""
+"""`sparsify` runs any function from compressed weights: every kind of product, call and
+transformation, against the masked function.
+"""
 
 import functools
 
@@ -34,7 +36,9 @@ def doubled_gradient(x, w):
     return x @ w
 
 
-doubled_gradient.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (2 * g @ kept[1].T, 2 * kept[0].T @ g))
+doubled_gradient.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda kept, g: (2 * g @ kept[1].T, 2 * kept[0].T @ g)
+)
 
 
 @jax.custom_jvp
@@ -63,18 +67,54 @@ FUNCTIONS = {
     "in two programs": ((8, 8), lambda w, x: jax.jit(jnp.matmul)(jax.jit(jnp.matmul)(x, w), w), 2),
     "outputs around the sum": ((3, 8, 5), lambda w, x: jnp.einsum("bi,nih->bnh", x, w), 1),
     "outputs turned": ((3, 8, 5), lambda w, x: jnp.einsum("bi,nih->hbn", x, w), 1),
-    "two summed axes": ((2, 4, 5), lambda w, x: jnp.einsum("bhd,hdm->bm", x.reshape(-1, 2, 4), w), 1),
-    "two summed axes, apart": ((2, 5, 4), lambda w, x: jnp.einsum("bhd,hmd->bm", x.reshape(-1, 2, 4), w), 1),
-    "summed axes in another order": ((2, 4, 8), lambda w, x: jnp.einsum("bij,jim->bm", x.reshape(-1, 4, 2), w), 1),
-    "split by a reshape": ((8, 12), lambda w, x: jnp.einsum("bhd,hdm->bm", x.reshape(-1, 2, 4), w.reshape(2, 4, 12)), 1),
+    "two summed axes": (
+        (2, 4, 5),
+        lambda w, x: jnp.einsum("bhd,hdm->bm", x.reshape(-1, 2, 4), w),
+        1,
+    ),
+    "two summed axes, apart": (
+        (2, 5, 4),
+        lambda w, x: jnp.einsum("bhd,hmd->bm", x.reshape(-1, 2, 4), w),
+        1,
+    ),
+    "summed axes in another order": (
+        (2, 4, 8),
+        lambda w, x: jnp.einsum("bij,jim->bm", x.reshape(-1, 4, 2), w),
+        1,
+    ),
+    "split by a reshape": (
+        (8, 12),
+        lambda w, x: jnp.einsum("bhd,hdm->bm", x.reshape(-1, 2, 4), w.reshape(2, 4, 12)),
+        1,
+    ),
     "merged by a reshape": ((8, 3, 4), lambda w, x: x @ w.reshape(8, 12), 1),
-    "outputs merged and split": ((8, 3, 4), lambda w, x: jnp.einsum("bi,ijk->bkj", x, w.reshape(8, 12).reshape(8, 6, 2)), 1),
-    "outputs split unevenly": ((8, 3, 4), lambda w, x: jnp.einsum("bi,ijk->bkj", x, w.reshape(8, 2, 6)), 0),
-    "cast": ((8, 12), lambda w, x: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32), 1),
-    "sums kept wide": ((8, 12), lambda w, x: jnp.matmul(*map(half, (x, w)), preferred_element_type=jnp.float32), 1),
+    "outputs merged and split": (
+        (8, 3, 4),
+        lambda w, x: jnp.einsum("bi,ijk->bkj", x, w.reshape(8, 12).reshape(8, 6, 2)),
+        1,
+    ),
+    "outputs split unevenly": (
+        (8, 3, 4),
+        lambda w, x: jnp.einsum("bi,ijk->bkj", x, w.reshape(8, 2, 6)),
+        0,
+    ),
+    "cast": (
+        (8, 12),
+        lambda w, x: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32),
+        1,
+    ),
+    "sums kept wide": (
+        (8, 12),
+        lambda w, x: jnp.matmul(*map(half, (x, w)), preferred_element_type=jnp.float32),
+        1,
+    ),
     "scaled by a number": ((8, 12), lambda w, x: x @ (w * 0.5), 1),
     "scaled by output": ((8, 12), lambda w, x: x @ (w / (1 + jnp.arange(12.0))), 1),
-    "scaled by output, turned": ((3, 8, 4), lambda w, x: jnp.einsum("bi,nih->bnh", x, w * jnp.arange(12.0).reshape(3, 1, 4)), 1),
+    "scaled by output, turned": (
+        (3, 8, 4),
+        lambda w, x: jnp.einsum("bi,nih->bnh", x, w * jnp.arange(12.0).reshape(3, 1, 4)),
+        1,
+    ),
     "scaled by a value": ((8, 12), lambda w, x: x @ (w * x.sum()), 1),
     "weight norm": ((8, 12), lambda w, x: x @ (w / jnp.sqrt((w * w).sum(0, keepdims=True))), 1),
     "standardised": ((8, 12), lambda w, x: x @ ((w - w.mean(0)) / w.std(0)), 0),
@@ -84,31 +124,97 @@ FUNCTIONS = {
     "outputs split": ((8, 12), lambda w, x: sum(x @ part for part in jnp.split(w, 3, 1)), 3),
     "a part of the sum": ((8, 12), lambda w, x: x[:, :4] @ w[:4], 0),
     "one of two": ((2, 8, 12), of_two, 2),
-    "a dynamic one": ((3, 8, 12), lambda w, x: x @ lax.dynamic_index_in_dim(w, (x[0, 0] > 9).astype(int), keepdims=False), 1),
+    "a dynamic one": (
+        (3, 8, 12),
+        lambda w, x: x @ lax.dynamic_index_in_dim(w, (x[0, 0] > 9).astype(int), keepdims=False),
+        1,
+    ),
     "concatenated with itself": ((8, 12), lambda w, x: x @ jnp.concatenate([w, w], 1), 1),
-    "concatenated along the sum": ((8, 12), lambda w, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([w, w], 0), 0),
+    "concatenated along the sum": (
+        (8, 12),
+        lambda w, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([w, w], 0),
+        0,
+    ),
     "reversed": ((8, 12), lambda w, x: x @ w[:, ::-1], 0),
     "scan": ((3, 8, 8), scanned, 1),
     "scan along another axis": ((8, 3, 8), lambda w, x: scanned(jnp.moveaxis(w, 1, 0), x), 1),
-    "scan of scan": ((2, 3, 8, 8), lambda w, x: lax.scan(lambda x, w: (scanned(w, x), None), x, w)[0], 1),
-    "scan of the other order": ((2, 3, 8, 8), lambda w, x: lax.scan(lambda x, w: (scanned(w, x), None), x, w.swapaxes(0, 1))[0], 1),
-    "scan over the outputs": ((3, 8, 4), lambda w, x: lax.scan(lambda c, w: (c, x @ w), 0.0, w)[1].swapaxes(0, 1), 1),
-    "constant of a scan": ((8, 8), lambda w, x: lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=3)[0], 1),
-    "carried by a scan": ((8, 8), lambda w, x: lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), length=3)[0][0], 1),
-    "changed by a scan": ((8, 8), lambda w, x: lax.scan(lambda c, _: (c * 0.5, x @ c), w, length=3)[1].sum(0), 0),
-    "handed on by a scan of remat": ((3, 8, 8), lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), w)), x, w)[0], 1),
-    "handed on and returned": ((3, 8, 8), lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), w), x, w), 1),
+    "scan of scan": (
+        (2, 3, 8, 8),
+        lambda w, x: lax.scan(lambda x, w: (scanned(w, x), None), x, w)[0],
+        1,
+    ),
+    "scan of the other order": (
+        (2, 3, 8, 8),
+        lambda w, x: lax.scan(lambda x, w: (scanned(w, x), None), x, w.swapaxes(0, 1))[0],
+        1,
+    ),
+    "scan over the outputs": (
+        (3, 8, 4),
+        lambda w, x: lax.scan(lambda c, w: (c, x @ w), 0.0, w)[1].swapaxes(0, 1),
+        1,
+    ),
+    "constant of a scan": (
+        (8, 8),
+        lambda w, x: lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=3)[0],
+        1,
+    ),
+    "carried by a scan": (
+        (8, 8),
+        lambda w, x: lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), length=3)[
+            0
+        ][0],
+        1,
+    ),
+    "changed by a scan": (
+        (8, 8),
+        lambda w, x: lax.scan(lambda c, _: (c * 0.5, x @ c), w, length=3)[1].sum(0),
+        0,
+    ),
+    "handed on by a scan of remat": (
+        (3, 8, 8),
+        lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), w)), x, w)[0],
+        1,
+    ),
+    "handed on and returned": (
+        (3, 8, 8),
+        lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), w), x, w),
+        1,
+    ),
     "stop_gradient": ((8, 12), lambda w, x: x @ lax.stop_gradient(w), 1),
-    "a negative dynamic start": ((8, 12), lambda w, x: x @ lax.dynamic_slice_in_dim(w, index(x) - 20, 4, 1), 1),
-    "a dynamic start": ((8, 12), lambda w, x: x @ lax.dynamic_slice_in_dim(w, index(x) - 5, 4, 1), 1),
-    "scaled by what was shifted": ((8, 8), lambda w, x: x @ (w * lax.pad(jnp.full((8, 8), 2.0), 0.5, ((-1, 1, 0), (0, 0, 0)))), 0),
+    "a negative dynamic start": (
+        (8, 12),
+        lambda w, x: x @ lax.dynamic_slice_in_dim(w, index(x) - 20, 4, 1),
+        1,
+    ),
+    "a dynamic start": (
+        (8, 12),
+        lambda w, x: x @ lax.dynamic_slice_in_dim(w, index(x) - 5, 4, 1),
+        1,
+    ),
+    "scaled by what was shifted": (
+        (8, 8),
+        lambda w, x: x @ (w * lax.pad(jnp.full((8, 8), 2.0), 0.5, ((-1, 1, 0), (0, 0, 0)))),
+        0,
+    ),
     "no outputs": ((8, 12), lambda w, x: x @ w[:, :0], 0),
     "a stack of one": ((1, 8, 8), scanned, 1),
     "remat": ((8, 8), lambda w, x: jax.checkpoint(lambda x, w: jnp.sin(x @ w))(x, w), 1),
-    "scan of remat": ((3, 8, 8), lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, w)[0], 1),
+    "scan of remat": (
+        (3, 8, 8),
+        lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, w)[0],
+        1,
+    ),
     "vmap": ((3, 8, 5), lambda w, x: jax.vmap(jnp.matmul)(x.reshape(3, 2, 8), w), 1),
-    "vmap along another axis": ((8, 3, 5), lambda w, x: jax.vmap(jnp.matmul, (0, 1))(x.reshape(3, 2, 8), w), 1),
-    "two batched axes": ((2, 3, 8, 4), lambda w, x: jnp.einsum("aci,caio->aco", x.reshape(3, 2, 8), w), 1),
+    "vmap along another axis": (
+        (8, 3, 5),
+        lambda w, x: jax.vmap(jnp.matmul, (0, 1))(x.reshape(3, 2, 8), w),
+        1,
+    ),
+    "two batched axes": (
+        (2, 3, 8, 4),
+        lambda w, x: jnp.einsum("aci,caio->aco", x.reshape(3, 2, 8), w),
+        1,
+    ),
     "experts": ((3, 8, 5), lambda w, x: jnp.einsum("ecd,edf->ecf", x.reshape(3, 2, 8), w), 1),
     "jit": ((8, 12), lambda w, x: jax.jit(lambda x, w: jax.jit(jnp.matmul)(x, w) + 1)(x, w), 1),
     "cond": ((8, 8), lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: jnp.sin(x) @ w), 2),
@@ -117,16 +223,28 @@ FUNCTIONS = {
     "optimization_barrier": ((8, 12), lambda w, x: x @ lax.optimization_barrier((w, x))[0], 1),
     "checkpoint_name": ((8, 12), lambda w, x: x @ checkpoint_name(w, "w"), 1),
     "1x1 convolution": ((1, 1, 8, 5), lambda w, x: conv(x.reshape(1, 2, 3, 8), w), 1),
-    "1x1 convolution with strides": ((1, 1, 8, 5), lambda w, x: conv(x.reshape(1, 2, 3, 8), w, strides=(1, 2)), 1),
+    "1x1 convolution with strides": (
+        (1, 1, 8, 5),
+        lambda w, x: conv(x.reshape(1, 2, 3, 8), w, strides=(1, 2)),
+        1,
+    ),
     "1x1 convolution, channels first": (
         (5, 8, 1, 1),
         lambda w, x: conv(x.reshape(1, 8, 2, 3), w, numbers=("NCHW", "OIHW", "NCHW")),
         1,
     ),
-    "1x1 convolution, padded": ((1, 1, 8, 5), lambda w, x: conv(x.reshape(1, 2, 3, 8), w, padding=((1, 1), (0, 0))), 0),
+    "1x1 convolution, padded": (
+        (1, 1, 8, 5),
+        lambda w, x: conv(x.reshape(1, 2, 3, 8), w, padding=((1, 1), (0, 0))),
+        0,
+    ),
     "3x1 convolution": ((3, 1, 8, 5), lambda w, x: conv(x.reshape(1, 2, 3, 8), w), 0),
     "ragged_dot": ((3, 8, 5), lambda w, x: lax.ragged_dot(x, w, jnp.array([1, 2, 3])), 0),
-    "gathered": ((3, 8, 5), lambda w, x: jnp.einsum("bi,bio->bo", x, w[jnp.array([0, 0, 1, 2, 1, 0])]), 0),
+    "gathered": (
+        (3, 8, 5),
+        lambda w, x: jnp.einsum("bi,bio->bo", x, w[jnp.array([0, 0, 1, 2, 1, 0])]),
+        0,
+    ),
     "also regularised": ((8, 12), lambda w, x: x @ w + 0.1 * (w**2).sum(), 1),
     "returned too": ((8, 12), lambda w, x: (x @ w, w), 1),
 }
@@ -148,7 +266,7 @@ def prepared(name):
     if not plan.sparse:  # the program does not tell
         plan = js.plan(params, {"w": js.NM(2, 4, axis=0)})
     masks = js.magnitude_masks(params, plan)
-    return js.compress(params, masks, plan), js.sparse_params(params, masks), masks, plan
+    return js.compress(params, masks, plan), js.effective_params(params, masks), masks, plan
 
 
 def call(name):
@@ -164,7 +282,9 @@ def close(found, expected, tolerance=2e-5):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         scale = max(1.0, float(jnp.abs(b).max(initial=0)))
-        np.testing.assert_allclose(np.asarray(a, np.float32) / scale, np.asarray(b, np.float32) / scale, atol=tolerance)
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32) / scale, np.asarray(b, np.float32) / scale, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -184,7 +304,10 @@ def test_outputs_and_gradients_equal_those_of_the_masked_weights(name):
     close(found[0]["w"].values, js.compress(expected[0], masks, plan)["w"].values, tolerance)
 
 
-@pytest.mark.parametrize("name", ["x @ w", "outputs around the sum", "scan of remat", "cond", "custom_vjp", "1x1 convolution"])
+@pytest.mark.parametrize(
+    "name",
+    ["x @ w", "outputs around the sum", "scan of remat", "cond", "custom_vjp", "1x1 convolution"],
+)
 def test_eager_calls_agree_and_trace_once_a_shape(name):
     packed, masked, _, _ = prepared(name)
     traces = []
@@ -225,7 +348,9 @@ def test_inside_a_scan_and_remat():
     def run(fn, params):
         return lax.scan(jax.checkpoint(lambda x, _: (fn(params, x), None)), X, length=3)[0].sum()
 
-    found = jax.jit(jax.value_and_grad(functools.partial(run, js.sparsify(call("remat"))), allow_int=True))(packed)
+    found = jax.jit(
+        jax.value_and_grad(functools.partial(run, js.sparsify(call("remat"))), allow_int=True)
+    )(packed)
     expected = jax.value_and_grad(functools.partial(run, call("remat")))(masked)
     close(found[0], expected[0])
     assert products(functools.partial(run, js.sparsify(call("remat"))), packed) == 1
@@ -235,7 +360,9 @@ def test_inside_a_scan_and_remat():
 def test_inside_shard_map(name):
     packed, masked, _, _ = prepared(name)
     mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    inside = jax.shard_map(js.sparsify(call(name)), mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"))
+    inside = jax.shard_map(
+        js.sparsify(call(name)), mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows")
+    )
     close(jax.jit(inside)(packed, X), call(name)(masked, X))
     grads = jax.jit(jax.grad(lambda params, x: (inside(params, x) ** 2).sum(), 1))(packed, X)
     close(grads, jax.grad(lambda params, x: (call(name)(params, x) ** 2).sum(), 1)(masked, X))
@@ -268,34 +395,51 @@ def test_weights_anywhere_in_the_arguments():
         return x @ extra["inner"][0]["w"]
 
     close(js.sparsify(fn)(X, extra={"inner": [packed]}), fn(X, extra={"inner": [masked]}))
-    assert [row.path for row in js.sparsify(fn).report(X, extra={"inner": [packed]}).products] == ["extra/inner/0/w"]
+    assert [row.path for row in js.sparsify(fn).report(X, extra={"inner": [packed]}).products] == [
+        "extra/inner/0/w"
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
 @pytest.mark.parametrize("wide", ["int32", "float32"])
 def test_integers_are_summed_as_wide_as_the_result(dtype, wide):
     random = np.random.default_rng(0)
-    x, w = (jnp.asarray(random.integers(0 if dtype == "uint8" else -100, 100, shape), dtype) for shape in ((6, 64), (64, 8)))
+    x, w = (
+        jnp.asarray(random.integers(0 if dtype == "uint8" else -100, 100, shape), dtype)
+        for shape in ((6, 64), (64, 8))
+    )
     params = {"w": w}
     plan = js.plan(params, {"w": js.NM(2, 4, axis=0)})
     masks = js.magnitude_masks(params, plan)
     sparse = js.sparsify(lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=wide))
     expected = np.asarray(x, np.int64) @ np.where(masks["w"], w, 0).astype(np.int64)
-    np.testing.assert_array_equal(np.asarray(sparse(js.compress(params, masks, plan), x), np.int64), expected)
+    np.testing.assert_array_equal(
+        np.asarray(sparse(js.compress(params, masks, plan), x), np.int64), expected
+    )
 
 
-EIGHT_BITS = [("float8_e4m3fn",) * 2, ("float8_e5m2", "float8_e4m3fn"), ("bfloat16", "float8_e4m3fn"), ("float8_e5m2", "float32")]
+EIGHT_BITS = [
+    ("float8_e4m3fn",) * 2,
+    ("float8_e5m2", "float8_e4m3fn"),
+    ("bfloat16", "float8_e4m3fn"),
+    ("float8_e5m2", "float32"),
+]
 
 
 @pytest.mark.parametrize("dtypes", EIGHT_BITS, ids=" ".join)
 def test_floats_of_8_bits(dtypes):
-    x, w = (jnp.asarray(weight(*shape), dtype) for shape, dtype in zip(((6, 8), (8, 12)), dtypes, strict=True))
+    x, w = (
+        jnp.asarray(weight(*shape), dtype)
+        for shape, dtype in zip(((6, 8), (8, 12)), dtypes, strict=True)
+    )
     params = {"w": w}
     plan = js.plan(params, {"w": js.NM(2, 4, axis=0)})
     masks = js.magnitude_masks(params, plan)
 
     def fn(params, x):
-        return lax.dot_general(x, params["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return lax.dot_general(
+            x, params["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
 
     expected = np.asarray(x, np.float32) @ np.where(masks["w"], np.asarray(w, np.float32), 0)
     packed = js.compress(params, masks, plan)
@@ -312,25 +456,31 @@ def test_weights_for_tensor_cores_that_are_cast_and_cut():
     plan = js.plan(params, {"w": "2:4"}, fn, X)
     masks = js.magnitude_masks(params, plan)
     packed = js.compress(params, masks, plan, layout="mma16")
-    close(js.sparsify(fn)(packed, X), fn(js.sparse_params(params, masks), X))
+    close(js.sparsify(fn)(packed, X), fn(js.effective_params(params, masks), X))
     assert products(js.sparsify(fn), packed, X) == 1
 
 
 def test_a_weight_may_be_an_argument_itself():
     packed, masked, _, _ = prepared("x @ w")
     close(js.sparsify(jnp.matmul)(X, packed["w"]), X @ masked["w"])
-    assert [row.path for row in js.sparsify(jnp.matmul).report(X, packed["w"]).products] == ["argument 1"]
+    assert [row.path for row in js.sparsify(jnp.matmul).report(X, packed["w"]).products] == [
+        "argument 1"
+    ]
 
 
 def test_kernels_that_are_concatenated_and_two_weights_in_one_product():
     params = {name: weight(8, n) for name, n in (("q", 8), ("k", 4), ("v", 8))}
 
     def fn(params, x):
-        return x @ jnp.concatenate([params["q"], params["k"]], 1), x @ params["q"] @ params["v"], params["q"] @ params["v"]
+        return (
+            x @ jnp.concatenate([params["q"], params["k"]], 1),
+            x @ params["q"] @ params["v"],
+            params["q"] @ params["v"],
+        )
 
     plan = js.plan(params, {"*": js.NM(2, 4, axis=0)})
     masks = js.magnitude_masks(params, plan)
-    packed, masked = js.compress(params, masks, plan), js.sparse_params(params, masks)
+    packed, masked = js.compress(params, masks, plan), js.effective_params(params, masks)
     close(js.sparsify(fn)(packed, X), fn(masked, X))
     report = js.sparsify(fn).report(packed, X)
     assert [(row.path, row.reason) for row in report.products] == [
@@ -377,7 +527,9 @@ def test_what_is_no_array_is_refused_and_what_is_branched_on_explained():
     def fn(params, x, *, train):
         return x @ params["w"] if train else x
 
-    with pytest.raises(TypeError, match=r"sparsify: train is a str, not an array.*functools.partial"):
+    with pytest.raises(
+        TypeError, match=r"sparsify: train is a str, not an array.*functools.partial"
+    ):
         js.sparsify(fn)(packed, X, train="no")
     with pytest.raises(TypeError, match=r"sparsify: argument 2 is a PjitFunction, not an array"):
         js.sparsify(fn).report(packed, X, jnp.sin)
@@ -405,7 +557,7 @@ def test_bias_and_activation_go_into_the_product_where_a_kernel_may_run(activati
 
     plan = js.plan(params, {"w": "2:4"}, fn, x)
     masks = js.magnitude_masks(params, plan)
-    masked = js.sparse_params(params, masks)
+    masked = js.effective_params(params, masks)
     for layout, fused in (("mma16", True), ("canonical", False)):
         packed = js.compress(params, masks, plan, layout=layout)
         program = str(jax.make_jaxpr(js.sparsify(fn))(packed, x))
@@ -426,7 +578,7 @@ def test_what_else_is_read_of_a_product_is_not_lost_in_a_fused_activation():
     masks = js.magnitude_masks(params, plan)
     packed = js.compress(params, masks, plan, layout="mma16")
     assert "activation=gelu" not in str(jax.make_jaxpr(js.sparsify(fn))(packed, x))
-    close(js.sparsify(fn)(packed, x), fn(js.sparse_params(params, masks), x), 2e-2)
+    close(js.sparsify(fn)(packed, x), fn(js.effective_params(params, masks), x), 2e-2)
 
 
 def test_layers_of_a_stack_are_decompressed_one_at_a_time():
@@ -438,5 +590,7 @@ def test_layers_of_a_stack_are_decompressed_one_at_a_time():
     x = jnp.ones((4, 256))
     plan = js.plan(params, {"w": "2:4"}, fn, x)
     packed = js.compress(params, js.magnitude_masks(params, plan), plan)
-    temporaries = jax.jit(js.sparsify(fn)).lower(packed, x).compile().memory_analysis().temp_size_in_bytes
+    temporaries = (
+        jax.jit(js.sparsify(fn)).lower(packed, x).compile().memory_analysis().temp_size_in_bytes
+    )
     assert temporaries < 3 * params["w"][0].nbytes, temporaries

@@ -1,4 +1,6 @@
-"""A training loop around the masks: donated, scanned, over seeds, never traced twice, resumed from a checkpoint."""
+"""A training loop around the masks: donated, scanned, over seeds, never traced twice, resumed from
+a checkpoint.
+"""
 
 import chex
 import jax
@@ -20,7 +22,7 @@ def make_params(key=None):
 
 
 PLAN = js.plan(make_params(), {"w": js.NM(2, 4, axis=0)})
-TX = js.recipes.rewired(optax.adamw(optax.linear_schedule(0.1, 0.0, 50)), PLAN, **NUMBERS)
+TX = js.recipes.explore_exploit(optax.adamw(optax.linear_schedule(0.1, 0.0, 50)), PLAN, **NUMBERS)
 
 
 def batch(t):
@@ -29,7 +31,7 @@ def batch(t):
 
 
 def loss(params, state, x):
-    params = js.sparse_params(params, state)
+    params = js.effective_params(params, state)
     return ((x @ params["w"] + params["b"] - x[:, :4]) ** 2).mean()
 
 
@@ -73,7 +75,9 @@ def test_no_step_is_traced_again_as_schedules_advance():
 def test_a_state_from_another_init_and_an_equal_plan_is_not_traced_again():
     step, params = jax.jit(train_step), make_params()
     plan = js.plan(make_params(), {"w": js.NM(2, 4, axis=0)})
-    other = js.recipes.rewired(optax.adamw(optax.linear_schedule(0.1, 0.0, 50)), plan, **NUMBERS)
+    other = js.recipes.explore_exploit(
+        optax.adamw(optax.linear_schedule(0.1, 0.0, 50)), plan, **NUMBERS
+    )
     loop(params, TX.init(params), 0, 1, step)
     loop(params, other.init(params), 0, 1, step)
     assert step._cache_size() == 1
@@ -97,11 +101,15 @@ def test_a_scan_over_steps_equals_the_python_loop():
 
     @jax.jit
     def scanned(carry):
-        return jax.lax.scan(lambda carry, x: (train_step(*carry, x), None), carry, jax.vmap(batch)(jnp.arange(12)))[0]
+        return jax.lax.scan(
+            lambda carry, x: (train_step(*carry, x), None), carry, jax.vmap(batch)(jnp.arange(12))
+        )[0]
 
     found = scanned((params, state))
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
     assert_same(js.masks(found[1]), js.masks(expected[1]))
 
 
@@ -115,7 +123,9 @@ def test_vmap_over_seeds_equals_one_run_each():
         params = make_params(key)
         expected = loop(params, TX.init(params), 0, 8)
         one = jax.tree.map(lambda leaf, i=i: leaf[i], found)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, expected
+        )
         assert_same(js.masks(one[1]), js.masks(expected[1]))
 
 
@@ -138,12 +148,16 @@ def test_abstract_init_matches_the_real_one():
     abstract = jax.eval_shape(TX.init, params)
     real = TX.init(params)
     assert jax.tree.structure(abstract) == jax.tree.structure(real)
-    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail("layout"), abstract, real)
+    jax.tree.map(
+        lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail("layout"),
+        abstract,
+        real,
+    )
 
 
 def test_flax_serialization_restores_the_state_and_compressed_weights():
     params = {"w": jnp.arange(1.0, 9.0)}
-    tx = js.recipes.rewired(optax.sgd(0.1), js.plan(params, {"w": js.NM(2, 4, axis=0)}))
+    tx = js.recipes.explore_exploit(optax.sgd(0.1), js.plan(params, {"w": js.NM(2, 4, axis=0)}))
     kept = (tx.init(params), js.compress(params, tx.init(params)))
     fresh = jax.tree.map(jnp.zeros_like, kept)
     assert js.flax  # registers what flax.serialization has to know

@@ -42,11 +42,13 @@ def only(rule, n=2, m=4):
 
 def test_scale_multiplies_the_gradient_of_non_participating_weights():
     tx = js.scale_nonparticipating(0.25)
-    np.testing.assert_array_equal(tx.update(jnp.full(4, 8.0), tx.init(W), W, masks=MASK)[0], [2, 2, 8, 8])
+    np.testing.assert_array_equal(
+        tx.update(jnp.full(4, 8.0), tx.init(W), W, masks=MASK)[0], [2, 2, 8, 8]
+    )
 
 
 def test_sr_ste_worked_values():
-    tx = js.sr_ste(2e-4)
+    tx = js.add_decayed_nonparticipating(2e-4)
     found = tx.update(jnp.full(4, 10.0), tx.init(W), W, masks=MASK)[0]
     np.testing.assert_allclose(found, [10.0002, 10.0004, 10, 10], rtol=1e-7)
 
@@ -57,12 +59,17 @@ def test_decay_shrinks_the_updated_weight():
     np.testing.assert_array_equal(W + updates, [1.5, 2.25, 4, 5])
 
 
-@pytest.mark.parametrize("tx, zero_at", [(js.reset_nonparticipating(3), {0, 3, 6}), (js.fix_nonparticipating(4), {4, 5, 6, 7})])
+@pytest.mark.parametrize(
+    "tx, zero_at",
+    [(js.reset_nonparticipating(3), {0, 3, 6}), (js.fix_nonparticipating(4), {4, 5, 6, 7})],
+)
 def test_reset_and_fix_zero_at_their_steps(tx, zero_at):
     state = tx.init(W)
     for step in range(8):
         updates, state = tx.update(jnp.full(4, 0.5), state, W, masks=MASK)
-        np.testing.assert_array_equal(W + updates, [0, 0, 3.5, 4.5] if step in zero_at else [1.5, 2.5, 3.5, 4.5])
+        np.testing.assert_array_equal(
+            W + updates, [0, 0, 3.5, 4.5] if step in zero_at else [1.5, 2.5, 3.5, 4.5]
+        )
 
 
 def test_rewire_holds_masks_between_and_after_its_steps():
@@ -78,7 +85,9 @@ def test_rewire_holds_masks_between_and_after_its_steps():
     assert seen == [at[min(step // 3 * 3, 6)] for step in range(12)]
 
 
-@pytest.mark.parametrize("weights, updates", list(itertools.product([jnp.float32, jnp.bfloat16, jnp.float16], repeat=2)))
+@pytest.mark.parametrize(
+    "weights, updates", list(itertools.product([jnp.float32, jnp.bfloat16, jnp.float16], repeat=2))
+)
 def test_reset_weights_are_exactly_zero(weights, updates):
     params = jax.tree.map(lambda p: p * 1.2345, make_params(weights))
     tx = js.rewire(optax.chain(optax.sgd(0.3), js.reset_nonparticipating(1)), both())
@@ -102,33 +111,73 @@ def hyper(factory, *args, static=(), **kwargs):
 
 LINEAR = optax.linear_schedule(0.5, 0.0, 10)
 WRAPPED = {
-    "plain": lambda inner: js.recipes.rewired(inner, both(), **RECIPE),
-    "chain inside": lambda inner: js.recipes.rewired(optax.chain(optax.clip_by_global_norm(1.0), inner), both(), **RECIPE),
-    "chain outside": lambda inner: optax.chain(optax.clip(1.0), js.recipes.rewired(inner, both(), **RECIPE)),
-    "MultiSteps inside": lambda inner: js.recipes.rewired(optax.MultiSteps(inner, 2).gradient_transformation(), both(), **RECIPE),
-    "MultiSteps outside": lambda inner: optax.MultiSteps(js.recipes.rewired(inner, both(), **RECIPE), 2),
-    "hyperparams of reset": lambda inner: js.rewire(optax.chain(inner, hyper(js.reset_nonparticipating, every=2)), both()),
-    "hyperparams of fix": lambda inner: js.rewire(optax.chain(inner, hyper(js.fix_nonparticipating, after=2)), both(), until=2),
-    "hyperparams of scale": lambda inner: js.rewire(optax.chain(hyper(js.scale_nonparticipating, s=LINEAR), inner), both()),
-    "hyperparams of sr_ste": lambda inner: js.rewire(optax.chain(hyper(js.sr_ste, decay=LINEAR), inner), both()),
-    "hyperparams of decay": lambda inner: js.rewire(optax.chain(inner, hyper(js.decay_nonparticipating, beta=LINEAR)), both()),
+    "plain": lambda inner: js.recipes.explore_exploit(inner, both(), **RECIPE),
+    "chain inside": lambda inner: js.recipes.explore_exploit(
+        optax.chain(optax.clip_by_global_norm(1.0), inner), both(), **RECIPE
+    ),
+    "chain outside": lambda inner: optax.chain(
+        optax.clip(1.0), js.recipes.explore_exploit(inner, both(), **RECIPE)
+    ),
+    "MultiSteps inside": lambda inner: js.recipes.explore_exploit(
+        optax.MultiSteps(inner, 2).gradient_transformation(), both(), **RECIPE
+    ),
+    "MultiSteps outside": lambda inner: optax.MultiSteps(
+        js.recipes.explore_exploit(inner, both(), **RECIPE), 2
+    ),
+    "hyperparams of reset": lambda inner: js.rewire(
+        optax.chain(inner, hyper(js.reset_nonparticipating, every=2)), both()
+    ),
+    "hyperparams of fix": lambda inner: js.rewire(
+        optax.chain(inner, hyper(js.fix_nonparticipating, after=2)), both(), until=2
+    ),
+    "hyperparams of scale": lambda inner: js.rewire(
+        optax.chain(hyper(js.scale_nonparticipating, s=LINEAR), inner), both()
+    ),
+    "hyperparams of sr_ste": lambda inner: js.rewire(
+        optax.chain(hyper(js.add_decayed_nonparticipating, decay=LINEAR), inner), both()
+    ),
+    "hyperparams of decay": lambda inner: js.rewire(
+        optax.chain(inner, hyper(js.decay_nonparticipating, beta=LINEAR)), both()
+    ),
     "hyperparams of the recipe": lambda inner: hyper(
-        js.recipes.rewired, inner, both(), static=("inner", "plan"), **{**RECIPE, "every": 2, "decay": LINEAR}
+        js.recipes.explore_exploit,
+        inner,
+        both(),
+        static=("inner", "plan"),
+        **{**RECIPE, "every": 2, "decay": LINEAR},
     ),
-    "rewire around labels": lambda inner: js.recipes.rewired(
-        labelled(inner, optax.chain(js.scale_nonparticipating(0.5), optax.sgd(0.1))), both(), **RECIPE
+    "rewire around labels": lambda inner: js.recipes.explore_exploit(
+        labelled(inner, optax.chain(js.scale_nonparticipating(0.5), optax.sgd(0.1))),
+        both(),
+        **RECIPE,
     ),
-    "rewire under one label": lambda inner: labelled(js.recipes.rewired(inner, only("a/w"), **RECIPE), optax.sgd(0.1)),
-    "rewire under the second label": lambda inner: labelled(optax.sgd(0.1), js.recipes.rewired(inner, only("c/w"), **RECIPE)),
+    "rewire under one label": lambda inner: labelled(
+        js.recipes.explore_exploit(inner, only("a/w"), **RECIPE), optax.sgd(0.1)
+    ),
+    "rewire under the second label": lambda inner: labelled(
+        optax.sgd(0.1), js.recipes.explore_exploit(inner, only("c/w"), **RECIPE)
+    ),
     "two rewires": lambda inner: labelled(
-        js.recipes.rewired(inner, only("a/w"), **RECIPE), js.recipes.rewired(inner, only("c/w", 1, 4), **RECIPE)
+        js.recipes.explore_exploit(inner, only("a/w"), **RECIPE),
+        js.recipes.explore_exploit(inner, only("c/w", 1, 4), **RECIPE),
     ),
-    "masked inside": lambda inner: js.recipes.rewired(optax.masked(inner, {"a": True, "c": False}), both(), **RECIPE),
-    "masked outside": lambda inner: optax.masked(js.recipes.rewired(inner, only("a/w"), **RECIPE), {"a": True, "c": False}),
+    "masked inside": lambda inner: js.recipes.explore_exploit(
+        optax.masked(inner, {"a": True, "c": False}), both(), **RECIPE
+    ),
+    "masked outside": lambda inner: optax.masked(
+        js.recipes.explore_exploit(inner, only("a/w"), **RECIPE), {"a": True, "c": False}
+    ),
 }
 KEPT = {"two rewires": {"a/w": 2, "c/w": 1}, "rewire under the second label": {"c/w": 2}}
 KEPT |= {name: {"a/w": 2} for name in ("rewire under one label", "masked outside")}
-CORE = ("plain", "MultiSteps inside", "MultiSteps outside", "hyperparams of the recipe", "rewire around labels", "masked inside")
+CORE = (
+    "plain",
+    "MultiSteps inside",
+    "MultiSteps outside",
+    "hyperparams of the recipe",
+    "rewire around labels",
+    "masked inside",
+)
 CASES = [
     *((name, "adamw", jnp.float32) for name in WRAPPED),
     *((name, optimizer, jnp.float32) for name in CORE for optimizer in list(OPTIMIZERS)[1:]),
@@ -139,7 +188,9 @@ CASES = [
 
 
 def layout(tree):
-    return jax.tree.structure(tree), [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]
+    return jax.tree.structure(tree), [
+        (leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)
+    ]
 
 
 @pytest.mark.parametrize("name, optimizer, dtype", CASES)
@@ -166,7 +217,7 @@ def test_masks_are_found_and_the_state_is_stable(name, optimizer, dtype):
         mask = np.asarray(masks[outer][inner])
         assert mask.dtype == bool
         assert (mask.reshape(2, 4, 4).sum(1) == n).all()
-        effective = js.sparse_params(params, state)[outer][inner]
+        effective = js.effective_params(params, state)[outer][inner]
         np.testing.assert_array_equal(np.asarray(effective == 0), ~mask)
     if "b" in masks["a"]:
         assert masks["a"]["b"].shape == () and bool(masks["a"]["b"])
@@ -175,8 +226,10 @@ def test_masks_are_found_and_the_state_is_stable(name, optimizer, dtype):
 
 def test_hyperparams_of_the_recipe_do_what_plain_numbers_do():
     numbers = {"every": 2, "reset_every": 3, "fix_after": 5, "grad_scale": 0.5, "decay": 0.1}
-    plain = js.recipes.rewired(optax.adamw(1e-2), both(), **numbers)
-    injected = hyper(js.recipes.rewired, optax.adamw(1e-2), both(), static=("inner", "plan"), **numbers)
+    plain = js.recipes.explore_exploit(optax.adamw(1e-2), both(), **numbers)
+    injected = hyper(
+        js.recipes.explore_exploit, optax.adamw(1e-2), both(), static=("inner", "plan"), **numbers
+    )
     a = b = make_params()
     state, state_injected = plain.init(a), injected.init(b)
     for t in range(8):
@@ -189,12 +242,14 @@ def test_hyperparams_of_the_recipe_do_what_plain_numbers_do():
 
 
 def test_an_injected_learning_rate_of_the_inner_optimizer_is_reachable():
-    tx = js.recipes.rewired(hyper(optax.adamw, learning_rate=LINEAR), both(), **RECIPE)
+    tx = js.recipes.explore_exploit(hyper(optax.adamw, learning_rate=LINEAR), both(), **RECIPE)
     params = make_params()
     state = tx.init(params)
     for t in range(3):
         _, state = tx.update(make_grads(params, t), state, params)
-    rate = optax.tree_utils.tree_get(state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array))
+    rate = optax.tree_utils.tree_get(
+        state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
+    )
     assert rate == LINEAR(2)
 
 
@@ -202,13 +257,15 @@ def test_an_injected_learning_rate_of_the_inner_optimizer_is_reachable():
 def test_nnx_optimizer_trains_and_shows_its_masks(optimizer):
     model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     plan = js.plan(nnx.state(model, nnx.Param), {"kernel": js.NM(2, 4, axis=0)})
-    opt = nnx.Optimizer(model, js.recipes.rewired(optimizer(), plan, reset_every=1), wrt=nnx.Param)
+    opt = nnx.Optimizer(
+        model, js.recipes.explore_exploit(optimizer(), plan, reset_every=1), wrt=nnx.Param
+    )
     before = model.kernel.get_value()
 
     @nnx.jit
     def step(model, opt, x):
         def loss(params):
-            return (nnx.merge(nnx.graphdef(model), js.sparse_params(params, opt))(x) ** 2).sum()
+            return (nnx.merge(nnx.graphdef(model), js.effective_params(params, opt))(x) ** 2).sum()
 
         opt.update(model, jax.grad(loss)(nnx.state(model, nnx.Param)))
 
@@ -217,11 +274,13 @@ def test_nnx_optimizer_trains_and_shows_its_masks(optimizer):
     np.testing.assert_array_equal(np.asarray(model.kernel.get_value() == 0), ~mask)
     assert (np.asarray(model.kernel.get_value() != before)).all()
     for source in (opt, opt.opt_state):
-        assert (np.asarray(js.masks(source)["kernel"].get_value()).reshape(2, 4, 4).sum(1) == 2).all()
+        assert (
+            np.asarray(js.masks(source)["kernel"].get_value()).reshape(2, 4, 4).sum(1) == 2
+        ).all()
 
 
 def test_a_missing_params_or_masks_is_an_error_that_names_the_call():
-    tx = js.recipes.rewired(optax.sgd(0.1), both())
+    tx = js.recipes.explore_exploit(optax.sgd(0.1), both())
     params = make_params()
     with pytest.raises(ValueError, match="rewire: `params` is missing"):
         tx.update(params, tx.init(params))

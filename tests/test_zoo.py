@@ -1,4 +1,6 @@
-"""Plans, masks, compressed runs and gradients of whole models against what is known of each by hand; see `zoo`."""
+"""Plans, masks, compressed runs and gradients of whole models against what is known of each by
+hand; see `zoo`.
+"""
 
 import functools
 
@@ -28,11 +30,19 @@ ONE_OF_EACH_KIND = [
 ]
 
 WITH_GRADIENTS = [
-    name for name in ONE_OF_EACH_KIND if name not in ("lm1b, boxed, under a mesh", "MoE, gathered experts", "NNX Gemma, scan")
+    name
+    for name in ONE_OF_EACH_KIND
+    if name not in ("lm1b, boxed, under a mesh", "MoE, gathered experts", "NNX Gemma, scan")
 ]
 
 # compiling takes nearly all of the time
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+compiled = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 
 @functools.cache
@@ -54,7 +64,9 @@ def by_path(tree):
     """The leaves by their paths, as the tables of the zoo name them."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=is_packed)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    return {path.removeprefix("params/").removesuffix("/value"): leaf for path, leaf in named.items()}
+    return {
+        path.removeprefix("params/").removesuffix("/value"): leaf for path, leaf in named.items()
+    }
 
 
 def largest_two_of_four(w, axis):
@@ -68,13 +80,20 @@ def masks_by_hand(name):
     """The masks along the axes that are written by hand; True for a leaf that stays dense."""
     params, planned = built(name).params, MODELS[name].planned
     weights = by_path(params).items()
-    masks = [jnp.asarray(largest_two_of_four(np.asarray(w), planned[path].axis) if path in planned else True) for path, w in weights]
+    masks = [
+        jnp.asarray(
+            largest_two_of_four(np.asarray(w), planned[path].axis) if path in planned else True
+        )
+        for path, w in weights
+    ]
     return jax.tree.unflatten(jax.tree.structure(params), masks)
 
 
 @functools.cache
 def masked_by_hand(name):
-    return jax.tree.map(lambda w, mask: jnp.asarray(np.where(mask, w, 0)), built(name).params, masks_by_hand(name))
+    return jax.tree.map(
+        lambda w, mask: jnp.asarray(np.where(mask, w, 0)), built(name).params, masks_by_hand(name)
+    )
 
 
 @functools.cache
@@ -83,8 +102,14 @@ def packed(name):
 
 
 def gradients(name, fn):
-    """The function compiled to its gradients, by the parameters and by all inputs that are floats, and its output."""
-    inputs = [1 + i for i, arg in enumerate(built(name).args) if isinstance(arg, jax.Array) and jnp.issubdtype(arg.dtype, jnp.floating)]
+    """The function compiled to its gradients, by the parameters and by all inputs that are floats,
+    and its output.
+    """
+    inputs = [
+        1 + i
+        for i, arg in enumerate(built(name).args)
+        if isinstance(arg, jax.Array) and jnp.issubdtype(arg.dtype, jnp.floating)
+    ]
 
     def loss(*args):
         y = fn(*args)
@@ -94,8 +119,12 @@ def gradients(name, fn):
 
 
 def model(name, fn):
-    """A function of the arguments of the model, compiled: its gradients, where they are tested, and its output."""
-    return gradients(name, fn) if name in WITH_GRADIENTS else compiled(lambda *args: (None, fn(*args)))
+    """A function of the arguments of the model, compiled: its gradients, where they are tested, and
+    its output.
+    """
+    return (
+        gradients(name, fn) if name in WITH_GRADIENTS else compiled(lambda *args: (None, fn(*args)))
+    )
 
 
 @functools.cache
@@ -117,15 +146,24 @@ def compressed(name):
 
 def hand_written(name):
     planned = MODELS[name].planned
-    return {path: (axis, stack, (axis,) if summed is None else summed) for path, (axis, stack, summed) in planned.items()}
+    return {
+        path: (axis, stack, (axis,) if summed is None else summed)
+        for path, (axis, stack, summed) in planned.items()
+    }
 
 
 def as_hand_written(plan):
-    return {leaf.path: (leaf.pattern.axis, leaf.stack, leaf.summed) for leaf in plan.leaves if leaf.pattern}
+    return {
+        leaf.path: (leaf.pattern.axis, leaf.stack, leaf.summed)
+        for leaf in plan.leaves
+        if leaf.pattern
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_just_the_weights_that_a_product_sums_over_are_planned_and_along_the_axis_it_sums_over(name):
+def test_just_the_weights_that_a_product_sums_over_are_planned_and_along_the_axis_it_sums_over(
+    name,
+):
     found = plan(name)
     assert as_hand_written(found) == hand_written(name), str(found)
     assert [leaf.path for leaf in found.leaves] == list(by_path(built(name).params))
@@ -135,7 +173,9 @@ def test_just_the_weights_that_a_product_sums_over_are_planned_and_along_the_axi
 @pytest.mark.parametrize("name", LINEN)
 def test_a_plan_of_the_module_says_the_same(name):
     _, _, _, module, init_args = built(name)
-    assert as_hand_written(js.flax.plan(module, MODELS[name].rules, *init_args)) == hand_written(name)
+    assert as_hand_written(js.flax.plan(module, MODELS[name].rules, *init_args)) == hand_written(
+        name
+    )
 
 
 def test_a_weight_to_which_another_is_added_stays_dense_unless_its_rule_names_the_axis():
@@ -147,10 +187,14 @@ def test_a_weight_to_which_another_is_added_stays_dense_unless_its_rule_names_th
 
 def test_a_mesh_constrains_the_sharding_of_boxed_parameters():
     fn, params, args, *_ = built("lm1b, boxed, under a mesh")
-    assert str(jax.make_jaxpr(fn)(params, *args)).count("sharding_constraint[") > len(jax.tree.leaves(params))
+    assert str(jax.make_jaxpr(fn)(params, *args)).count("sharding_constraint[") > len(
+        jax.tree.leaves(params)
+    )
 
 
-WITH_STACKS = [name for name in ONE_OF_EACH_KIND if any(along.stack for along in MODELS[name].planned.values())]
+WITH_STACKS = [
+    name for name in ONE_OF_EACH_KIND if any(along.stack for along in MODELS[name].planned.values())
+]
 
 
 @pytest.mark.parametrize("name", [*WITH_STACKS, "GPT-2"])
@@ -162,7 +206,7 @@ def test_masks_keep_the_largest_two_of_every_four_along_that_axis(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_masked_forward_is_that_of_weights_masked_by_hand(name):
     _, params, args, *_ = built(name)
-    _, found = dense_model(name)(js.sparse_params(params, masks_by_hand(name)), *args)
+    _, found = dense_model(name)(js.effective_params(params, masks_by_hand(name)), *args)
     np.testing.assert_array_equal(found, expected(name)[1])
     assert not np.allclose(found, dense_model(name)(params, *args)[1], rtol=1e-3, atol=1e-3)
 
@@ -187,7 +231,9 @@ def test_the_masked_forward_under_intercept_is_that_of_weights_masked_by_hand(na
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_compressed_forward_is_the_masked_one(name):
-    assert {path for path, leaf in by_path(packed(name)).items() if is_packed(leaf)} == set(MODELS[name].planned)
+    assert {path for path, leaf in by_path(packed(name)).items() if is_packed(leaf)} == set(
+        MODELS[name].planned
+    )
     _, found = compressed(name)
     assert found.dtype == expected(name)[1].dtype
     np.testing.assert_allclose(found, expected(name)[1], rtol=1e-5, atol=1e-5)
@@ -196,14 +242,20 @@ def test_the_compressed_forward_is_the_masked_one(name):
 def test_the_compressed_forward_outside_of_jit_is_the_masked_one():
     name = "dictionary, fused q, k and v"
     fn, _, args, *_ = built(name)
-    np.testing.assert_allclose(js.sparsify(fn)(packed(name), *args), expected(name)[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        js.sparsify(fn)(packed(name), *args), expected(name)[1], rtol=1e-5, atol=1e-5
+    )
 
 
 def sparse_products(jaxpr):
-    """How many products of compressed weights a program holds, those of the programs inside it among them."""
+    """How many products of compressed weights a program holds, those of the programs inside it
+    among them.
+    """
     values = jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns], is_leaf=is_program)
     inner = [getattr(value, "jaxpr", value) for value in values if is_program(value)]
-    return sum(eqn.primitive.name == "sparse_matmul" for eqn in jaxpr.eqns) + sum(map(sparse_products, inner))
+    return sum(eqn.primitive.name == "sparse_matmul" for eqn in jaxpr.eqns) + sum(
+        map(sparse_products, inner)
+    )
 
 
 def is_program(value):
@@ -217,13 +269,18 @@ def test_every_product_runs_compressed_that_can_and_the_report_says_why_others_d
     assert sparse_products(jax.make_jaxpr(sparse)(packed(name), *args).jaxpr) == entry.products
     report = sparse.report(packed(name), *args)
     assert sum(not row.reason for row in report.products) == entry.products, str(report)
-    assert {path for row in report.products if row.reason for path in row.path.split(", ")} == entry.decompressed, str(report)
-    assert {path for row in report.products for path in row.path.split(", ")} == set(entry.planned), str(report)
+    assert {
+        path for row in report.products if row.reason for path in row.path.split(", ")
+    } == entry.decompressed, str(report)
+    assert {path for row in report.products for path in row.path.split(", ")} == set(
+        entry.planned
+    ), str(report)
 
 
 def assert_close(found, expected):
     assert found.keys() == expected.keys()
-    largest = max((np.abs(value).max() for value in expected.values()), default=0)  # some are 0 but for rounding, as those of a key's bias
+    # some are 0 but for rounding, as those of a key's bias
+    largest = max((np.abs(value).max() for value in expected.values()), default=0)
     for path, value in expected.items():
         np.testing.assert_allclose(found[path], value, rtol=1e-3, atol=1e-5 * largest, err_msg=path)
 
@@ -237,6 +294,8 @@ def values_of(tree):
 def test_gradients_of_compressed_weights_and_of_inputs_are_the_dense_ones(name):
     (of_params, *of_inputs), _ = expected(name)
     (found, *found_of_inputs), _ = compressed(name)
-    assert_close(values_of(found), values_of(js.compress(of_params, masks_by_hand(name), plan(name))))
+    assert_close(
+        values_of(found), values_of(js.compress(of_params, masks_by_hand(name), plan(name)))
+    )
     assert_close(by_path(found_of_inputs), by_path(of_inputs))
     assert all(np.abs(values_of(found)[path]).max() > 0 for path in MODELS[name].planned)

@@ -1,10 +1,11 @@
-"""Trains small models dense and sparse, by every recipe, on five seeds each, and says which findings of the papers hold.
+"""Trains small models dense and sparse, by every recipe, on five seeds each, and says which
+findings of the papers hold.
 
-python -m benchmarks.quality                 writes benchmarks/results/quality; what is there already is not run again
-python -m benchmarks.quality --minutes 60    as far as that goes, the most important runs first
-python -m benchmarks.quality --gpu           a larger model, longer, all seeds at once
-python -m benchmarks.quality --smoke         every step on tiny models, kept nowhere
-python -m benchmarks.quality.findings        only the tables, tests and plots of the runs that are there
+python -m benchmarks.quality                 writes benchmarks/results/quality; what is there
+already is not run again python -m benchmarks.quality --minutes 60    as far as that goes, the most
+important runs first python -m benchmarks.quality --gpu           a larger model, longer, all seeds
+at once python -m benchmarks.quality --smoke         every step on tiny models, kept nowhere python
+-m benchmarks.quality.findings        only the tables, tests and plots of the runs that are there
 """
 
 import argparse
@@ -36,16 +37,32 @@ def some(wanted):
     first = {}
     for entry in wanted:
         _, cell = entry
-        first.setdefault(RECIPES[cell.recipe].function if cell.recipe in RECIPES else cell.recipe, entry)
+        first.setdefault(
+            RECIPES[cell.recipe].function if cell.recipe in RECIPES else cell.recipe, entry
+        )
     return first.values()
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="a larger model, longer, seeds under vmap")
-    parser.add_argument("--smoke", action="store_true", help="tiny models and few steps, in a temporary folder")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further run starts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gpu", action="store_true", help="a larger model, longer, seeds under vmap"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny models and few steps, in a temporary folder"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="after which no further run starts"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="the folder of runs, tables and plots")
     args = parser.parse_args(argv)
     deadline = time.time() + 60 * args.minutes
@@ -63,11 +80,16 @@ def main(argv=None):
             for cell, seed, record in pool.run(jobs, scale, args.workers, deadline, bar.update):
                 keep.add(cell, seed, record)
                 found[cell, seed] = record
-                bar.set_postfix_str(f"{cell.pattern} {cell.recipe}: {record['bits']:.3f} bits", refresh=False)
+                bar.set_postfix_str(
+                    f"{cell.pattern} {cell.recipe}: {record['bits']:.3f} bits", refresh=False
+                )
 
         for stage, part in (("learning rates", 0), ("settings", 1)):
             cells = store.cells(scale, found)
-            run(stage, [(cell, [TUNING_SEED]) for grid in tuning(cells)[part].values() for cell in grid])
+            run(
+                stage,
+                [(cell, [TUNING_SEED]) for grid in tuning(cells)[part].values() for cell in grid],
+            )
         wanted = matrix(store.cells(scale, found))
         run("tables", [(cell, scale.seeds) for _, cell in (some(wanted) if args.smoke else wanted)])
     findings.report(scale, folder)

@@ -15,11 +15,17 @@ UNITS = {
 }
 
 
-AS_IN_PAPERS, TOWARDS, NOT_SO = "As in the papers", "Towards the papers, but not everywhere beyond chance", "Not as in the papers"
+AS_IN_PAPERS, TOWARDS, NOT_SO = (
+    "As in the papers",
+    "Towards the papers, but not everywhere beyond chance",
+    "Not as in the papers",
+)
 
 
 class Difference(NamedTuple):
-    """How much worse one cell is than another: mean and deviation over the seeds that both have, their number, p of a paired t-test."""
+    """How much worse one cell is than another: mean and deviation over the seeds that both have,
+    their number, p of a paired t-test.
+    """
 
     mean: float
     spread: float
@@ -35,14 +41,20 @@ def p_text(p):
 
 
 class Runs:
-    """The finished runs of a scale: `runs(cell)` is the metric of its task for each seed, in seed order."""
+    """The finished runs of a scale: `runs(cell)` is the metric of its task for each seed, in seed
+    order.
+    """
 
     def __init__(self, found, scale):
         self.found, self.scale = found, scale
 
     def __call__(self, cell):
         key, factor, _ = UNITS[cell.task]
-        return {seed: factor * self.found[cell, seed][key] for seed in self.scale.seeds if (cell, seed) in self.found}
+        return {
+            seed: factor * self.found[cell, seed][key]
+            for seed in self.scale.seeds
+            if (cell, seed) in self.found
+        }
 
     def records(self, cell):
         return [self.found[cell, seed] for seed in self.scale.seeds if (cell, seed) in self.found]
@@ -66,7 +78,12 @@ def difference(differences):
     if not len(differences):
         return None
     mean, spread = float(np.mean(differences)), deviation(differences)
-    return Difference(mean, spread, len(differences), float(stats.ttest_1samp(differences, 0).pvalue) if spread > 0 else math.nan)
+    return Difference(
+        mean,
+        spread,
+        len(differences),
+        float(stats.ttest_1samp(differences, 0).pvalue) if spread > 0 else math.nan,
+    )
 
 
 def deviation(values):
@@ -82,8 +99,18 @@ def untested(found):
 
 
 def verdict(holds, points=False):
-    """What is said of a finding that holds, or not; None where that could not be told; or that at least points that way."""
-    return "Not enough runs to tell" if holds is None else AS_IN_PAPERS if holds else TOWARDS if points else NOT_SO
+    """What is said of a finding that holds, or not; None where that could not be told; or that at
+    least points that way.
+    """
+    return (
+        "Not enough runs to tell"
+        if holds is None
+        else AS_IN_PAPERS
+        if holds
+        else TOWARDS
+        if points
+        else NOT_SO
+    )
 
 
 def above_zero(*expected):

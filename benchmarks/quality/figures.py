@@ -19,7 +19,13 @@ def bars(ax, found, unit):
     """Horizontal bars of differences `{name: Difference}` with their standard deviations."""
     found = {name: one for name, one in found.items() if one is not None}
     places = np.arange(len(found))
-    ax.barh(places, [one.mean for one in found.values()], xerr=[np.nan_to_num(one.spread) for one in found.values()], height=0.6, capsize=2)
+    ax.barh(
+        places,
+        [one.mean for one in found.values()],
+        xerr=[np.nan_to_num(one.spread) for one in found.values()],
+        height=0.6,
+        capsize=2,
+    )
     ax.set_yticks(places, list(found), fontsize=8)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.invert_yaxis()
@@ -27,7 +33,20 @@ def bars(ax, found, unit):
 
 
 def line(ax, xs, points, label):
-    """Points `[(mean, spread)]` with error bars; a line joins those that have none between them that is None or NaN."""
-    mean, spread = np.array([(math.nan, math.nan) if point is None else point[:2] for point in points]).T
+    """Points `[(mean, spread)]` with error bars; a line joins those that have none between them
+    that is None or NaN.
+    """
+    mean, spread = np.array(
+        [(math.nan, math.nan) if point is None else point[:2] for point in points]
+    ).T
     if not np.isnan(mean).all():
-        ax.errorbar(list(xs), mean, np.nan_to_num(spread), marker="o", markersize=4, linewidth=1.2, capsize=2, label=label)
+        ax.errorbar(
+            list(xs),
+            mean,
+            np.nan_to_num(spread),
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+            label=label,
+        )

@@ -1,7 +1,8 @@
-"""A character language model, a vision transformer and a convolutional network, each small; patterns apply to the kernels `SPARSE`.
+"""A character language model, a vision transformer and a convolutional network, each small;
+patterns apply to the kernels `SPARSE`.
 
-`density` cuts the hidden width, so that as many weights are left as a pattern of that density keeps (SMALL). Products and
-attention are in forms that suit XLA:CPU.
+`density` cuts the hidden width, so that as many weights are left as a pattern of that density keeps
+(SMALL). Products and attention are in forms that suit XLA:CPU.
 """
 
 import math
@@ -19,7 +20,9 @@ def narrowed(width, density):
 
 @jax.custom_vjp
 def product(x, kernel):
-    """`x @ kernel` of matrices; for the kernel's gradient x is transposed first, which XLA:CPU does not do by itself."""
+    """`x @ kernel` of matrices; for the kernel's gradient x is transposed first, which XLA:CPU does
+    not do by itself.
+    """
     return x @ kernel
 
 
@@ -32,10 +35,14 @@ product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _gradients)
 
 
 def products(x, kernel, dimensions=(((-1,), (0,)),), *_, **__):
-    """The `dot_general` of a dense layer, whose last axes of x meet the first of the kernel, of matrices."""
+    """The `dot_general` of a dense layer, whose last axes of x meet the first of the kernel, of
+    matrices.
+    """
     axes = len(dimensions[0][0])
     left, right = x.shape[:-axes], kernel.shape[axes:]
-    return product(x.reshape(math.prod(left), -1), kernel.reshape(-1, math.prod(right))).reshape(*left, *right)
+    return product(x.reshape(math.prod(left), -1), kernel.reshape(-1, math.prod(right))).reshape(
+        *left, *right
+    )
 
 
 def attention(query, key, value, mask=None, **_):
@@ -43,7 +50,9 @@ def attention(query, key, value, mask=None, **_):
     scores = jnp.einsum("bqhd,bkhd->bhqk", query / query.shape[-1] ** 0.5, key)
     scores = scores if mask is None else jnp.where(mask, scores, -1e9)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value) / jnp.einsum("bhqk->bqh", weights)[..., None]
+    return (
+        jnp.einsum("bhqk,bkhd->bqhd", weights, value) / jnp.einsum("bhqk->bqh", weights)[..., None]
+    )
 
 
 class Block(nn.Module):
@@ -54,12 +63,18 @@ class Block(nn.Module):
     def __call__(self, x, mask=None):
         width = x.shape[-1]
         attend = nn.MultiHeadDotProductAttention(
-            self.heads, use_bias=False, attention_fn=attention, qkv_dot_general=products, out_dot_general=products
+            self.heads,
+            use_bias=False,
+            attention_fn=attention,
+            qkv_dot_general=products,
+            out_dot_general=products,
         )
         x += attend(nn.LayerNorm()(x), mask=mask)
         h = nn.LayerNorm()(x).reshape(-1, width)
         h = nn.Dense(narrowed(4 * width, self.density), dot_general=products, name="hidden_in")(h)
-        return x + nn.Dense(width, dot_general=products, name="hidden_out")(nn.gelu(h)).reshape(x.shape)
+        return x + nn.Dense(width, dot_general=products, name="hidden_out")(nn.gelu(h)).reshape(
+            x.shape
+        )
 
 
 class LanguageModel(nn.Module):
@@ -90,7 +105,9 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        x = nn.Conv(self.width, (2, 2), strides=2)(images[..., None]).reshape(len(images), 16, self.width)
+        x = nn.Conv(self.width, (2, 2), strides=2)(images[..., None]).reshape(
+            len(images), 16, self.width
+        )
         x += self.param("places", nn.initializers.normal(0.02), (16, self.width))
         for _ in range(self.depth):
             x = Block(self.heads, self.density)(x)
@@ -98,22 +115,32 @@ class VisionTransformer(nn.Module):
 
 
 class Conv(nn.Module):
-    """A 3x3 convolution as one product of nine moved images: inside a loop XLA:CPU takes ten times as long for a real one."""
+    """A 3x3 convolution as one product of nine moved images: inside a loop XLA:CPU takes ten times
+    as long for a real one.
+    """
 
     channels: int
     stride: int = 1
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, x.shape[-1], self.channels))
+        kernel = self.param(
+            "kernel", nn.initializers.he_normal(), (3, 3, x.shape[-1], self.channels)
+        )
         size = x.shape[1]
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        moved = [padded[:, i : i + size : self.stride, j : j + size : self.stride] for i in range(3) for j in range(3)]
+        moved = [
+            padded[:, i : i + size : self.stride, j : j + size : self.stride]
+            for i in range(3)
+            for j in range(3)
+        ]
         return products(jnp.concatenate(moved, -1), kernel.reshape(-1, self.channels))
 
 
 class ConvNet(nn.Module):
-    """Images `[batch, 8, 8]` to logits `[batch, 10]`; the middle channels, which two kernels share, are cut by `density`."""
+    """Images `[batch, 8, 8]` to logits `[batch, 10]`; the middle channels, which two kernels share,
+    are cut by `density`.
+    """
 
     width: int
     density: float = 1.0
@@ -121,6 +148,10 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, images):
         x = nn.relu(Conv(self.width)(images[..., None]))
-        x = nn.relu(nn.GroupNorm(1)(Conv(narrowed(2 * self.width, self.density), stride=2, name="hidden_in")(x)))
+        x = nn.relu(
+            nn.GroupNorm(1)(
+                Conv(narrowed(2 * self.width, self.density), stride=2, name="hidden_in")(x)
+            )
+        )
         x = nn.relu(nn.GroupNorm(1)(Conv(2 * self.width, stride=2, name="hidden_out")(x)))
         return nn.Dense(10)(jnp.mean(x, (1, 2)))

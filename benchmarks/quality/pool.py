@@ -1,4 +1,6 @@
-"""Workers, one process pinned to each core: two of them do 1.7 times as much as one process with two threads."""
+"""Workers, one process pinned to each core: two of them do 1.7 times as much as one process with
+two threads.
+"""
 
 import multiprocessing
 import os
@@ -33,7 +35,11 @@ def run(jobs, scale, workers, deadline, progress):
         waiting.put(job)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     pool = [
-        context.Process(target=work, args=(cores[i % len(cores)] if cores else None, scale, waiting, results, deadline), daemon=True)
+        context.Process(
+            target=work,
+            args=(cores[i % len(cores)] if cores else None, scale, waiting, results, deadline),
+            daemon=True,
+        )
         for i in range(workers)
     ]
     for process in pool:
@@ -44,7 +50,9 @@ def run(jobs, scale, workers, deadline, progress):
                 result = results.get(timeout=10)
             except queue.Empty:
                 if any(process.exitcode for process in pool):
-                    raise RuntimeError("a worker was killed; start again to go on with the runs that are missing") from None
+                    raise RuntimeError(
+                        "a worker was killed; start again to go on with the runs that are missing"
+                    ) from None
                 continue
             if isinstance(result, str):
                 raise RuntimeError(f"a worker failed:\n{result}")
@@ -60,11 +68,15 @@ def run(jobs, scale, workers, deadline, progress):
 
 
 def work(core, scale, waiting, results, deadline):
-    """What a worker does: takes jobs until there is none, the time is up, or the process that started it is gone."""
+    """What a worker does: takes jobs until there is none, the time is up, or the process that
+    started it is gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if core is not None:
         os.sched_setaffinity(0, {core})
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SINGLE_THREAD}"  # read when jax makes its first array
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} {SINGLE_THREAD}"  # read when jax makes its first array
+    )
     try:
         for cell, seeds in iter(waiting.get, None):
             for result in timed(cell, seeds, scale, deadline, results.put):

@@ -1,4 +1,6 @@
-"""What is run: sizes, recipes with their small grids, and the matrix of runs in the order of their importance."""
+"""What is run: sizes, recipes with their small grids, and the matrix of runs in the order of their
+importance.
+"""
 
 import dataclasses
 import fractions
@@ -43,10 +45,12 @@ class Scale:
 
 
 class Recipe(NamedTuple):
-    """A recipe of the library, what it is always called with, and the argument that is tuned, with its three values.
+    """A recipe of the library, what it is always called with, and the argument that is tuned, with
+    its three values.
 
-    The middle value is the one to start from. `unit` says what the value counts: "steps" are stretched for runs longer than `LENGTH`,
-    "per step" is divided likewise, a "fraction" becomes steps, None stays.
+    The middle value is the one to start from. `unit` says what the value counts: "steps" are
+    stretched for runs longer than `LENGTH`, "per step" is divided likewise, a "fraction" becomes
+    steps, None stays.
     """
 
     function: str
@@ -59,37 +63,88 @@ class Recipe(NamedTuple):
 DENSE_START = 0.05
 FINE_TUNE = (0.15, 0.25, 0.4)
 RECIPES = {
-    "no exploitation": Recipe("rewired", {"reset_every": None}),
-    "RESET": Recipe("rewired", {}, "reset_every", (30, 100, 300), "steps"),
-    "FIX": Recipe("rewired", {"reset_every": None}, "fix_after", (0.1, 0.25, 0.5), "fraction"),
-    "REGULARIZE": Recipe("rewired", {"reset_every": None}, "decay", (2e-3, 2e-2, 2e-1), "per step"),
+    "no exploitation": Recipe("explore_exploit", {"reset_every": None}),
+    "RESET": Recipe("explore_exploit", {}, "reset_every", (30, 100, 300), "steps"),
+    "FIX": Recipe(
+        "explore_exploit", {"reset_every": None}, "fix_after", (0.1, 0.25, 0.5), "fraction"
+    ),
+    "REGULARIZE": Recipe(
+        "explore_exploit", {"reset_every": None}, "decay", (2e-3, 2e-2, 2e-1), "per step"
+    ),
     "SR-STE": Recipe("sr_ste", {}, "decay", (2e-4, 2e-3, 2e-2)),
-    "SR-STE, dense start": Recipe("sr_ste", {"dense_until": DENSE_START}, "decay", (2e-4, 2e-3, 2e-2)),
-    "MDGF linear": Recipe("mdgf", {"decay": "linear", "gradient": "masked"}, "fine_tune_from", FINE_TUNE),
-    "MDGF exponential": Recipe("mdgf", {"decay": "exponential", "gradient": "masked"}, "fine_tune_from", FINE_TUNE),
-    "MDGF linear, straight-through": Recipe("mdgf", {"decay": "linear", "gradient": "dense"}, "fine_tune_from", FINE_TUNE),
-    "MDGF exponential, straight-through": Recipe("mdgf", {"decay": "exponential", "gradient": "dense"}, "fine_tune_from", FINE_TUNE),
+    "SR-STE, dense start": Recipe(
+        "sr_ste", {"dense_until": DENSE_START}, "decay", (2e-4, 2e-3, 2e-2)
+    ),
+    "MDGF linear": Recipe(
+        "mdgf", {"decay": "linear", "gradient": "masked"}, "fine_tune_from", FINE_TUNE
+    ),
+    "MDGF exponential": Recipe(
+        "mdgf", {"decay": "exponential", "gradient": "masked"}, "fine_tune_from", FINE_TUNE
+    ),
+    "MDGF linear, straight-through": Recipe(
+        "mdgf", {"decay": "linear", "gradient": "dense"}, "fine_tune_from", FINE_TUNE
+    ),
+    "MDGF exponential, straight-through": Recipe(
+        "mdgf", {"decay": "exponential", "gradient": "dense"}, "fine_tune_from", FINE_TUNE
+    ),
     "SDGF stepwise": Recipe("sdgf", {"stages": "stepwise"}, "fine_tune_from", FINE_TUNE),
     "SDGF geometric": Recipe("sdgf", {"stages": "geometric"}, "fine_tune_from", FINE_TUNE),
     "static": Recipe("static", {}, "dense_for", (0.1, 0.25, 0.5)),
     "fixed initial mask": Recipe("static"),
 }
 DECAYING = (
-    *("MDGF exponential", "MDGF linear", "MDGF exponential, straight-through", "MDGF linear, straight-through"),
+    *(
+        "MDGF exponential",
+        "MDGF linear",
+        "MDGF exponential, straight-through",
+        "MDGF linear, straight-through",
+    ),
     *("SDGF stepwise", "SDGF geometric"),
 )
 WITHOUT_PLAN = ("dense", "SMALL")
 
 
-LEARNING = (("characters", (2.5e-3, 5e-3, 1e-2, 2e-2)), ("transformer", (3e-3, 1e-2, 3e-2)), ("convolutions", (1e-2, 3e-2, 1e-1)))
-CPU = Scale(64, 2, 4, 64, 16, 64, 32, LENGTH, 2048, (0, 1, 2, 3, 4), False, LEARNING, tuple(RECIPES))
-GPU = Scale(256, 4, 8, 128, 32, 64, 32, 10_000, 4096, (0, 1, 2, 3, 4), True, (("characters", (5e-4, 1e-3, 2e-3)),), ())
+LEARNING = (
+    ("characters", (2.5e-3, 5e-3, 1e-2, 2e-2)),
+    ("transformer", (3e-3, 1e-2, 3e-2)),
+    ("convolutions", (1e-2, 3e-2, 1e-1)),
+)
+CPU = Scale(
+    64, 2, 4, 64, 16, 64, 32, LENGTH, 2048, (0, 1, 2, 3, 4), False, LEARNING, tuple(RECIPES)
+)
+GPU = Scale(
+    256,
+    4,
+    8,
+    128,
+    32,
+    64,
+    32,
+    10_000,
+    4096,
+    (0, 1, 2, 3, 4),
+    True,
+    (("characters", (5e-4, 1e-3, 2e-3)),),
+    (),
+)
 
 
 def tiny(scale):
     """A scale with everything small and nothing to tune."""
-    sizes = {"width": 32, "depth": 1, "heads": 2, "context": 16, "batch": 2, "images": 4, "steps": 32, "validated": 64, "seeds": (0, 1)}
-    return dataclasses.replace(scale, **sizes, rates=tuple((task, (5e-3,)) for task, _ in scale.rates), tuned=())
+    sizes = {
+        "width": 32,
+        "depth": 1,
+        "heads": 2,
+        "context": 16,
+        "batch": 2,
+        "images": 4,
+        "steps": 32,
+        "validated": 64,
+        "seeds": (0, 1),
+    }
+    return dataclasses.replace(
+        scale, **sizes, rates=tuple((task, (5e-3,)) for task, _ in scale.rates), tuned=()
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +157,8 @@ class Cell:
       steps: of training.
       rate: the peak of the learning rate.
       pattern: as `as_pattern` reads it.
-      recipe: one of `RECIPES`, "dense", or "SMALL", which is dense with the hidden width cut to the density of the pattern.
+      recipe: one of `RECIPES`, "dense", or "SMALL", which is dense with the hidden width cut to the
+        density of the pattern.
       options: the arguments of the recipe.
       watched: whether weights and variances are recorded along the way.
     """
@@ -135,17 +191,36 @@ def as_pattern(name):
     return name
 
 
-WATCHED = [("dense", "dense"), *((TUNED_AT, r) for r in ("SR-STE", "SR-STE, dense start", "MDGF linear", "MDGF exponential", "RESET"))]
+WATCHED = [
+    ("dense", "dense"),
+    *(
+        (TUNED_AT, r)
+        for r in ("SR-STE", "SR-STE, dense start", "MDGF linear", "MDGF exponential", "RESET")
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """Makes the cells of a scale, with the rates and settings that tuning has found: `cells("2:4", "RESET")`."""
+    """Makes the cells of a scale, with the rates and settings that tuning has found: `cells("2:4",
+    "RESET")`.
+    """
 
     scale: Scale
     settings: dict[str, float]
 
-    def __call__(self, pattern, recipe, task="characters", *, setting=None, rate=None, width=None, steps=None, **changes):
+    def __call__(
+        self,
+        pattern,
+        recipe,
+        task="characters",
+        *,
+        setting=None,
+        rate=None,
+        width=None,
+        steps=None,
+        **changes,
+    ):
         """The cell of a pattern and a recipe.
 
         Args:
@@ -158,7 +233,11 @@ class Cells:
           steps: of training; None for those of the scale.
           **changes: other arguments of the recipe.
         """
-        usual = task == "characters" and not changes and all(one is None for one in (setting, rate, width, steps))
+        usual = (
+            task == "characters"
+            and not changes
+            and all(one is None for one in (setting, rate, width, steps))
+        )
         width = width or (self.scale.width if task == "characters" else self.scale.digits)
         steps = steps or self.scale.steps
         options = {}
@@ -171,7 +250,16 @@ class Cells:
             if options.get("stages") == "geometric":
                 options["k"] = _longest(width, pattern)
         watched = usual and (pattern, recipe) in WATCHED
-        return Cell(task, width, steps, rate or self.settings[task], pattern, recipe, tuple(sorted(options.items())), watched)
+        return Cell(
+            task,
+            width,
+            steps,
+            rate or self.settings[task],
+            pattern,
+            recipe,
+            tuple(sorted(options.items())),
+            watched,
+        )
 
 
 def _in_steps(value, unit, steps):
@@ -187,15 +275,25 @@ def _in_steps(value, unit, steps):
 
 
 def _longest(width, pattern):
-    """How much longer the first groups of SDGF-Geometric are: 16 times, as in the paper, or as long as the narrowest layer allows."""
+    """How much longer the first groups of SDGF-Geometric are: 16 times, as in the paper, or as long
+    as the narrowest layer allows.
+    """
     m = int(pattern.split(":")[1])
     return min(16, width // m)
 
 
 def tuning(cells):
-    """The tuning runs: first the rates of the dense models, then, with these, three settings of every recipe at one pattern."""
-    rates = {task: [cells("dense", "dense", task, rate=rate) for rate in grid] for task, grid in cells.scale.rates}
-    settings = {name: [cells(TUNED_AT, name, setting=setting) for setting in RECIPES[name].grid] for name in cells.scale.tuned}
+    """The tuning runs: first the rates of the dense models, then, with these, three settings of
+    every recipe at one pattern.
+    """
+    rates = {
+        task: [cells("dense", "dense", task, rate=rate) for rate in grid]
+        for task, grid in cells.scale.rates
+    }
+    settings = {
+        name: [cells(TUNED_AT, name, setting=setting) for setting in RECIPES[name].grid]
+        for name in cells.scale.tuned
+    }
     return rates, settings
 
 
@@ -207,20 +305,27 @@ def tuned(scale, found, start):
       found: from (cell, seed) to the record of the run.
       start: settings for what has not been tuned, rather than those in the middle of the grids.
     """
-    grids = dict(scale.rates), {name: recipe.grid for name, recipe in RECIPES.items() if recipe.grid}
+    grids = (
+        dict(scale.rates),
+        {name: recipe.grid for name, recipe in RECIPES.items() if recipe.grid},
+    )
     settings = {name: grid[len(grid) // 2] for part in grids for name, grid in part.items()} | start
     for part, grid in enumerate(grids):  # the settings need the rates
         for name, tried in tuning(Cells(scale, settings))[part].items():
-            bits = [found[cell, TUNING_SEED]["bits"] for cell in tried if (cell, TUNING_SEED) in found]
+            bits = [
+                found[cell, TUNING_SEED]["bits"] for cell in tried if (cell, TUNING_SEED) in found
+            ]
             if tried and len(bits) == len(tried):
                 settings[name] = grid[name][bits.index(min(bits))]
     return settings
 
 
 DENSITIES = {"2:4": "1/2", "1:8": "1/8", "1:16": "1/16", "1:32": "1/32"}
-LITTLE_KEPT = ("RESET", "SR-STE", "SR-STE, dense start", "MDGF exponential")  # the recipes at 1:8 and 1:32
+# the recipes at 1:8 and 1:32
+LITTLE_KEPT = ("RESET", "SR-STE", "SR-STE, dense start", "MDGF exponential")
 TIED = ("FIX", "REGULARIZE", "SR-STE", "MDGF exponential")  # with RESET those at 2:4
-ABLATIONS = ("no exploitation", "fixed initial mask", "SMALL")  # of RESET at 1:16: nothing is exploited, or nothing explored
+# of RESET at 1:16: nothing is exploited, or nothing explored
+ABLATIONS = ("no exploitation", "fixed initial mask", "SMALL")
 # r divides no run: masks made after the last step would be validated without having trained
 SWEPT = {"every": (1, 70, 700), "grad_scale": (0.0, 1.0), "reset_every": (1, 1000)}
 LENGTHS, WIDTHS = (1 / 3, 1), (1 / 2, 3 / 4, 1)  # of those of the scale
@@ -239,10 +344,19 @@ def resets(cells, pattern, **changes):
 
 
 def sweep(cells, argument):
-    """The cells of one sweep of RESET, by the value of the argument; a value that is the usual one is the usual cell."""
-    usual = {"every": 1, "grad_scale": 1.0, "reset_every": dict(cells(TUNED_AT, "RESET").options)["reset_every"]}
+    """The cells of one sweep of RESET, by the value of the argument; a value that is the usual one
+    is the usual cell.
+    """
+    usual = {
+        "every": 1,
+        "grad_scale": 1.0,
+        "reset_every": dict(cells(TUNED_AT, "RESET").options)["reset_every"],
+    }
     values = sorted({*SWEPT[argument], usual[argument]})
-    return {value: cells(TUNED_AT, "RESET", **({} if value == usual[argument] else {argument: value})) for value in values}
+    return {
+        value: cells(TUNED_AT, "RESET", **({} if value == usual[argument] else {argument: value}))
+        for value in values
+    }
 
 
 def longer(cells):
@@ -267,14 +381,29 @@ def matrix(cells):
     yield from (("recipes at 2:4", cells("2:4", recipe)) for recipe in TIED)
     if cells.scale.together:
         return
-    yield from ((f"recipes at {pattern}", cells(pattern, recipe)) for pattern in ("1:8", "1:32") for recipe in LITTLE_KEPT)
+    yield from (
+        (f"recipes at {pattern}", cells(pattern, recipe))
+        for pattern in ("1:8", "1:32")
+        for recipe in LITTLE_KEPT
+    )
     yield from (("recipes at 1:16", cells("1:16", recipe)) for recipe in RECIPES)
-    yield from (("structures", cell) for pattern in DENSITIES for cell in at_density(cells, pattern).values())
+    yield from (
+        ("structures", cell)
+        for pattern in DENSITIES
+        for cell in at_density(cells, pattern).values()
+    )
     yield from (("sweeps", cell) for name in SWEPT for cell in sweep(cells, name).values())
     for changes in (*longer(cells).values(), *wider(cells).values()):
-        yield from (("length and size", resets(cells, pattern, **changes)) for pattern in COMPARED_WITH_DENSE)
+        yield from (
+            ("length and size", resets(cells, pattern, **changes))
+            for pattern in COMPARED_WITH_DENSE
+        )
     for task in ("transformer", "convolutions"):
-        yield from (("digits", cells(pattern, recipe, task)) for pattern, recipes in ON_DIGITS.items() for recipe in recipes)
+        yield from (
+            ("digits", cells(pattern, recipe, task))
+            for pattern, recipes in ON_DIGITS.items()
+            for recipe in recipes
+        )
 
 
 def at_density(cells, pattern):

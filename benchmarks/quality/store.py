@@ -1,4 +1,6 @@
-"""The finished runs: one JSON line each, after a first line that says where they ran and on which text."""
+"""The finished runs: one JSON line each, after a first line that says where they ran and on which
+text.
+"""
 
 import dataclasses
 import json
@@ -23,7 +25,14 @@ def read(folder):
     for line in lines[1:]:
         record = json.loads(line)
         options = tuple(sorted(record["options"].items()))
-        cell = Cell(**{field.name: record[field.name] for field in dataclasses.fields(Cell) if field.name != "options"}, options=options)
+        cell = Cell(
+            **{
+                field.name: record[field.name]
+                for field in dataclasses.fields(Cell)
+                if field.name != "options"
+            },
+            options=options,
+        )
         found[cell, record["seed"]] = record
     return found
 
@@ -35,15 +44,25 @@ def where(folder):
 
 
 def cells(scale, found):
-    """The cells of a scale with what its tuning has found; on a GPU recipes keep the settings that were found on the CPU."""
-    return Cells(scale, tuned(scale, found, tuned(CPU, read(FOLDER) if scale == GPU else {}, {}) if scale.together else {}))
+    """The cells of a scale with what its tuning has found; on a GPU recipes keep the settings that
+    were found on the CPU.
+    """
+    return Cells(
+        scale,
+        tuned(
+            scale,
+            found,
+            tuned(CPU, read(FOLDER) if scale == GPU else {}, {}) if scale.together else {},
+        ),
+    )
 
 
 class Store:
     """Opens the runs in a folder to add to them.
 
     Raises:
-      SystemExit: the runs that are there were trained on another version of Python's standard library.
+      SystemExit: the runs that are there were trained on another version of Python's standard
+        library.
     """
 
     def __init__(self, folder):
@@ -51,15 +70,18 @@ class Store:
         known = where(folder)
         if known and known["text"] != tasks.fingerprint():
             raise SystemExit(
-                f"The runs in {folder} learned the standard library of Python {known['python']}, which is another text than the one here. "
-                "Continue them with that Python, or keep yours elsewhere with --out."
+                f"The runs in {folder} learned the standard library of Python {known['python']}, "
+                "which is another text than the one here. Continue them with that Python, or keep "
+                "yours elsewhere with --out."
             )
         self._file = (folder / "runs.jsonl").open("a")
         if not known:
             self._write({**timing.environment(), "text": tasks.fingerprint()})
 
     def add(self, cell, seed, record):
-        self._write({**dataclasses.asdict(cell), "options": dict(cell.options), "seed": seed, **record})
+        self._write(
+            {**dataclasses.asdict(cell), "options": dict(cell.options), "seed": seed, **record}
+        )
 
     def _write(self, content):
         self._file.write(json.dumps(content) + "\n")

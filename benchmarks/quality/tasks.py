@@ -1,4 +1,6 @@
-"""Data and models of the tasks: what a step draws from, what is validated on, which model is trained."""
+"""Data and models of the tasks: what a step draws from, what is validated on, which model is
+trained.
+"""
 
 import functools
 import hashlib
@@ -14,7 +16,15 @@ import numpy as np
 from benchmarks.quality.models import ConvNet, LanguageModel, VisionTransformer
 
 # not the library's own text, or another one on every machine
-LEFT_OUT = ("test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__")
+LEFT_OUT = (
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+)
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"  # every other character is one more token
 HELD_OUT = 40  # files
 VALIDATED = 2048  # windows of the held-out files
@@ -41,19 +51,31 @@ class Task(NamedTuple):
 
 def load(name, scale):
     """The task of this name in the sizes of `scale`."""
-    return {"characters": characters, "transformer": transformer, "convolutions": convolutions}[name](scale)
+    return {"characters": characters, "transformer": transformer, "convolutions": convolutions}[
+        name
+    ](scale)
 
 
 @functools.cache
 def library():
-    """The texts of Python's own standard library, (held out, the rest), in the order of their paths; the split goes by the path's hash."""
+    """The texts of Python's own standard library, (held out, the rest), in the order of their
+    paths; the split goes by the path's hash.
+    """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path.relative_to(root) for path in root.rglob("*.py"))
-    kept = [p for p in paths if not {*p.parts} & {*LEFT_OUT} and not p.name.startswith(("_sysconfigdata", "sitecustomize"))]
+    kept = [
+        p
+        for p in paths
+        if not {*p.parts} & {*LEFT_OUT}
+        and not p.name.startswith(("_sysconfigdata", "sitecustomize"))
+    ]
     ranked = sorted(kept, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
     held_out = set(ranked[:HELD_OUT])
     texts = {path: (root / path).read_text(encoding="utf-8", errors="replace") for path in kept}
-    return tuple("".join(text for path, text in texts.items() if (path in held_out) == which) for which in (True, False))
+    return tuple(
+        "".join(text for path, text in texts.items() if (path in held_out) == which)
+        for which in (True, False)
+    )
 
 
 @functools.cache
@@ -73,18 +95,28 @@ def characters(scale):
     held_out, rest = map(as_tokens, library())
     length = scale.context + 1
     windows = np.lib.stride_tricks.sliding_window_view(held_out, length)[::length]
-    windows = windows[np.linspace(0, len(windows) - 1, min(scale.validated, len(windows))).astype(int)]
+    windows = windows[
+        np.linspace(0, len(windows) - 1, min(scale.validated, len(windows))).astype(int)
+    ]
     batches = windows[: len(windows) // 64 * 64].reshape(-1, 64, length).astype(np.int32)
 
     def draw(text, key):
         starts = jax.random.randint(key, (scale.batch,), 0, text.size - length)
-        windows = jax.vmap(lambda start: jax.lax.dynamic_slice(text, (start,), (length,)))(starts).astype(jnp.int32)
+        windows = jax.vmap(lambda start: jax.lax.dynamic_slice(text, (start,), (length,)))(
+            starts
+        ).astype(jnp.int32)
         return windows[:, :-1], windows[:, 1:]
 
     def model(width, density):
         return LanguageModel(len(CHARACTERS) + 1, width, scale.depth, scale.heads, density)
 
-    return Task(model, jnp.asarray(rest), draw, (jnp.asarray(batches[..., :-1]), jnp.asarray(batches[..., 1:])), "bits")
+    return Task(
+        model,
+        jnp.asarray(rest),
+        draw,
+        (jnp.asarray(batches[..., :-1]), jnp.asarray(batches[..., 1:])),
+        "bits",
+    )
 
 
 @functools.cache
@@ -98,7 +130,9 @@ def convolutions(scale):
 
 
 def digits(scale, model):
-    """The 8x8 images of scikit-learn; a quarter of them is held out. Every image is turned, stretched, moved and made noisy."""
+    """The 8x8 images of scikit-learn; a quarter of them is held out. Every image is turned,
+    stretched, moved and made noisy.
+    """
     from sklearn import datasets  # only who trains on digits needs it
 
     images, labels = (np.asarray(array) for array in datasets.load_digits(return_X_y=True))
@@ -114,13 +148,17 @@ def digits(scale, model):
         return augmented(images[chosen], change), labels[chosen]
 
     some = held_out[: min(len(held_out) // 64 * 64, scale.validated)]
-    changed = jax.jit(jax.vmap(lambda key: augmented(images[some], key)))(jax.random.split(jax.random.key(0), COPIES))
+    changed = jax.jit(jax.vmap(lambda key: augmented(images[some], key)))(
+        jax.random.split(jax.random.key(0), COPIES)
+    )
     validation = changed.reshape(-1, 64, 8, 8), jnp.tile(labels[some], COPIES).reshape(-1, 64)
     return Task(model, (images[rest], labels[rest]), draw, validation, "error")
 
 
 def augmented(images, key):
-    """Each image `[8, 8]` turned by up to 15 degrees, stretched by up to 15 %, moved by up to a pixel, with noise."""
+    """Each image `[8, 8]` turned by up to 15 degrees, stretched by up to 15 %, moved by up to a
+    pixel, with noise.
+    """
 
     def one(image, key):
         keys = jax.random.split(key, 4)
@@ -128,7 +166,10 @@ def augmented(images, key):
         stretch = jax.random.uniform(keys[1], (2, 1), minval=0.85, maxval=1.15)
         move = jax.random.uniform(keys[2], (2, 1), minval=-1, maxval=1)
         rotation = jnp.array([[jnp.cos(turn), -jnp.sin(turn)], [jnp.sin(turn), jnp.cos(turn)]])
-        places = jnp.stack(jnp.meshgrid(jnp.arange(8), jnp.arange(8), indexing="ij")).reshape(2, 64) - 3.5
+        places = (
+            jnp.stack(jnp.meshgrid(jnp.arange(8), jnp.arange(8), indexing="ij")).reshape(2, 64)
+            - 3.5
+        )
         source = stretch * (rotation @ places) + move + 3.5
         moved = jax.scipy.ndimage.map_coordinates(image, list(source), order=1).reshape(8, 8)
         return moved + 0.1 * jax.random.normal(keys[3], (8, 8))

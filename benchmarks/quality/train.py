@@ -13,13 +13,15 @@ from benchmarks.quality.models import SPARSE
 from benchmarks.quality.runs import RECIPES, WITHOUT_PLAN, as_pattern, density
 
 CHUNK = 250  # steps between two reports of progress
-SAMPLES, WEIGHTS, BINS, SHOWN = 300, 256, 10, 60  # of a watched run: in time, of each kernel, of final magnitudes, of the variances
+# of a watched run: in time, of each kernel, of final magnitudes, of the variances
+SAMPLES, WEIGHTS, BINS, SHOWN = (300, 256, 10, 60)
 
 
 def train(cell, seeds, scale, progress=lambda steps: None):
     """Trains a cell once for each seed; yields (seed, record).
 
-    On a GPU the seeds run together under `jax.vmap`; a CPU gains nothing from that and takes them one after the other.
+    On a GPU the seeds run together under `jax.vmap`; a CPU gains nothing from that and takes them
+    one after the other.
 
     Args:
       cell: what to train.
@@ -28,8 +30,13 @@ def train(cell, seeds, scale, progress=lambda steps: None):
       progress: called with numbers of steps that are done, over all seeds.
     """
     if scale.together:
-        found = trainer(cell, scale, jax.vmap)(jnp.asarray(seeds), lambda steps: progress(steps * len(seeds)))
-        yield from ((seed, record(*jax.tree.map(lambda x, i=i: x[i], found))) for i, seed in enumerate(seeds))
+        found = trainer(cell, scale, jax.vmap)(
+            jnp.asarray(seeds), lambda steps: progress(steps * len(seeds))
+        )
+        yield from (
+            (seed, record(*jax.tree.map(lambda x, i=i: x[i], found)))
+            for i, seed in enumerate(seeds)
+        )
     else:
         run = trainer(cell, scale, one_seed)
         yield from ((seed, record(*run(jnp.asarray(seed), progress))) for seed in seeds)
@@ -41,19 +48,27 @@ def one_seed(f, in_axes=0):
 
 
 def trainer(cell, scale, over_seeds):
-    """A function from a seed and `progress` to the bits and the error on validation data and the final optimizer state.
+    """A function from a seed and `progress` to the bits and the error on validation data and the
+    final optimizer state.
 
-    `over_seeds` turns a function of one seed into one of many. Nothing is compiled again for another seed, and what cells share not for
-    another cell.
+    `over_seeds` turns a function of one seed into one of many. Nothing is compiled again for
+    another seed, and what cells share not for another cell.
     """
     task = tasks.load(cell.task, scale)
     model = task.model(cell.width, density(cell.pattern) if cell.recipe == "SMALL" else 1.0)
     initial, validate = of_model(model, over_seeds)
-    plan = js.flax.plan(model, {SPARSE: "1:1" if cell.recipe in WITHOUT_PLAN else as_pattern(cell.pattern)}, task.validation[0][0])
+    plan = js.flax.plan(
+        model,
+        {SPARSE: "1:1" if cell.recipe in WITHOUT_PLAN else as_pattern(cell.pattern)},
+        task.validation[0][0],
+    )
     draw = drawn(task.draw, over_seeds)
     parts = []
     for tx, steps, sparse in phases(cell, plan):
-        init, effective = (jax.jit(over_seeds(f)) for f in (tx.init, js.sparse_params if sparse else lambda params, opt_state: params))
+        init, effective = (
+            jax.jit(over_seeds(f))
+            for f in (tx.init, js.effective_params if sparse else lambda params, opt_state: params)
+        )
         parts.append((steps, init, chunk(model, tx, sparse, over_seeds), effective))
 
     def run(seed, progress):
@@ -62,7 +77,9 @@ def trainer(cell, scale, over_seeds):
             opt_state = init(params)
             for first in range(done, done + steps, CHUNK):
                 count = min(CHUNK, done + steps - first)
-                params, opt_state = jax.block_until_ready(advance(params, opt_state, draw(seed, task.train, first, count)))
+                params, opt_state = jax.block_until_ready(
+                    advance(params, opt_state, draw(seed, task.train, first, count))
+                )
                 progress(count)
             done += steps
         effective = parts[-1][-1](params, opt_state)  # with the masks that training held
@@ -73,25 +90,33 @@ def trainer(cell, scale, over_seeds):
 
 @functools.cache
 def of_model(model, over_seeds):
-    """Functions from a seed and an example to initial parameters, and from effective parameters and batches to bits and error."""
+    """Functions from a seed and an example to initial parameters, and from effective parameters and
+    batches to bits and error.
+    """
 
     def initial(seed, example):
         return model.init(jax.random.key(seed), example)
 
     def validate(params, batches):
-        return jax.tree.map(jnp.mean, jax.lax.map(functools.partial(losses, model, params), batches))
+        return jax.tree.map(
+            jnp.mean, jax.lax.map(functools.partial(losses, model, params), batches)
+        )
 
     return tuple(jax.jit(over_seeds(f, (0, None))) for f in (initial, validate))
 
 
 @functools.cache
 def drawn(draw, over_seeds):
-    """A function to the batches of `count` steps from `first` on, the same for a seed whatever is trained."""
+    """A function to the batches of `count` steps from `first` on, the same for a seed whatever is
+    trained.
+    """
 
     @functools.partial(jax.jit, static_argnums=3)
     def batches(seed, train, first, count):
         def one(seed, train, first):
-            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(count))
+            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
+                first + jnp.arange(count)
+            )
             return jax.vmap(functools.partial(draw, train))(keys)
 
         return over_seeds(one, (0, None, None))(seed, train, first)
@@ -106,7 +131,9 @@ def chunk(model, tx, sparse, over_seeds):
         params, opt_state = carry
 
         def loss(params):
-            return losses(model, js.sparse_params(params, opt_state) if sparse else params, batch)[0]
+            return losses(
+                model, js.effective_params(params, opt_state) if sparse else params, batch
+            )[0]
 
         updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
@@ -126,7 +153,9 @@ def losses(model, params, batch):
 
 
 def phases(cell, plan):
-    """(optimizer, steps, whether it holds masks): one, or for the static recipe the dense one and then, afresh, that from its weights."""
+    """(optimizer, steps, whether it holds masks): one, or for the static recipe the dense one and
+    then, afresh, that from its weights.
+    """
     options = dict(cell.options)
     dense = round(cell.steps * options.pop("dense_for", 0))
     if dense:
@@ -144,7 +173,9 @@ def phases(cell, plan):
 
 def adamw(rate, steps):
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), max(2, steps))
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=0.01))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=0.01)
+    )
 
 
 def record(bits, error, opt_state):
@@ -155,10 +186,16 @@ def record(bits, error, opt_state):
         some = np.unique(np.linspace(0, len(seen.steps) - 1, SHOWN).astype(int))
         kept |= {
             "sampled at": seen.steps[some].tolist(),
-            "gradient variance": {path: rounded(series[some]) for path, series in seen.gradient_variance.items()},
-            "second moment variance": {path: rounded(series[some]) for path, series in seen.second_moment_variance.items()},
+            "gradient variance": {
+                path: rounded(series[some]) for path, series in seen.gradient_variance.items()
+            },
+            "second moment variance": {
+                path: rounded(series[some]) for path, series in seen.second_moment_variance.items()
+            },
             "decorrelation": {
-                path: [rounded(half) for half in js.analysis.decorrelation_by_magnitude(series, BINS)]
+                path: [
+                    rounded(half) for half in js.analysis.decorrelation_by_magnitude(series, BINS)
+                ]
                 for path, series in seen.weights.items()
             },
         }

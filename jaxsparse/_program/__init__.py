@@ -1,1 +1,3 @@
-"""Traced programs: how values move through them, what they do with each weight, and how they run from compressed weights."""
+"""Traced programs: how values move through them, what they do with each weight, and how they run
+from compressed weights.
+"""

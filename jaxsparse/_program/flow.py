@@ -24,10 +24,11 @@ __all__ = [
 
 
 class Atom(NamedTuple):
-    """A run of places along one axis of an input: `size` of them, `stride` apart; a stride of 0 marks one place that was cut out.
+    """A run of places along one axis of an input: `size` of them, `stride` apart; a stride of 0
+    marks one place that was cut out.
 
-    The axis is that of the input, or one of `REPEATED` (the elements repeat along it), `LOOKED_UP` (it runs over rows that
-    indices choose) and `UNKNOWN`.
+    The axis is that of the input, or one of `REPEATED` (the elements repeat along it), `LOOKED_UP`
+    (it runs over rows that indices choose) and `UNKNOWN`.
     """
 
     axis: int
@@ -43,10 +44,12 @@ class Origin(NamedTuple):
 
     Attributes:
       source: the number of the input.
-      axes: for each axis of the value, the atoms that it runs over in row-major order; of size 1 they may be missing.
+      axes: for each axis of the value, the atoms that it runs over in row-major order; of size 1
+        they may be missing.
       stack: the axes of the input of which a loop or an index takes one place.
       hidden: the axes of the input whose place in the value is unknown.
-      varies: the axes of the input along which the value was combined with another that differs from place to place.
+      varies: the axes of the input along which the value was combined with another that differs
+        from place to place.
       share: the fraction of the value's elements that come from this input.
     """
 
@@ -67,7 +70,9 @@ class Origin(NamedTuple):
         return self.runs_over(LOOKED_UP, range(len(self.axes)))
 
     def runs_over(self, kind: int, axes: Iterable[int]) -> bool:
-        """Whether one of these axes of the value runs over `REPEATED`, `LOOKED_UP` or `UNKNOWN` places."""
+        """Whether one of these axes of the value runs over `REPEATED`, `LOOKED_UP` or `UNKNOWN`
+        places.
+        """
         return any(atom.axis == kind for axis in axes for atom in self.axes[axis])
 
 
@@ -77,7 +82,8 @@ class Value(NamedTuple):
     Attributes:
       origins: the inputs that it is made of, several after a concatenation.
       constant: axes along which all elements are known to be equal.
-      one_hot: axes along which it compares indices with positions, so that a product over one of them looks rows up.
+      one_hot: axes along which it compares indices with positions, so that a product over one of
+        them looks rows up.
     """
 
     origins: tuple[Origin, ...] = ()
@@ -95,18 +101,25 @@ def input_value(source: int, shape: Sequence[int]) -> Value:
 
 def sliced(value: Value) -> Value:
     """What is known of a slice along the first axis, as a loop takes it."""
-    origins = tuple(origin._replace(axes=origin.axes[1:], stack=origin.stack | origin.places(0)) for origin in value.origins)
+    origins = tuple(
+        origin._replace(axes=origin.axes[1:], stack=origin.stack | origin.places(0))
+        for origin in value.origins
+    )
     return Value(origins, _shifted(value.constant), _shifted(value.one_hot))
 
 
 def stacked(value: Value, slices: Sequence[Value], length: int) -> Value:
-    """What is known of the stack of what a loop gives at each step; `slices` are the values that it takes slices of."""
+    """What is known of the stack of what a loop gives at each step; `slices` are the values that it
+    takes slices of.
+    """
 
     def stack(origin: Origin) -> Origin:
         whole = [one for outer in slices for one in outer.origins if one.source == origin.source]
         first = whole[0].axes[0] if whole else (Atom(REPEATED, 1, length),)
         taken = frozenset(atom.axis for atom in first)
-        return origin._replace(axes=(first if length != 1 else (), *origin.axes), stack=origin.stack - taken)
+        return origin._replace(
+            axes=(first if length != 1 else (), *origin.axes), stack=origin.stack - taken
+        )
 
     return Value(tuple(map(stack, value.origins)))
 
@@ -134,18 +147,55 @@ _SAME_PLACES = {
     "stop_gradient",
 }
 _RESIZES = {"all_gather", "dynamic_slice", "pad", "slice", "split"}
-_UNARY = {"abs", "cbrt", "cos", "erf", "exp", "exp2", "expm1", "integer_pow", "is_finite", "log", "log1p", "logistic", "neg", "not"}
+_UNARY = {
+    "abs",
+    "cbrt",
+    "cos",
+    "erf",
+    "exp",
+    "exp2",
+    "expm1",
+    "integer_pow",
+    "is_finite",
+    "log",
+    "log1p",
+    "logistic",
+    "neg",
+    "not",
+}
 _UNARY |= {"round", "rsqrt", "sign", "sin", "sqrt", "square", "tan", "tanh", "floor", "ceil"}
-_N_ARY = {"add", "add_any", "and", "atan2", "clamp", "div", "eq", "ge", "gt", "le", "lt", "max", "min", "mul", "ne", "nextafter", "or"}
+_N_ARY = {
+    "add",
+    "add_any",
+    "and",
+    "atan2",
+    "clamp",
+    "div",
+    "eq",
+    "ge",
+    "gt",
+    "le",
+    "lt",
+    "max",
+    "min",
+    "mul",
+    "ne",
+    "nextafter",
+    "or",
+}
 _N_ARY |= {"pow", "rem", "select_n", "sub", "xor"}
 _COMPARES = {"eq", "ge", "gt", "le", "lt", "ne"}
 
 
 def outputs(eqn, values: Sequence[Value]) -> list[Value]:
-    """What is known of the results of an equation that calls nothing, from what is known of its operands."""
+    """What is known of the results of an equation that calls nothing, from what is known of its
+    operands.
+    """
     name = eqn.primitive.name
     if name == "iota":
-        return [Value(constant=frozenset(range(eqn.outvars[0].aval.ndim)) - {eqn.params["dimension"]})]
+        return [
+            Value(constant=frozenset(range(eqn.outvars[0].aval.ndim)) - {eqn.params["dimension"]})
+        ]
     if name == "broadcast_in_dim":
         return [_broadcast(values[0], eqn)]
     if name in _N_ARY:
@@ -171,7 +221,9 @@ def outputs(eqn, values: Sequence[Value]) -> list[Value]:
 
 def _transposed(value: Value, order) -> Value:
     place = {old: new for new, old in enumerate(order)}
-    origins = tuple(origin._replace(axes=tuple(origin.axes[i] for i in order)) for origin in value.origins)
+    origins = tuple(
+        origin._replace(axes=tuple(origin.axes[i] for i in order)) for origin in value.origins
+    )
     return Value(origins, *(frozenset(place[axis] for axis in axes) for axes in value[1:]))
 
 
@@ -182,33 +234,51 @@ def _broadcast(value: Value, eqn) -> Value:
     grown = frozenset(axis for axis in range(len(shape)) if axis not in kept)
     repeated = tuple((Atom(REPEATED, 1, n),) if n != 1 else () for n in shape)
     origins = tuple(
-        origin._replace(axes=tuple(origin.axes[kept[i]] if i in kept else repeated[i] for i in range(len(shape))))
+        origin._replace(
+            axes=tuple(
+                origin.axes[kept[i]] if i in kept else repeated[i] for i in range(len(shape))
+            )
+        )
         for origin in value.origins
     )
-    constant, one_hot = (frozenset(place for place, axis in kept.items() if axis in axes) for axes in value[1:])
+    constant, one_hot = (
+        frozenset(place for place, axis in kept.items() if axis in axes) for axes in value[1:]
+    )
     return Value(origins, grown | constant, one_hot)
 
 
 def _reshaped(value: Value, before, after) -> Value:
     places = _same_axes(before, after)
     origins = tuple(_regrouped(origin, before, after) for origin in value.origins)
-    return Value(origins, *(frozenset(places[axis] for axis in axes if axis in places) for axes in value[1:]))
+    return Value(
+        origins, *(frozenset(places[axis] for axis in axes if axis in places) for axes in value[1:])
+    )
 
 
 def _same_axes(before, after) -> dict[int, int]:
     """The axes that a reshape leaves whole, old to new."""
     starts = {(math.prod(after[:i]), n): i for i, n in enumerate(after) if n != 1}
-    return {i: starts[key] for i, n in enumerate(before) if n != 1 and (key := (math.prod(before[:i]), n)) in starts}
+    return {
+        i: starts[key]
+        for i, n in enumerate(before)
+        if n != 1 and (key := (math.prod(before[:i]), n)) in starts
+    }
 
 
 def _regrouped(origin: Origin, before, after) -> Origin:
-    """The origin after a reshape: in each part that it leaves whole, the atoms are dealt out anew, split where an axis is split."""
+    """The origin after a reshape: in each part that it leaves whole, the atoms are dealt out anew,
+    split where an axis is split.
+    """
     axes: list[tuple[Atom, ...]] = []
     hidden = origin.hidden
     taken = frozenset(atom.axis for atoms in origin.axes for atom in atoms if atom.stride == 0)
     for old, new in _parts(before, after):
         sizes = [after[i] for i in new]
-        dealt = _dealt([atom for i in old for atom in origin.axes[i] if atom.size != 1], sizes) if 0 not in sizes else None
+        dealt = (
+            _dealt([atom for i in old for atom in origin.axes[i] if atom.size != 1], sizes)
+            if 0 not in sizes
+            else None
+        )
         if dealt is None:
             hidden = hidden.union(*map(origin.places, old))
             dealt = [(Atom(UNKNOWN, 1, n),) if n != 1 else () for n in sizes]
@@ -222,7 +292,9 @@ def _parts(before, after) -> Iterator[tuple[list[int], list[int]]]:
     while i < len(before) or j < len(after):
         old, new = [i] if i < len(before) else [], [j] if j < len(after) else []
         i, j = i + len(old), j + len(new)
-        while (have := math.prod(before[k] for k in old)) != (want := math.prod(after[k] for k in new)):
+        while (have := math.prod(before[k] for k in old)) != (
+            want := math.prod(after[k] for k in new)
+        ):
             if have < want:
                 old.append(i)
                 i += 1
@@ -233,7 +305,9 @@ def _parts(before, after) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def _dealt(atoms: list[Atom], sizes: list[int]) -> list[tuple[Atom, ...]] | None:
-    """Atoms, in their order, dealt out to axes of these sizes; None where one would have to be cut unevenly."""
+    """Atoms, in their order, dealt out to axes of these sizes; None where one would have to be cut
+    unevenly.
+    """
     queue = atoms[::-1]
     axes = []
     for n in sizes:
@@ -250,7 +324,11 @@ def _dealt(atoms: list[Atom], sizes: list[int]) -> list[tuple[Atom, ...]] | None
                 atom, n = Atom(atom.axis, atom.stride * inner, n), 1
             else:
                 return None
-            if taken and taken[-1].axis == atom.axis and taken[-1].stride == atom.stride * atom.size:
+            if (
+                taken
+                and taken[-1].axis == atom.axis
+                and taken[-1].stride == atom.stride * atom.size
+            ):
                 atom = Atom(atom.axis, atom.stride, atom.size * taken.pop().size)
             taken.append(atom)
         axes.append(tuple(taken))
@@ -268,7 +346,10 @@ def _cut(eqn, value: Value, after) -> Value:
         uneven = {axis for axis, (_, _, inside) in enumerate(params["padding_config"]) if inside}
     if name == "slice" and params["strides"]:
         uneven = {axis for axis, stride in enumerate(params["strides"]) if stride != 1}
-    origins = tuple(origin._replace(hidden=origin.hidden.union(*map(origin.places, uneven))) for origin in value.origins)
+    origins = tuple(
+        origin._replace(hidden=origin.hidden.union(*map(origin.places, uneven)))
+        for origin in value.origins
+    )
     return _resized(value._replace(origins=origins), after, moved)
 
 
@@ -279,7 +360,10 @@ def _resized(value: Value, after, moved: Iterable[int]) -> Value:
         axes, hidden = list(origin.axes), set(origin.hidden)
         for i in moved:
             atoms, m = axes[i], after[i]
-            alone = len(atoms) == 1 and sum(atom.axis == atoms[0].axis for axis in origin.axes for atom in axis) == 1
+            alone = (
+                len(atoms) == 1
+                and sum(atom.axis == atoms[0].axis for axis in origin.axes for atom in axis) == 1
+            )
             if not atoms or alone:
                 kind = atoms[0].axis if atoms else REPEATED
                 axes[i] = (Atom(kind, 0 if m == 1 and kind >= 0 else 1, m),)
@@ -288,7 +372,9 @@ def _resized(value: Value, after, moved: Iterable[int]) -> Value:
                 axes[i] = (Atom(UNKNOWN, 1, m),) if m != 1 else ()
         return origin._replace(axes=tuple(axes), hidden=frozenset(hidden))
 
-    return Value(tuple(map(resize, value.origins)), value.constant - set(moved), value.one_hot - set(moved))
+    return Value(
+        tuple(map(resize, value.origins)), value.constant - set(moved), value.one_hot - set(moved)
+    )
 
 
 def _concatenated(eqn, values: Sequence[Value]) -> Value:
@@ -296,46 +382,72 @@ def _concatenated(eqn, values: Sequence[Value]) -> Value:
     origins = []
     for value, atom in zip(values, eqn.invars, strict=True):
         long = _resized(value, shape, [axis])
-        origins += [origin._replace(share=origin.share * atom.aval.shape[axis] / shape[axis]) for origin in long.origins]
+        origins += [
+            origin._replace(share=origin.share * atom.aval.shape[axis] / shape[axis])
+            for origin in long.origins
+        ]
     constant = frozenset.intersection(*(value.constant for value in values)) - {axis}
     return Value(tuple(origins), constant)
 
 
 def _gathered(eqn, value: Value) -> Value:
-    """Rows of an input that indices choose: whole along all axes but those that are indexed and left out."""
+    """Rows of an input that indices choose: whole along all axes but those that are indexed and
+    left out.
+    """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     left_out = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
     whole = [axis for axis in range(len(before)) if axis not in left_out]
-    if not set(numbers.start_index_map) <= left_out or any(sizes[axis] != before[axis] for axis in whole):
+    if not set(numbers.start_index_map) <= left_out or any(
+        sizes[axis] != before[axis] for axis in whole
+    ):
         return NOTHING
 
     def rows(origin: Origin) -> Origin:
         places = dict(zip(numbers.offset_dims, whole, strict=True))
-        axes = tuple(origin.axes[places[i]] if i in places else (Atom(LOOKED_UP, 1, after[i]),) for i in range(len(after)))
-        return origin._replace(axes=axes, stack=origin.stack.union(*(origin.places(axis) for axis in left_out)))
+        axes = tuple(
+            origin.axes[places[i]] if i in places else (Atom(LOOKED_UP, 1, after[i]),)
+            for i in range(len(after))
+        )
+        return origin._replace(
+            axes=axes, stack=origin.stack.union(*(origin.places(axis) for axis in left_out))
+        )
 
     return Value(tuple(map(rows, value.origins)))
 
 
 def constant_axes(value: Value, shape: Sequence[int], combined: Sequence[int]) -> frozenset[int]:
-    """The axes of an elementwise combination along which one operand, of `shape`, is the same everywhere."""
+    """The axes of an elementwise combination along which one operand, of `shape`, is the same
+    everywhere.
+    """
     if not shape:
         return frozenset(range(len(combined)))
-    return value.constant | {axis for axis, (n, m) in enumerate(zip(shape, combined, strict=True)) if n == 1 and m != 1}
+    return value.constant | {
+        axis for axis, (n, m) in enumerate(zip(shape, combined, strict=True)) if n == 1 and m != 1
+    }
 
 
 def _combined(eqn, values: Sequence[Value]) -> Value:
-    """What is known of an elementwise combination, whose operands may repeat along axes of size 1."""
+    """Combines values elementwise; operands may repeat along axes of size 1."""
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     every = frozenset(range(len(shape)))
     shapes = [atom.aval.shape for atom in eqn.invars]
-    constants = [constant_axes(value, one, shape) for value, one in zip(values, shapes, strict=True)]
+    constants = [
+        constant_axes(value, one, shape) for value, one in zip(values, shapes, strict=True)
+    ]
     one_hot: frozenset[int] = frozenset()
     if name == "eq":
-        one_hot = frozenset(i for i in every for a, b in itertools.permutations(constants) if i in a and b >= every - {i} and i not in b)
+        one_hot = frozenset(
+            i
+            for i in every
+            for a, b in itertools.permutations(constants)
+            if i in a and b >= every - {i} and i not in b
+        )
     first = 1 if name == "select_n" else 0
-    parts = [() if name in _COMPARES else _repeated(value, one, shape) for value, one in zip(values, shapes, strict=True)][first:]
+    parts = [
+        () if name in _COMPARES else _repeated(value, one, shape)
+        for value, one in zip(values, shapes, strict=True)
+    ][first:]
     around = constants[first:]
     origins: list[Origin] = []
     for i, part in enumerate(parts):
@@ -355,7 +467,10 @@ def _repeated(value: Value, shape: Sequence[int], combined: Sequence[int]) -> tu
     if not grown or not shape:
         return value.origins
     axes = {axis: (Atom(REPEATED, 1, combined[axis]),) for axis in grown}
-    return tuple(origin._replace(axes=tuple(axes.get(i, atoms) for i, atoms in enumerate(origin.axes))) for origin in value.origins)
+    return tuple(
+        origin._replace(axes=tuple(axes.get(i, atoms) for i, atoms in enumerate(origin.axes)))
+        for origin in value.origins
+    )
 
 
 def _alike(a: Origin, b: Origin) -> bool:
@@ -363,12 +478,12 @@ def _alike(a: Origin, b: Origin) -> bool:
 
 
 def _lives(origin: Origin, varies) -> bool:
-    """Whether an axis is left along which a product could still sum over the input's own elements."""
+    """Whether a product could still sum over the input's own elements along some axis."""
     return any(origin.places(axis) - varies for axis in range(len(origin.axes)))
 
 
 def dots(eqn) -> Iterator[tuple[int, Sequence[int], Sequence[int], Sequence[int]]]:
-    """For each operand of a matrix product: its number, and the axes that are summed over, batched and free."""
+    """Yields the number of each operand of a matrix product, and its summed, batched, free axes."""
     (summed, batch) = eqn.params["dimension_numbers"]
     for i, atom in enumerate(eqn.invars[:2]):
         taken = {*summed[i], *batch[i]}
@@ -376,7 +491,9 @@ def dots(eqn) -> Iterator[tuple[int, Sequence[int], Sequence[int], Sequence[int]
 
 
 def is_looked_up(origin: Origin, summed: Sequence[int], free: Sequence[int], other: Value) -> bool:
-    """Whether a product with `other` takes rows that were looked up as what goes in, rather than weights that were chosen for each row."""
+    """Whether a product takes looked-up rows as its input, rather than weights chosen per row."""
     if origin.runs_over(LOOKED_UP, summed):
         return True
-    return origin.runs_over(LOOKED_UP, free) and bool(other.origins or not any(map(origin.places, free)))
+    return origin.runs_over(LOOKED_UP, free) and bool(
+        other.origins or not any(map(origin.places, free))
+    )

@@ -1,11 +1,19 @@
-"""How a traced program uses each weight: which axes its matrix products and convolutions sum over."""
+"""How a traced program uses each weight: which axes its products and convolutions sum over."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from jax.extend.core import Jaxpr
 
-from jaxsparse._program.flow import REPEATED, UNKNOWN, Origin, Value, dots, input_value, is_looked_up
+from jaxsparse._program.flow import (
+    REPEATED,
+    UNKNOWN,
+    Origin,
+    Value,
+    dots,
+    input_value,
+    is_looked_up,
+)
 from jaxsparse._program.walk import walk
 
 __all__ = ["Use", "uses"]
@@ -18,13 +26,13 @@ class Use:
     """One use of a weight by a program.
 
     Attributes:
-      summed: the axes of the weight that a product sums over, the one along which groups run last; empty where the weight is
-        not an operand of a product.
-      stack: the axes that run over separate weights: what a loop or an index takes one of, what a batched product does
-        not mix.
+      summed: the axes of the weight that a product sums over, the one along which groups run last;
+        empty where the weight is not an operand of a product.
+      stack: the axes that run over separate weights: what a loop or an index takes one of, what a
+        batched product does not mix.
       reason: why the use allows no groups, if so.
-      decides: whether the reason holds against other uses, too: a weight that is a table stays one if it is also multiplied,
-        while a weight that is also logged is still multiplied.
+      decides: whether the reason holds against other uses, too: a weight that is a table stays one
+        if it is also multiplied, while a weight that is also logged is still multiplied.
     """
 
     summed: tuple[int, ...] = ()
@@ -37,7 +45,11 @@ def uses(program: Jaxpr, shapes: Sequence[tuple[int, ...]]) -> list[set[Use]]:
     """How a program uses each of its first inputs, which have these shapes."""
     fold = _Uses([set() for _ in shapes])
     others = len(program.invars) - len(shapes)
-    for value in walk(program, [*(input_value(i, shape) for i, shape in enumerate(shapes)), *[Value()] * others], fold):
+    for value in walk(
+        program,
+        [*(input_value(i, shape) for i, shape in enumerate(shapes)), *[Value()] * others],
+        fold,
+    ):
         for origin in value.origins:
             if origin.looked_up:
                 fold.note(origin, Use(reason=TABLE))
@@ -59,20 +71,31 @@ class _Uses:
     def lose(self, eqn, values: list[Value]) -> None:
         for value in values:
             for origin in value.origins:
-                changed = Use(reason=f"another value each time, or in each branch, of a {eqn.primitive.name}")
+                changed = Use(
+                    reason=f"another value each time, or in each branch, of a {eqn.primitive.name}"
+                )
                 self.note(origin, Use(reason=TABLE) if origin.looked_up else changed)
 
     def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
         name = eqn.primitive.name
         if name == "dot_general":
-            for (i, summed, batch, free), other in zip(dots(eqn), (values[1], values[0]), strict=True):
+            for (i, summed, batch, free), other in zip(
+                dots(eqn), (values[1], values[0]), strict=True
+            ):
                 row = dict(zip(summed, eqn.params["dimension_numbers"][0][1 - i], strict=True))
                 looked_up = [axis for axis in summed if row[axis] in other.one_hot]
                 for origin in values[i].origins:
-                    self.note(origin, Use(reason=TABLE) if looked_up else _product(origin, summed, batch, free, other))
+                    self.note(
+                        origin,
+                        Use(reason=TABLE)
+                        if looked_up
+                        else _product(origin, summed, batch, free, other),
+                    )
         elif name == "conv_general_dilated":
             for origin in values[0].origins:
-                self.note(origin, Use(reason=TABLE if origin.looked_up else "the input of a convolution"))
+                self.note(
+                    origin, Use(reason=TABLE if origin.looked_up else "the input of a convolution")
+                )
             for origin in values[1].origins:
                 self.note(origin, _convolution(origin, eqn.params))
         elif name == "ragged_dot_general":
@@ -90,7 +113,12 @@ class _Uses:
     def other(self, origin: Origin, what: str):
         """Notes a use other than a product."""
         table = what == "used by gather" or origin.looked_up
-        self.note(origin, Use(reason=TABLE) if table else Use(reason=f"{what}, not by a matrix product", decides=False))
+        self.note(
+            origin,
+            Use(reason=TABLE)
+            if table
+            else Use(reason=f"{what}, not by a matrix product", decides=False),
+        )
 
     def ragged(self, eqn, values: list[Value]):
         numbers = eqn.params["ragged_dot_dimension_numbers"]
@@ -98,12 +126,18 @@ class _Uses:
         for i, dims in enumerate(((), groups)):
             for origin in values[i].origins:
                 separate = (*batch[i], *dims)
-                free = [axis for axis in range(len(origin.axes)) if axis not in (*summed[i], *separate)]
+                free = [
+                    axis for axis in range(len(origin.axes)) if axis not in (*summed[i], *separate)
+                ]
                 self.note(origin, _product(origin, summed[i], separate, free, values[1 - i]))
 
 
-def _product(origin: Origin, summed: Sequence[int], batch: Sequence[int], free: Sequence[int], other: Value) -> Use:
-    """The use of a weight by a product with `other` that sums over some axes of the value made of it, and keeps others apart."""
+def _product(
+    origin: Origin, summed: Sequence[int], batch: Sequence[int], free: Sequence[int], other: Value
+) -> Use:
+    """The use of a weight by a product with `other` that sums over some axes of the value made of
+    it, and keeps others apart.
+    """
     held = {axis for i in summed for axis in origin.places(i)}
     elsewhere = {axis for i in (*batch, *free) for axis in origin.places(i)}
     if is_looked_up(origin, summed, free, other):
@@ -115,7 +149,9 @@ def _product(origin: Origin, summed: Sequence[int], batch: Sequence[int], free: 
     if not held:
         return Use(reason="an operand of an outer product")
     if held & origin.varies:
-        return Use(reason="combined, before its matrix product, with values that vary along the axis summed over")
+        return Use(
+            reason="combined, before its product, with values that vary along the summed axis"
+        )
     if origin.runs_over(REPEATED, free) and not any(map(origin.places, free)):
         return Use(reason="the same for every row of its matrix product")
     return Use(tuple(sorted(held)), tuple(sorted(stack)))
@@ -123,15 +159,26 @@ def _product(origin: Origin, summed: Sequence[int], batch: Sequence[int], free: 
 
 def _convolution(kernel: Origin, params) -> Use:
     if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
-        return Use(reason="the kernel of a grouped convolution, which sums over a part of the input channels only")
+        return Use(
+            reason="the kernel of a grouped convolution, which sums over some input channels only"
+        )
     _, channels, *window = params["dimension_numbers"].rhs_spec
     held = [sorted(kernel.places(i)) for i in (*window, channels)]
     lost = kernel.hidden | kernel.stack & {axis for axes in held for axis in axes}
-    if lost or any(len(axes) > 1 for axes in held) or kernel.runs_over(UNKNOWN, range(len(kernel.axes))):
+    if (
+        lost
+        or any(len(axes) > 1 for axes in held)
+        or kernel.runs_over(UNKNOWN, range(len(kernel.axes)))
+    ):
         return Use(reason="reshaped before its convolution, so that its axes cannot be told")
     if not held[-1]:
         return Use(reason="the kernel of a convolution over a single input channel")
     if set(held[-1]) & kernel.varies:
-        return Use(reason="combined, before its convolution, with values that vary along the axis summed over")
+        return Use(
+            reason="combined, before its convolution, with values that vary along the summed axis"
+        )
     order = [axis for axes in held for axis in axes]
-    return Use(tuple(axis for i, axis in enumerate(order) if axis not in order[i + 1 :]), tuple(sorted(kernel.stack)))
+    return Use(
+        tuple(axis for i, axis in enumerate(order) if axis not in order[i + 1 :]),
+        tuple(sorted(kernel.stack)),
+    )

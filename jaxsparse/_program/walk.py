@@ -1,4 +1,4 @@
-"""The walk over a traced program, called programs included, that every analysis of programs shares."""
+"""The walk over a traced program and the programs it calls, shared by every analysis."""
 
 import contextlib
 from collections.abc import Sequence
@@ -9,7 +9,17 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxsparse._program.flow import NOTHING, Value, outputs, sliced, stacked
 
-__all__ = ["Call", "Fold", "bind", "called", "calls", "invariant", "open_program", "scan_counts", "walk"]
+__all__ = [
+    "Call",
+    "Fold",
+    "bind",
+    "called",
+    "calls",
+    "invariant",
+    "open_program",
+    "scan_counts",
+    "walk",
+]
 
 
 class Call(NamedTuple):
@@ -25,13 +35,19 @@ class Call(NamedTuple):
 
 
 class Fold(Protocol):
-    """An analysis of a program: what to do at each equation, and how the results of called programs combine."""
+    """An analysis of a program: what to do at each equation, and how the results of called programs
+    combine.
+    """
 
     def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
-        """Takes note of an equation that calls nothing: what is known of its operands and of its results."""
+        """Takes note of an equation that calls nothing: what is known of its operands and of its
+        results.
+        """
 
     def lose(self, eqn, values: list[Value]) -> None:
-        """Takes note of values that are not followed: what a loop changes, and what differs between branches."""
+        """Takes note of values that are not followed: what a loop changes, and what differs between
+        branches.
+        """
 
     def enter(self, eqn) -> Self:
         """The fold for one program that an equation calls."""
@@ -44,7 +60,9 @@ SomeFold = TypeVar("SomeFold", bound=Fold)
 
 
 def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]:
-    """Follows values through a program, called programs included; returns what is known of its outputs."""
+    """Follows values through a program, called programs included; returns what is known of its
+    outputs.
+    """
     known = dict(zip(program.invars, values, strict=True))
 
     def value_of(atom):
@@ -59,12 +77,24 @@ def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]
         else:
             fold.lose(eqn, changed_carry(eqn, operands))
             folds = [fold.enter(eqn) for _ in inner]
-            ends = [walk(call.program, call.values, one) for call, one in zip(inner, folds, strict=True)]
+            ends = [
+                walk(call.program, call.values, one) for call, one in zip(inner, folds, strict=True)
+            ]
             fold.leave(eqn, folds)
             results = returned(eqn, operands, ends)
             if eqn.primitive.name == "cond":
-                fold.lose(eqn, [one for end in ends for one, result in zip(end, results, strict=True) if not result.origins])
-        known.update((var, value) for var, value in zip(eqn.outvars, results, strict=True) if any(value))
+                fold.lose(
+                    eqn,
+                    [
+                        one
+                        for end in ends
+                        for one, result in zip(end, results, strict=True)
+                        if not result.origins
+                    ],
+                )
+        known.update(
+            (var, value) for var, value in zip(eqn.outvars, results, strict=True) if any(value)
+        )
     return [value_of(atom) for atom in program.outvars]
 
 
@@ -92,7 +122,8 @@ def invariant(program: Jaxpr, consts: int, carries: int) -> list[bool]:
 
 def bind(eqn, operands: Sequence) -> list:
     """The results of an equation."""
-    params = eqn.primitive.get_bind_params(eqn.params)  # before jax 0.12: with the functions that it calls
+    # before jax 0.12: with the functions that it calls
+    params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)
     with getattr(eqn.ctx, "manager", contextlib.nullcontext()):
         out = eqn.primitive.bind(*functions, *operands, **params)
@@ -106,7 +137,9 @@ def carry_of(eqn, values: Sequence[Value]) -> tuple[list[Value], list[bool]]:
         carry = list(values[eqn.params["cond_nconsts"] + consts :])
         return carry, invariant(open_program(eqn.params["body_jaxpr"]), consts, len(carry))
     consts, carries = scan_counts(eqn)
-    return list(values[consts : consts + carries]), invariant(open_program(eqn.params["jaxpr"]), consts, carries)
+    return list(values[consts : consts + carries]), invariant(
+        open_program(eqn.params["jaxpr"]), consts, carries
+    )
 
 
 def kept_carry(eqn, values: Sequence[Value]) -> list[Value]:
@@ -122,7 +155,9 @@ def changed_carry(eqn, values: Sequence[Value]) -> list[Value]:
 
 
 def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
-    """The programs that an equation calls and what is known of their inputs; None if it calls none that can be followed."""
+    """The programs that an equation calls and what is known of their inputs; None if it calls none
+    that can be followed.
+    """
     name, params = eqn.primitive.name, eqn.params
     if name == "while":
         cond, body = params["cond_nconsts"], params["body_nconsts"]
@@ -136,7 +171,11 @@ def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
     if name == "scan":
         consts, carries = scan_counts(eqn)
         slices = map(sliced, values[consts + carries :])
-        return [Call(open_program(params["jaxpr"]), [*values[:consts], *kept_carry(eqn, values), *slices])]
+        return [
+            Call(
+                open_program(params["jaxpr"]), [*values[:consts], *kept_carry(eqn, values), *slices]
+            )
+        ]
     only = called(eqn)
     return None if only is None else [Call(only, list(values))]
 
@@ -147,27 +186,35 @@ def called(eqn) -> Jaxpr | None:
         program: Any = open_program(eqn.params.get(key))
         if isinstance(program, Jaxpr) and len(program.invars) == len(eqn.invars):
             pairs = zip(program.invars, eqn.invars, strict=True)
-            if all(isinstance(var.aval, ShapedArray) and var.aval.ndim == atom.aval.ndim for var, atom in pairs):
+            if all(
+                isinstance(var.aval, ShapedArray) and var.aval.ndim == atom.aval.ndim
+                for var, atom in pairs
+            ):
                 return program
     return None
 
 
 def returned(eqn, values: Sequence[Value], ends: list[list[Value]]) -> list[Value]:
-    """What is known of the outputs of an equation from what is known of those of the programs that it calls."""
+    """What is known of the outputs of an equation from what is known of those of the programs that
+    it calls.
+    """
     name = eqn.primitive.name
     if name == "while":
         return kept_carry(eqn, values)
     if name == "scan":
         consts, carries = scan_counts(eqn)
         slices = values[consts + carries :]
-        return [*kept_carry(eqn, values), *(stacked(value, slices, eqn.params["length"]) for value in ends[0][carries:])]
+        return [
+            *kept_carry(eqn, values),
+            *(stacked(value, slices, eqn.params["length"]) for value in ends[0][carries:]),
+        ]
     if name == "cond":
         return [_either(one) for one in zip(*ends, strict=True)]
     return ends[0]
 
 
 def _either(values: Sequence[Value]) -> Value:
-    """What is known of a value that is one of several: what all that are made of inputs agree on."""
+    """Joins the values of several branches: what those made of inputs agree on."""
     made = [value for value in values if value.origins]
     if not made or any(value != made[0] for value in made):
         return NOTHING

@@ -1,11 +1,13 @@
-"""A character language model, trained dense and sparse side by side, then run from compressed weights.
+"""A character language model, trained dense and sparse side by side, then run from compressed
+weights.
 
-    python -m jaxsparse.examples.char_lm                 # 2:4, on the manual pages that ship with Python
-    python -m jaxsparse.examples.char_lm --pattern 1:4 --data my_book.txt
+    python -m jaxsparse.examples.char_lm                 # 2:4, on the manual pages that ship with
+    Python python -m jaxsparse.examples.char_lm --pattern 1:4 --data my_book.txt
 
-Both models start from the same weights and see the same batches. The sparse one trains by Algorithm 1 of
-Advances in Sparse Neural Model Training: the largest weights of every group participate in the forward pass, all of
-them learn, and those that do not participate are reset to zero from time to time.
+Both models start from the same weights and see the same batches. The sparse one trains by Algorithm
+1 of Advances in Sparse Neural Model Training: the largest weights of every group participate in the
+forward pass, all of them learn, and those that do not participate are reset to zero from time to
+time.
 """
 
 import argparse
@@ -36,7 +38,9 @@ class Block(nn.Module):
     def __call__(self, x, _):
         width = x.shape[-1]
         causal = nn.make_causal_mask(x[..., 0])
-        x += nn.MultiHeadDotProductAttention(self.heads, use_bias=False, name="attention")(nn.LayerNorm()(x), mask=causal)
+        x += nn.MultiHeadDotProductAttention(self.heads, use_bias=False, name="attention")(
+            nn.LayerNorm()(x), mask=causal
+        )
         h = nn.gelu(nn.Dense(4 * width, name="mlp_in")(nn.LayerNorm()(x)))
         return x + nn.Dense(width, name="mlp_out")(h), None
 
@@ -51,11 +55,15 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        embed = nn.Embed(self.vocabulary, self.width, name="embed")  # tied: it also makes the logits
+        # tied: it also makes the logits
+        embed = nn.Embed(self.vocabulary, self.width, name="embed")
         places = self.param("places", nn.initializers.normal(0.3), (CONTEXT, self.width))
         x = jnp.sqrt(self.width) * embed(tokens) + places[: tokens.shape[1]]
-        x += nn.Conv(self.width, kernel_size=(4,), padding="CAUSAL", name="recent")(x)  # the last characters, from the first step on
-        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
+        # the last characters, from the first step on
+        x += nn.Conv(self.width, kernel_size=(4,), padding="CAUSAL", name="recent")(x)
+        blocks = nn.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
+        )
         x, _ = blocks(self.heads, name="blocks")(x, None)
         return embed.attend(nn.LayerNorm()(x))
 
@@ -63,7 +71,9 @@ class Transformer(nn.Module):
 def bits(model, params, tokens):
     """Bits per character of tokens `[batch, CONTEXT + 1]`."""
     logits = model.apply(params, tokens[:, :-1])
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean() / jnp.log(2)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits, tokens[:, 1:]
+    ).mean() / jnp.log(2)
 
 
 def trainer(model, tx, sparse):
@@ -83,7 +93,9 @@ def trainer(model, tx, sparse):
 
 
 def train(steps, runs, batches):
-    """Trains the runs in turns, step by step; returns their bits per character and their seconds, `[steps]` each."""
+    """Trains the runs in turns, step by step; returns their bits per character and their seconds,
+    `[steps]` each.
+    """
     curves: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     with tqdm.tqdm(batches, total=steps, unit="step", mininterval=1) as bar:
         for tokens in bar:
@@ -93,7 +105,10 @@ def train(steps, runs, batches):
                 runs[name] = (step, state)
                 curves[name][0].append(float(value))
                 curves[name][1].append(time.perf_counter() - start)
-            bar.set_postfix({name: f"{values[-1]:.2f} bits" for name, (values, _) in curves.items()}, refresh=False)
+            bar.set_postfix(
+                {name: f"{values[-1]:.2f} bits" for name, (values, _) in curves.items()},
+                refresh=False,
+            )
     return curves
 
 
@@ -111,12 +126,17 @@ def sample(model, params, prompt, key, length):
 
 
 def evaluate(model, models, validation):
-    """Bits per character on all of `validation`, and seconds of a forward pass, medians taken in turns."""
+    """Bits per character on all of `validation`, and seconds of a forward pass, medians taken in
+    turns.
+    """
 
     score = jax.jit(js.sparsify(functools.partial(bits, model)))
     parts = jnp.split(validation, list(range(32, len(validation), 32)))
     found = {
-        name: np.average([score(params, part) for part in parts], weights=[len(part) for part in parts]) for name, params in models.items()
+        name: np.average(
+            [score(params, part) for part in parts], weights=[len(part) for part in parts]
+        )
+        for name, params in models.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(15):
@@ -128,7 +148,9 @@ def evaluate(model, models, validation):
 
 
 def agreement(model, masked, packed, tokens):
-    """The largest difference between the logits of the masked and of the compressed model, relative to the largest logit."""
+    """The largest difference between the logits of the masked and of the compressed model, relative
+    to the largest logit.
+    """
 
     logits = jax.jit(js.sparsify(model.apply))
     expected, actual = (logits(params, tokens[:, :-1]) for params in (masked, packed))
@@ -137,10 +159,16 @@ def agreement(model, masked, packed, tokens):
 
 def plot(curves, path):
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="training bits per character (mean of 20 steps)")
+    axes = figure.add_subplot(
+        xlabel="step", ylabel="training bits per character (mean of 20 steps)"
+    )
     for name, (values, _) in curves.items():
         width = min(20, len(values))
-        axes.plot(np.arange(width, len(values) + 1), np.convolve(values, np.ones(width) / width, "valid"), label=name)
+        axes.plot(
+            np.arange(width, len(values) + 1),
+            np.convolve(values, np.ones(width) / width, "valid"),
+            label=name,
+        )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -148,17 +176,32 @@ def plot(curves, path):
 
 def main(argv: Sequence[str] | None = None):
     """Runs the example; returns its plan, and the header and the rows of its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pattern", default="2:4", help="n:m, n kept of every m (default 2:4)")
-    parser.add_argument("--data", type=pathlib.Path, help="a text file; default: the manual pages of Python")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of each model (default {STEPS})")
+    parser.add_argument(
+        "--data", type=pathlib.Path, help="a text file; default: the manual pages of Python"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"training steps of each model (default {STEPS})"
+    )
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=pathlib.Path, default="char_lm.png", help="where the loss curves go (default char_lm.png)")
+    parser.add_argument(
+        "--plot",
+        type=pathlib.Path,
+        default="char_lm.png",
+        help="where the loss curves go (default char_lm.png)",
+    )
     args = parser.parse_args(argv)
 
-    text = args.data.read_text() if args.data else "\n".join(text for _, text in sorted(topics.topics.items()))
+    text = (
+        args.data.read_text()
+        if args.data
+        else "\n".join(text for _, text in sorted(topics.topics.items()))
+    )
     alphabet, tokens = np.unique(list(text), return_inverse=True)
     windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.int32), CONTEXT + 1)
     held_out = len(windows) * 9 // 10
@@ -173,7 +216,7 @@ def main(argv: Sequence[str] | None = None):
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, args.steps // 10, args.steps)
     dense_tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99))
-    sparse_tx = js.recipes.rewired(dense_tx, plan, reset_every=max(300, args.steps // 10))
+    sparse_tx = js.recipes.explore_exploit(dense_tx, plan, reset_every=max(300, args.steps // 10))
     copy = jax.tree.map(jnp.copy, params)  # each run donates its own
     runs = {
         "dense": (trainer(model, dense_tx, sparse=False), (params, dense_tx.init(params))),
@@ -183,7 +226,7 @@ def main(argv: Sequence[str] | None = None):
     plot(curves, args.plot)
 
     (_, (dense, _)), (_, (trained, opt_state)) = runs.values()
-    models = {"dense": dense, args.pattern: js.sparse_params(trained, opt_state)}
+    models = {"dense": dense, args.pattern: js.effective_params(trained, opt_state)}
     if args.pattern == "2:4":
         models["2:4 compressed"] = js.compress(trained, opt_state)
     found, seconds = evaluate(model, models, validation)
@@ -198,20 +241,36 @@ def main(argv: Sequence[str] | None = None):
         )
         for name, weights in models.items()
     ]
-    header = ("model", "validation bits per character", "density", "weights MB", "training step ms", "forward ms")
+    header = (
+        "model",
+        "validation bits per character",
+        "density",
+        "weights MB",
+        "training step ms",
+        "forward ms",
+    )
     print("\n" + tabulate.tabulate(rows, header, floatfmt=("", ".3f", ".3f", ".2f", ".1f", ".1f")))
 
     final = list(models.values())[-1]
     if args.pattern == "2:4":
         difference = agreement(model, models["2:4"], final, validation[:8])
         if not difference < 1e-4:
-            raise SystemExit(f"The compressed forward differs from the masked one by {difference:.1e} of the largest logit.")
-        print(f"\nThe compressed forward agrees with the masked one: logits differ by {difference:.1e} of the largest.")
+            raise SystemExit(
+                f"The compressed forward differs from the masked one by {difference:.1e} of the "
+                "largest logit."
+            )
+        print(
+            "\nThe compressed forward agrees with the masked one: logits differ by "
+            f"{difference:.1e} of the largest."
+        )
     else:
         print(f"\nThe compressed format is 2:4, so {args.pattern} runs masked.")
     prompt = np.array([np.searchsorted(alphabet, character) for character in "The "])
     continued = sample(model, final, prompt, jax.random.key(args.seed), 300)
-    print(f"\nThe {list(models)[-1]} model writes:\n\nThe {''.join(alphabet[continued])}\n\nLoss curves: {args.plot}")
+    print(
+        f"\nThe {list(models)[-1]} model writes:\n\nThe {''.join(alphabet[continued])}\n\nLoss "
+        f"curves: {args.plot}"
+    )
     return plan, header, rows
 
 

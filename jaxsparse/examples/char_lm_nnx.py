@@ -1,4 +1,6 @@
-"""The Transformer of `char_lm` in Flax NNX: the same architecture, in Modules that hold their weights."""
+"""The Transformer of `char_lm` in Flax NNX: the same architecture, in Modules that hold their
+weights.
+"""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,9 @@ __all__ = ["Block", "Transformer", "convert"]
 class Block(nnx.Module):
     def __init__(self, width, heads, *, rngs):
         self.norm_attention = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(heads, width, use_bias=False, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            heads, width, use_bias=False, decode=False, rngs=rngs
+        )
         self.norm_mlp = nnx.LayerNorm(width, rngs=rngs)
         self.mlp_in = nnx.Linear(width, 4 * width, rngs=rngs)
         self.mlp_out = nnx.Linear(4 * width, width, rngs=rngs)
@@ -32,7 +36,8 @@ class Transformer(nnx.Module):
 
         self.embed = nnx.Embed(vocabulary, width, rngs=rngs)  # tied: it also makes the logits
         self.places = nnx.Param(nnx.initializers.normal(0.3)(rngs.params(), (CONTEXT, width)))
-        self.recent = nnx.Conv(width, width, kernel_size=(4,), padding="CAUSAL", rngs=rngs)  # the last characters, from the first step on
+        # the last characters, from the first step on
+        self.recent = nnx.Conv(width, width, kernel_size=(4,), padding="CAUSAL", rngs=rngs)
         self.blocks = blocks(rngs)  # one Block whose weights are stacked along axis 0
         self.norm = nnx.LayerNorm(width, rngs=rngs)
 
@@ -44,7 +49,9 @@ class Transformer(nnx.Module):
 
 
 def convert(linen_params):
-    """The weights of the Linen Transformer under the names of this one, for `nnx.update(model, convert(linen_params))`."""
+    """The weights of the Linen Transformer under the names of this one, for `nnx.update(model,
+    convert(linen_params))`.
+    """
     top = dict(linen_params["params"])
     blocks = dict(top.pop("blocks"))
     blocks |= {"norm_attention": blocks.pop("LayerNorm_0"), "norm_mlp": blocks.pop("LayerNorm_1")}

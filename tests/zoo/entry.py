@@ -10,12 +10,14 @@ import numpy as np
 
 
 class Along(NamedTuple):
-    """Where the groups of a weight run, as read off the model's code; axes are counted from the end.
+    """Where the groups of a weight run, as read off the model's code; axes are counted from the
+    end.
 
     Attributes:
       axis: the axis that groups run along.
       stack: the axes over separate weights.
-      summed: all axes that the product sums over, where `axis` is not the only one; empty where the rule named the axis.
+      summed: all axes that the product sums over, where `axis` is not the only one; empty where the
+        rule named the axis.
     """
 
     axis: int
@@ -48,7 +50,8 @@ class Model:
     Attributes:
       build: makes the model.
       planned: the weights that a product sums over, by path; all others stay dense.
-      products: the number of products in the traced program that run from compressed weights; the body of a scan counts once.
+      products: the number of products in the traced program that run from compressed weights; the
+        body of a scan counts once.
       decompressed: the planned weights that have a product which cannot run compressed.
       rules: the rules of the plan.
     """
@@ -89,5 +92,9 @@ def linen(module, *args):
 
 
 def in_layers(name, table, count=2):
-    """The table of one layer for each of `count` layers, `name` with their numbers in the place of `{}`."""
-    return {f"{name.format(i)}/{path}": along for i in range(count) for path, along in table.items()}
+    """The table of one layer for each of `count` layers, `name` with their numbers in the place of
+    `{}`.
+    """
+    return {
+        f"{name.format(i)}/{path}": along for i in range(count) for path, along in table.items()
+    }

@@ -1,4 +1,6 @@
-"""A transformer in Equinox: modules are pytrees, kernels are `[outputs, inputs]`, and the batch is a `vmap`."""
+"""A transformer in Equinox: modules are pytrees, kernels are `[outputs, inputs]`, and the batch is
+a `vmap`.
+"""
 
 import equinox as eqx
 import jax
@@ -78,7 +80,10 @@ class Stacked(eqx.Module):
 
 
 def equinox(cls):
-    shapes, static = eqx.partition(eqx.filter_eval_shape(cls, jax.random.key(0)), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    shapes, static = eqx.partition(
+        eqx.filter_eval_shape(cls, jax.random.key(0)),
+        lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
+    )
 
     def fn(params, ids):
         return jax.vmap(eqx.combine(params, static))(ids)
@@ -97,7 +102,10 @@ MODELS = {
     ),
     "Equinox, scan": Model(
         lambda: equinox(Stacked),
-        {**in_layers("layers", dict.fromkeys(KERNELS, Along(-1, stack=(-3,))), 1), "head/weight": Along(-1)},
+        {
+            **in_layers("layers", dict.fromkeys(KERNELS, Along(-1, stack=(-3,))), 1),
+            "head/weight": Along(-1),
+        },
         products=6 + 1,
     ),
 }

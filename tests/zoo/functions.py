@@ -1,4 +1,6 @@
-"""A transformer as a plain function of nested dictionaries, its kernels changed in the ways that people change them before a product."""
+"""A transformer as a plain function of nested dictionaries, its kernels changed in the ways that
+people change them before a product.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +29,39 @@ def attend(q, k, v):
 
 def separate(p, x, project):
     """Attention with a product for each of q, k and v."""
-    q, k, v = (project(p[name], x).reshape(*x.shape[:2], HEADS, HEAD_WIDTH) for name in ("query", "key", "value"))
+    q, k, v = (
+        project(p[name], x).reshape(*x.shape[:2], HEADS, HEAD_WIDTH)
+        for name in ("query", "key", "value")
+    )
     return project(p["linear"], attend(q, k, v).reshape(*x.shape[:2], -1))
 
 
 def fused(p, x, project):
     """Attention whose kernels of q, k and v are concatenated before one product."""
     names = ("query", "key", "value")
-    joint = {part: jnp.concatenate([p[name][part] for name in names], axis=-1) for part in ("w", "b")}
-    q, k, v = (part.reshape(*x.shape[:2], HEADS, HEAD_WIDTH) for part in jnp.split(project(joint, x), 3, axis=-1))
+    joint = {
+        part: jnp.concatenate([p[name][part] for name in names], axis=-1) for part in ("w", "b")
+    }
+    q, k, v = (
+        part.reshape(*x.shape[:2], HEADS, HEAD_WIDTH)
+        for part in jnp.split(project(joint, x), 3, axis=-1)
+    )
     return project(p["linear"], attend(q, k, v).reshape(*x.shape[:2], -1))
 
 
 def by_einsum(p, x, project):
     """Attention with kernels of three axes."""
-    q, k, v = (jnp.einsum("btd,dnh->btnh", x, p[name]["w"]) + p[name]["b"] for name in ("query", "key", "value"))
+    q, k, v = (
+        jnp.einsum("btd,dnh->btnh", x, p[name]["w"]) + p[name]["b"]
+        for name in ("query", "key", "value")
+    )
     return jnp.einsum("btnh,nhd->btd", attend(q, k, v), p["linear"]["w"]) + p["linear"]["b"]
 
 
 def language_model(project=linear, attention=None):
-    """The forward of two layers in which `project(p, x)` multiplies by a kernel; without attention, of their MLPs alone."""
+    """The forward of two layers in which `project(p, x)` multiplies by a kernel; without attention,
+    of their MLPs alone.
+    """
 
     def fn(params, ids):
         x = params["embed"]["embeddings"][ids] + params["places"][: ids.shape[1]]
@@ -69,9 +84,14 @@ def with_bias(inputs, outputs):
 
 
 def heads(kernel):
-    """The kernels of an attention whose heads are an axis of the product's result, split off after it."""
+    """The kernels of an attention whose heads are an axis of the product's result, split off after
+    it.
+    """
     inner = HEADS * HEAD_WIDTH
-    return {**dict.fromkeys(("query", "key", "value"), kernel(WIDTH, inner)), "linear": kernel(inner, WIDTH)}
+    return {
+        **dict.fromkeys(("query", "key", "value"), kernel(WIDTH, inner)),
+        "linear": kernel(inner, WIDTH),
+    }
 
 
 def heads_of_three_axes(_):
@@ -94,7 +114,9 @@ def build(project=linear, attention=None, kernel=with_bias, attention_kernels=he
         "norm": norms,
         "head": with_bias(WIDTH, VOCABULARY),
     }
-    return Built(language_model(project, attention), random_like(shapes), (tokens(2, 6, below=VOCABULARY),))
+    return Built(
+        language_model(project, attention), random_like(shapes), (tokens(2, 6, below=VOCABULARY),)
+    )
 
 
 def transposed(p, x):
@@ -114,7 +136,11 @@ def separate_lora(p, x):
 
 
 def with_lora(inputs, outputs):
-    return {**with_bias(inputs, outputs), "lora_a": shaped(inputs, RANK), "lora_b": shaped(RANK, outputs)}
+    return {
+        **with_bias(inputs, outputs),
+        "lora_a": shaped(inputs, RANK),
+        "lora_b": shaped(RANK, outputs),
+    }
 
 
 def scaled(p, x):
@@ -172,7 +198,11 @@ MODELS = {
     ),
     "dictionary, LoRA": Model(
         lambda: build(separate_lora, kernel=with_lora),
-        {**WEIGHTS, **{path.replace("/w", f"/lora_{part}"): Along(-2) for path in WEIGHTS for part in "ab"}, **HEAD},
+        {
+            **WEIGHTS,
+            **{path.replace("/w", f"/lora_{part}"): Along(-2) for path in WEIGHTS for part in "ab"},
+            **HEAD,
+        },
         products=2 * 2 * 3 + 1,
     ),
     "dictionary, merged LoRA": Model(
@@ -185,9 +215,15 @@ MODELS = {
     "dictionary, muP": Model(lambda: build(scaled), {**WEIGHTS, **HEAD}, products=2 * 2 + 1),
     # the scaled kernel runs compressed, its norm is taken of the whole
     "dictionary, weight normalisation": Model(
-        lambda: build(weight_normed, kernel=with_length), {**WEIGHTS, **HEAD}, products=2 * 2 + 1, decompressed=frozenset(WEIGHTS)
+        lambda: build(weight_normed, kernel=with_length),
+        {**WEIGHTS, **HEAD},
+        products=2 * 2 + 1,
+        decompressed=frozenset(WEIGHTS),
     ),
     "dictionary, weight standardisation": Model(
-        lambda: build(standardised), {**WEIGHTS, **HEAD}, products=1, decompressed=frozenset(WEIGHTS)
+        lambda: build(standardised),
+        {**WEIGHTS, **HEAD},
+        products=1,
+        decompressed=frozenset(WEIGHTS),
     ),
 }

@@ -1,4 +1,6 @@
-"""Gemma in Linen: weights of an own `Einsum`, grouped-query attention, rotary positions, a gated MLP and a tied embedding."""
+"""Gemma in Linen: weights of an own `Einsum`, grouped-query attention, rotary positions, a gated
+MLP and a tied embedding.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,9 @@ class RMSNorm(nn.Module):
 
 class Embedder(nn.Module):
     def setup(self):
-        self.input_embedding = self.param("input_embedding", nn.initializers.normal(), (VOCABULARY, WIDTH))
+        self.input_embedding = self.param(
+            "input_embedding", nn.initializers.normal(), (VOCABULARY, WIDTH)
+        )
 
     def encode(self, ids):
         return self.input_embedding[(ids,)] * jnp.sqrt(WIDTH).astype(jnp.float32)
@@ -78,7 +82,9 @@ class Attention(nn.Module):
         q = q.reshape(batch, length, self.kv_heads, HEADS // self.kv_heads, HEAD_WIDTH)
         logits = soft_cap(jnp.einsum("BTKGH,BSKH->BTKGS", q, k), 50.0)
         probabilities = nn.softmax(jnp.where(mask[:, :, None, None, :], logits, -2e38))
-        encoded = jnp.einsum("BTKGS,BSKH->BTKGH", probabilities, v).reshape(batch, length, HEADS, HEAD_WIDTH)
+        encoded = jnp.einsum("BTKGS,BSKH->BTKGH", probabilities, v).reshape(
+            batch, length, HEADS, HEAD_WIDTH
+        )
         return self.attn_vec_einsum("BTNH,NHD->BTD", encoded)
 
 
@@ -126,10 +132,22 @@ class Gemma(nn.Module):
         x = embedder.encode(ids)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         mask = jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool))
-        options = {"kv_heads": self.kv_heads, "qk_norm": self.qk_norm, "transposed": self.transposed}
+        options = {
+            "kv_heads": self.kv_heads,
+            "qk_norm": self.qk_norm,
+            "transposed": self.transposed,
+        }
         if self.scan:
-            block = nn.remat(Block, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
-            layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=LAYERS)
+            block = nn.remat(
+                Block, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable
+            )
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=LAYERS,
+            )
             x, _ = layers(**options, name="layers")(x, positions, mask)
         else:
             for i in range(LAYERS):

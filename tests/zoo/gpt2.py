@@ -1,4 +1,6 @@
-"""GPT-2 as Flax code of Hugging Face writes it: kernels of `[features, inputs]`, transposed at use, one for q, k and v, a tied head."""
+"""GPT-2 as Flax code of Hugging Face writes it: kernels of `[features, inputs]`, transposed at use,
+one for q, k and v, a tied head.
+"""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -27,7 +29,10 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(WIDTH)
 
     def __call__(self, x):
-        q, k, v = (part.reshape(*part.shape[:2], HEADS, -1) for part in jnp.split(self.c_attn(x), 3, axis=2))
+        q, k, v = (
+            part.reshape(*part.shape[:2], HEADS, -1)
+            for part in jnp.split(self.c_attn(x), 3, axis=2)
+        )
         mask = nn.make_causal_mask(jnp.ones(x.shape[:2]))
         return self.c_proj(nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape))
 
@@ -76,7 +81,9 @@ class Transformer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The head is tied by applying it, inside the model, to parameters that are put together on the spot."""
+    """The head is tied by applying it, inside the model, to parameters that are put together on the
+    spot.
+    """
 
     def setup(self):
         self.transformer = Transformer()
@@ -101,5 +108,5 @@ MODELS = {
             },
         ),
         products=2 * 4,
-    ),
+    )
 }

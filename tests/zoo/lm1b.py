@@ -1,4 +1,6 @@
-"""The language model of Flax's lm1b example: every parameter boxed with its logical axes, also under a mesh."""
+"""The language model of Flax's lm1b example: every parameter boxed with its logical axes, also
+under a mesh.
+"""
 
 import functools
 
@@ -9,7 +11,14 @@ from flax import linen as nn
 from zoo.entry import Along, Model, in_layers, linen, tokens
 
 VOCABULARY, WIDTH, HEADS, HIDDEN = 20, 16, 4, 24
-LOGICAL_AXES = (("embed", None), ("mlp", "model"), ("kv", "model"), ("heads", "model"), ("vocab", "model"), ("activation_batch", "data"))
+LOGICAL_AXES = (
+    ("embed", None),
+    ("mlp", "model"),
+    ("kv", "model"),
+    ("heads", "model"),
+    ("vocab", "model"),
+    ("activation_batch", "data"),
+)
 
 dense_init, bias_init = nn.initializers.xavier_uniform(), nn.initializers.normal(1e-6)
 partitioned = nn.with_logical_partitioning
@@ -17,14 +26,26 @@ partitioned = nn.with_logical_partitioning
 
 def norm(name):
     zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
-    return nn.LayerNorm(bias_init=partitioned(zeros, ("embed",)), scale_init=partitioned(ones, ("embed",)), name=name)
+    return nn.LayerNorm(
+        bias_init=partitioned(zeros, ("embed",)),
+        scale_init=partitioned(ones, ("embed",)),
+        name=name,
+    )
 
 
 class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
-        wide = nn.Dense(HIDDEN, kernel_init=partitioned(dense_init, ("embed", "mlp")), bias_init=partitioned(bias_init, ("mlp",)))
-        narrow = nn.Dense(WIDTH, kernel_init=partitioned(dense_init, ("mlp", "embed")), bias_init=partitioned(bias_init, ("embed",)))
+        wide = nn.Dense(
+            HIDDEN,
+            kernel_init=partitioned(dense_init, ("embed", "mlp")),
+            bias_init=partitioned(bias_init, ("mlp",)),
+        )
+        narrow = nn.Dense(
+            WIDTH,
+            kernel_init=partitioned(dense_init, ("mlp", "embed")),
+            bias_init=partitioned(bias_init, ("embed",)),
+        )
         return narrow(nn.relu(wide(x)))
 
 
@@ -51,8 +72,15 @@ def sinusoids(length, width):
 class LanguageModel(nn.Module):
     @nn.compact
     def __call__(self, ids):
-        x = nn.Embed(VOCABULARY, WIDTH, embedding_init=partitioned(nn.initializers.normal(1.0), ("vocab", "embed")), name="embed")(ids)
-        x = nn.with_logical_constraint(x + sinusoids(ids.shape[1], WIDTH), ("activation_batch", None, "embed"))
+        x = nn.Embed(
+            VOCABULARY,
+            WIDTH,
+            embedding_init=partitioned(nn.initializers.normal(1.0), ("vocab", "embed")),
+            name="embed",
+        )(ids)
+        x = nn.with_logical_constraint(
+            x + sinusoids(ids.shape[1], WIDTH), ("activation_batch", None, "embed")
+        )
         mask = nn.make_causal_mask(ids)
         for i in range(2):
             x = Block(name=f"block_{i}")(x, mask)
@@ -66,12 +94,17 @@ class LanguageModel(nn.Module):
 
 
 def under_a_mesh(fn):
-    """The function with a mesh around it, so that Flax constrains the sharding of every boxed parameter where it is used."""
+    """The function with a mesh around it, so that Flax constrains the sharding of every boxed
+    parameter where it is used.
+    """
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
 
     @functools.wraps(fn)
     def run(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(LOGICAL_AXES):
+        with (
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            nn.logical_axis_rules(LOGICAL_AXES),
+        ):
             return fn(*args)
 
     return run

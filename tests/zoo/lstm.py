@@ -1,4 +1,6 @@
-"""A translator of LSTMs in Linen: an encoder under `nn.RNN`, a decoder under `nn.scan` that attends to the encoder's states."""
+"""A translator of LSTMs in Linen: an encoder under `nn.RNN`, a decoder under `nn.scan` that attends
+to the encoder's states.
+"""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -26,7 +28,9 @@ class Seq2seq(nn.Module):
     @nn.compact
     def __call__(self, sources, targets):
         embed = nn.Embed(VOCABULARY, WIDTH, name="embed")
-        encoder = nn.RNN(nn.OptimizedLSTMCell(HIDDEN, name="encoder_cell"), return_carry=True, name="encoder")
+        encoder = nn.RNN(
+            nn.OptimizedLSTMCell(HIDDEN, name="encoder_cell"), return_carry=True, name="encoder"
+        )
         state, encoded = encoder(embed(sources))
         step = nn.scan(
             DecoderStep,
@@ -35,7 +39,9 @@ class Seq2seq(nn.Module):
             in_axes=(1, nn.broadcast),
             out_axes=1,
         )
-        _, mixed = step(name="decoder")((state, jnp.zeros_like(encoded[:, 0])), embed(targets), encoded)
+        _, mixed = step(name="decoder")(
+            (state, jnp.zeros_like(encoded[:, 0])), embed(targets), encoded
+        )
         return nn.Dense(VOCABULARY, name="projection")(mixed)
 
 
@@ -57,5 +63,5 @@ MODELS = {
         },
         # the encoder's cell concatenates the four kernels of a source before one product
         products=2 + 8 + 3,
-    ),
+    )
 }

@@ -1,4 +1,6 @@
-"""A mixture of experts as Mixtral's: a router, experts in stacks, two of them for each token; three ways to run the experts."""
+"""A mixture of experts as Mixtral's: a router, experts in stacks, two of them for each token; three
+ways to run the experts.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,9 @@ def ragged(x, gates, chosen, w1, w3, w2):
 
 def gathered(x, gates, chosen, w1, w3, w2):
     """Every token gets the weights of its experts."""
-    hidden = nn.silu(jnp.einsum("td,tkdf->tkf", x, w1[chosen])) * jnp.einsum("td,tkdf->tkf", x, w3[chosen])
+    hidden = nn.silu(jnp.einsum("td,tkdf->tkf", x, w1[chosen])) * jnp.einsum(
+        "td,tkdf->tkf", x, w3[chosen]
+    )
     return jnp.einsum("tk,tkd->td", gates, jnp.einsum("tkf,tkfd->tkd", hidden, w2[chosen]))
 
 
@@ -63,7 +67,9 @@ class Mixtral(nn.Module):
         x = nn.Embed(VOCABULARY, WIDTH, name="embed_tokens")(ids)
         mask = nn.make_causal_mask(ids)
         for i in range(2):
-            attention = nn.MultiHeadDotProductAttention(num_heads=HEADS, use_bias=False, name=f"layers_{i}_attn")
+            attention = nn.MultiHeadDotProductAttention(
+                num_heads=HEADS, use_bias=False, name=f"layers_{i}_attn"
+            )
             x = x + attention(nn.RMSNorm()(x), mask=mask)
             x = x + SparseMoe(self.run, name=f"layers_{i}_moe")(nn.RMSNorm()(x))
         return nn.Dense(VOCABULARY, use_bias=False, name="lm_head")(nn.RMSNorm(name="norm")(x))
@@ -76,7 +82,12 @@ def mixtral(run):
 PLANNED = {
     **in_layers(
         "layers_{}_attn",
-        {"query/kernel": Along(-3), "key/kernel": Along(-3), "value/kernel": Along(-3), "out/kernel": Along(-2, summed=(-3, -2))},
+        {
+            "query/kernel": Along(-3),
+            "key/kernel": Along(-3),
+            "value/kernel": Along(-3),
+            "out/kernel": Along(-2, summed=(-3, -2)),
+        },
     ),
     **in_layers(
         "layers_{}_moe",
@@ -92,7 +103,13 @@ PLANNED = {
 EXPERT_WEIGHTS = frozenset(f"layers_{i}_moe/{w}" for i in range(2) for w in ("w1", "w3", "w2"))
 
 MODELS = {
-    "MoE, dispatch and combine": Model(lambda: mixtral(dispatched), PLANNED, products=2 * (4 + 1 + 3) + 1),
-    "MoE, ragged products": Model(lambda: mixtral(ragged), PLANNED, products=2 * (4 + 1) + 1, decompressed=EXPERT_WEIGHTS),
-    "MoE, gathered experts": Model(lambda: mixtral(gathered), PLANNED, products=2 * (4 + 1) + 1, decompressed=EXPERT_WEIGHTS),
+    "MoE, dispatch and combine": Model(
+        lambda: mixtral(dispatched), PLANNED, products=2 * (4 + 1 + 3) + 1
+    ),
+    "MoE, ragged products": Model(
+        lambda: mixtral(ragged), PLANNED, products=2 * (4 + 1) + 1, decompressed=EXPERT_WEIGHTS
+    ),
+    "MoE, gathered experts": Model(
+        lambda: mixtral(gathered), PLANNED, products=2 * (4 + 1) + 1, decompressed=EXPERT_WEIGHTS
+    ),
 }

@@ -1,4 +1,6 @@
-"""A Gemma in NNX, as a function of its parameters: einsums, grouped queries, a tied embedding; its layers in a list or in a stack."""
+"""A Gemma in NNX, as a function of its parameters: einsums, grouped queries, a tied embedding; its
+layers in a list or in a stack.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,9 @@ class Attention(nnx.Module):
     def __init__(self, rngs):
         self.q_einsum = nnx.Einsum("BTD,NDH->BTNH", (HEADS, WIDTH, HEAD_WIDTH), rngs=rngs)
         self.kv_einsum = nnx.Einsum("BSD,CKDH->CBSKH", (2, KV_HEADS, WIDTH, HEAD_WIDTH), rngs=rngs)
-        self.out = nnx.LinearGeneral((HEADS, HEAD_WIDTH), WIDTH, axis=(-2, -1), use_bias=False, rngs=rngs)
+        self.out = nnx.LinearGeneral(
+            (HEADS, HEAD_WIDTH), WIDTH, axis=(-2, -1), use_bias=False, rngs=rngs
+        )
 
     def __call__(self, x):
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])

@@ -1,4 +1,6 @@
-"""T5 as T5X writes it: kernels stored as matrices and reshaped at use, relative positions, an encoder and a decoder."""
+"""T5 as T5X writes it: kernels stored as matrices and reshaped at use, relative positions, an
+encoder and a decoder.
+"""
 
 import math
 
@@ -22,7 +24,9 @@ class DenseGeneral(nn.Module):
     def __call__(self, x):
         axes = tuple(axis % x.ndim for axis in self.axes)
         inputs = tuple(x.shape[axis] for axis in axes)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (math.prod(inputs), math.prod(self.features)))
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (math.prod(inputs), math.prod(self.features))
+        )
         kernel = jnp.reshape(jnp.asarray(kernel, x.dtype), inputs + self.features)
         return lax.dot_general(x, kernel, ((axes, tuple(range(len(axes)))), ((), ())))
 
@@ -60,7 +64,9 @@ class RelativePositions(nn.Module):
     @nn.compact
     def __call__(self, queries, keys):
         distance = np.arange(keys)[None] - np.arange(queries)[:, None]
-        buckets = np.clip(distance + (BUCKETS // 2 if self.bidirectional else BUCKETS - 1), 0, BUCKETS - 1)
+        buckets = np.clip(
+            distance + (BUCKETS // 2 if self.bidirectional else BUCKETS - 1), 0, BUCKETS - 1
+        )
         table = self.param("rel_embedding", nn.initializers.normal(), (HEADS, BUCKETS))
         hot = jnp.array(jnp.arange(BUCKETS)[:, None, None] == buckets, jnp.float32)
         return lax.dot_general(table, hot, (((1,), (0,)), ((), ())))[None]
@@ -82,7 +88,10 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
-        gate, linear = nn.gelu(DenseGeneral((HIDDEN,), name="wi_0")(x)), DenseGeneral((HIDDEN,), name="wi_1")(x)
+        gate, linear = (
+            nn.gelu(DenseGeneral((HIDDEN,), name="wi_0")(x)),
+            DenseGeneral((HIDDEN,), name="wi_1")(x),
+        )
         return DenseGeneral((WIDTH,), name="wo")(gate * linear)
 
 
@@ -99,7 +108,9 @@ class DecoderLayer(nn.Module):
     def __call__(self, x, encoded, bias):
         normed = LayerNorm(name="pre_self_attention_layer_norm")(x)
         x = x + Attention(name="self_attention")(normed, normed, bias)
-        x = x + Attention(name="encoder_decoder_attention")(LayerNorm(name="pre_cross_attention_layer_norm")(x), encoded)
+        x = x + Attention(name="encoder_decoder_attention")(
+            LayerNorm(name="pre_cross_attention_layer_norm")(x), encoded
+        )
         return x + Mlp(name="mlp")(LayerNorm(name="pre_mlp_layer_norm")(x)), None
 
 
@@ -135,7 +146,9 @@ class T5(nn.Module):
     @nn.compact
     def __call__(self, sources, targets):
         embed = Embed(self.one_hot, name="token_embedder")
-        bias = RelativePositions(True, name="encoder_relpos_bias")(sources.shape[1], sources.shape[1])
+        bias = RelativePositions(True, name="encoder_relpos_bias")(
+            sources.shape[1], sources.shape[1]
+        )
         encoded = Stack(EncoderLayer, self.scan, name="encoder")(embed(sources), bias)
         length = targets.shape[1]
         bias = RelativePositions(False, name="decoder_relpos_bias")(length, length)
@@ -155,10 +168,16 @@ def attention(name, along):
 
 
 def layers(along):
-    """Kernels are stored as matrices, so all are grouped along their first axis; where they are stacked along axis 1, that is -3."""
+    """Kernels are stored as matrices, so all are grouped along their first axis; where they are
+    stacked along axis 1, that is -3.
+    """
     mlp = {f"mlp/{kernel}/kernel": along for kernel in ("wi_0", "wi_1", "wo")}
     encoder = {**attention("attention", along), **mlp}
-    decoder = {**attention("self_attention", along), **attention("encoder_decoder_attention", along), **mlp}
+    decoder = {
+        **attention("self_attention", along),
+        **attention("encoder_decoder_attention", along),
+        **mlp,
+    }
     return encoder, decoder
 
 
@@ -168,7 +187,10 @@ SCANNED_ENCODER, SCANNED_DECODER = layers(Along(-3, stack=(-2,)))
 MODELS = {
     "T5, scan along axis 1, tied": Model(
         lambda: t5(scan=True, tied=True),
-        {**in_layers("encoder/layers", SCANNED_ENCODER, 1), **in_layers("decoder/layers", SCANNED_DECODER, 1)},
+        {
+            **in_layers("encoder/layers", SCANNED_ENCODER, 1),
+            **in_layers("decoder/layers", SCANNED_DECODER, 1),
+        },
         products=7 + 11,
     ),
     "T5, one-hot lookups": Model(

@@ -1,4 +1,6 @@
-"""Models of images in Linen: a vision transformer, one over latents whose head is a convolution, and a residual network."""
+"""Models of images in Linen: a vision transformer, one over latents whose head is a convolution,
+and a residual network.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +36,17 @@ class Vit(nn.Module):
         x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
         x = x + self.param("pos_embedding", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         block = nn.remat(Block, prevent_cse=False)
-        x, _ = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(name="encoderblock")(x, None)
+        x, _ = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS
+        )(name="encoderblock")(x, None)
         x = nn.LayerNorm(name="encoder_norm")(x)[:, 0]
         return nn.Dense(CLASSES, name="head")(nn.tanh(nn.Dense(WIDTH, name="pre_logits")(x)))
 
 
 class LatentVit(nn.Module):
-    """Patches of a latent image of four channels; the head is a convolution of window 1 over the map of patches."""
+    """Patches of a latent image of four channels; the head is a convolution of window 1 over the
+    map of patches.
+    """
 
     @nn.compact
     def __call__(self, latents):
@@ -50,11 +56,15 @@ class LatentVit(nn.Module):
         x = x + self.param("pos_embedding", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         for i in range(LAYERS):
             x, _ = Block(name=f"encoderblock_{i}")(x)
-        return nn.Conv(CLASSES, (1, 1), name="head")(nn.LayerNorm(name="encoder_norm")(x).reshape(grid))
+        return nn.Conv(CLASSES, (1, 1), name="head")(
+            nn.LayerNorm(name="encoder_norm")(x).reshape(grid)
+        )
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions with batch norm; a convolution of window 1 on the way around them where shapes differ."""
+    """Three convolutions with batch norm; a convolution of window 1 on the way around them where
+    shapes differ.
+    """
 
     features: int
     stride: int = 1
@@ -69,7 +79,9 @@ class Bottleneck(nn.Module):
         y = nn.relu(norm()(nn.Conv(self.features, (3, 3), strides, use_bias=False)(y)))
         y = norm()(nn.Conv(self.features * 2, (1, 1), use_bias=False)(y))
         if y.shape != x.shape:
-            projected = nn.Conv(self.features * 2, (1, 1), strides, use_bias=False, name="conv_proj")(x)
+            projected = nn.Conv(
+                self.features * 2, (1, 1), strides, use_bias=False, name="conv_proj"
+            )(x)
             x = nn.BatchNorm(use_running_average=not train, name="norm_proj")(projected)
         return nn.relu(x + y)
 

@@ -1,0 +1,139 @@
+"""Masks, weights, gradients and optimizer states to a number for each leaf."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse._plan.plan import leaf_paths
+from jaxsparse._training.forward import masks_by_path
+from jaxsparse._training.state import merged_masks
+
+__all__ = ["mask_churn", "mask_density", "retained_magnitude", "second_moments"]
+
+
+def mask_density(opt_state) -> dict[str, jax.Array]:
+    """The fraction of weights that participate, for every sparse leaf.
+
+    Args:
+      opt_state: an optimizer state that holds masks (see `masks`), or a pytree of masks.
+
+    Returns:
+      Path of the leaf to a float32 scalar.
+
+    Raises:
+      ValueError: there are no masks in `opt_state`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> js.analysis.mask_density({"w": jnp.array([True, False, False, False])})
+      {'w': Array(0.25, dtype=float32)}
+    """
+    return {path: _share(mask) for path, mask in _sparse_masks(opt_state, "mask_density").items()}
+
+
+def mask_churn(before, after) -> dict[str, jax.Array]:
+    """The fraction of weights that begin or cease to participate from one set of masks to another,
+    for every sparse leaf.
+
+    Where both keep the same number, half of it begin and half cease. Two independent masks of
+    density d differ in `2 * d * (1 - d)` of the weights on average.
+
+    Args:
+      before: an optimizer state that holds masks (see `masks`), or a pytree of masks.
+      after: the same for the later step.
+
+    Returns:
+      Path of the leaf to a float32 scalar.
+
+    Raises:
+      ValueError: there are no masks in one of the two, or they are of different parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> before = {"w": jnp.array([True, True, False, False])}
+      >>> after = {"w": jnp.array([True, False, True, False])}
+      >>> js.analysis.mask_churn(before, after)
+      {'w': Array(0.5, dtype=float32)}
+
+    References:
+      Advances in Sparse Neural Model Training, section 3.1, for rewiring.
+    """
+    old, new = _sparse_masks(before, "mask_churn"), _sparse_masks(after, "mask_churn")
+    for path in sorted(old.keys() | new.keys()):
+        shapes = [masks[path].shape if path in masks else None for masks in (old, new)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"mask_churn: the mask of {path} has shape {shapes[0]} before, but {shapes[1]} "
+                "after. Pass masks of the same parameters."
+            )
+    return {path: _share(mask != new[path]) for path, mask in old.items()}
+
+
+def retained_magnitude(params, opt_state) -> dict[str, jax.Array]:
+    """The share of the magnitude that participates, `sum |w * M| / sum |w|`, for every sparse leaf.
+
+    Sums are taken in float32. It is 1 where all weights are 0: nothing is lost.
+
+    Args:
+      params: pytree of weights.
+      opt_state: an optimizer state that holds masks (see `masks`), or a pytree of masks.
+
+    Returns:
+      Path of the leaf to a float32 scalar.
+
+    Raises:
+      ValueError: there are no masks in `opt_state`, or they were made for other parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.array([1.0, -4.0, 2.0, 1.0])}
+      >>> masks = {"w": jnp.array([False, True, True, False])}
+      >>> js.analysis.retained_magnitude(params, masks)
+      {'w': Array(0.75, dtype=float32)}
+
+    References:
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 5, where permutations raise
+      it.
+    """
+    masks = masks_by_path(
+        merged_masks(opt_state, "retained_magnitude"), params, "retained_magnitude"
+    )
+    leaves = zip(leaf_paths(params), jax.tree.leaves(params), masks, strict=True)
+    return {path: _retained(w, mask) for path, w, mask in leaves if mask is not None}
+
+
+def second_moments(opt_state) -> dict[str, jax.Array]:
+    """Adam's running mean of squared gradients by path, from any state with a field `nu`."""
+
+    def has_one(node):
+        return isinstance(node, tuple) and "nu" in getattr(node, "_fields", ())
+
+    opt_state = getattr(opt_state, "opt_state", opt_state)  # an nnx.Optimizer
+    moments = [node.nu for node in jax.tree.leaves(opt_state, is_leaf=has_one) if has_one(node)]
+    return {
+        path: nu
+        for one in moments
+        for path, nu in zip(leaf_paths(one), jax.tree.leaves(one), strict=True)
+    }
+
+
+def _sparse_masks(source, call):
+    masks = merged_masks(source, call)
+    return {
+        path: mask
+        for path, mask in zip(leaf_paths(masks), jax.tree.leaves(masks), strict=True)
+        if mask.ndim
+    }
+
+
+def _share(mask):
+    # a float32 would stop counting at 2^24
+    return jnp.sum(mask, dtype=jnp.int32) / jnp.float32(mask.size)
+
+
+def _retained(w, mask):
+    magnitude = jnp.abs(w.astype(jnp.float32))
+    total = magnitude.sum()
+    return jnp.where(total == 0, 1.0, jnp.where(mask, magnitude, 0).sum() / total)

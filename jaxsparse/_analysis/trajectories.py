@@ -1,0 +1,156 @@
+"""How long weights remember: autocorrelation and decorrelation time."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse._plan.patterns import array, integer
+
+__all__ = ["autocorrelation", "decorrelation_by_magnitude", "decorrelation_time"]
+
+
+def autocorrelation(series) -> jax.Array:
+    """The Pearson correlation of each weight's series with itself a lag later.
+
+    At lag tau it compares `w[:T-tau]` with `w[tau:]`, each window about its own mean. It is NaN
+    where a window is constant or holds what is not finite. Computed in float32 with memory for a
+    few copies of `series`, whatever the number of lags.
+
+    Args:
+      series: real array `[T, ...]` of T >= 2 samples in time, one series for each weight.
+
+    Returns:
+      float32 array `[T - 1, ...]`: the correlation at each lag from 0, where it is 1, to T - 2,
+      where windows hold two samples.
+
+    Raises:
+      TypeError: `series` is no array of real numbers.
+      ValueError: it has fewer than two samples.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> js.analysis.autocorrelation(jnp.array([0.0, 1.0, 0.0, -1.0, 0.0, 1.0]))[:3]
+      Array([ 1.,  0., -1.], dtype=float32)
+
+    References:
+      Advances in Sparse Neural Model Training, section 2.
+    """
+    return _autocorrelation(_checked(series, "autocorrelation"))
+
+
+@jax.jit
+def _autocorrelation(series):
+    series = series.astype(jnp.float32)
+    series = series - series[0]
+    # so that squares neither vanish nor overflow; NaN where it is constant
+    series = series / jnp.abs(series).max(0)
+    steps = jnp.arange(len(series)).reshape(-1, *[1] * (series.ndim - 1))
+
+    def correlation(lag):
+        left = steps < len(series) - lag
+        x, y = _centred(series, left), _centred(jnp.roll(series, -lag, axis=0), left)
+        return jnp.clip((x * y).sum(0) / jnp.sqrt((x * x).sum(0) * (y * y).sum(0)), -1, 1)
+
+    return jax.lax.map(correlation, jnp.arange(len(series) - 1))
+
+
+def _centred(x, where):
+    """`x` less its mean over the samples in `where`, 0 elsewhere; exactly 0 where constant."""
+    x = jnp.where(where, x - x[0], 0)
+    return jnp.where(where, x - x.sum(0) / where.sum(0), 0)
+
+
+def decorrelation_time(series) -> jax.Array:
+    """Delta: the first lag at which the autocorrelation of each weight's series is 0 or below.
+
+    So it is where one of the two parts is constant and the other is not, as of a weight that is 0
+    from some step on.
+
+    Args:
+      series: real array `[T, ...]` of T >= 2 samples in time, one series for each weight.
+
+    Returns:
+      float32 array `[...]`, in samples; T where the autocorrelation never reaches 0, NaN where the
+      series is constant or not finite. Divided by T it is the paper's fraction of training.
+
+    Raises:
+      TypeError: `series` is no array of real numbers.
+      ValueError: it has fewer than two samples.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> steps = jnp.arange(100.0)
+      >>> js.analysis.decorrelation_time(jnp.stack([steps, jnp.sin(steps / 10), 0 * steps], 1))
+      Array([100.,  17.,  nan], dtype=float32)
+
+    References:
+      Advances in Sparse Neural Model Training, section 2.
+    """
+    series = _checked(series, "decorrelation_time")
+    rho = _autocorrelation(series)
+    gone = ~(rho > 0)  # NaN where one of the two parts is constant
+    first = jnp.where(gone.any(0), gone.argmax(0), len(series)).astype(jnp.float32)
+    return jnp.where(jnp.isnan(rho[0]), jnp.nan, first)
+
+
+def decorrelation_by_magnitude(series, bins: int = 10) -> tuple[jax.Array, jax.Array]:
+    """Delta against final magnitude: weights sorted by the magnitude of their last sample into
+    bins, and the median Delta of each.
+
+    Bins hold equal numbers of weights, the first ones one more where that does not divide. Series
+    for which Delta is not defined are left out of its median.
+
+    Args:
+      series: real array `[T, ...]` of T >= 2 samples in time, one series for each weight.
+      bins: the number of bins, at most that of weights.
+
+    Returns:
+      Two float32 arrays `[bins]`: the median final magnitude of each bin, ascending, and its median
+      Delta as a fraction of the T samples, NaN where it is defined for none.
+
+    Raises:
+      TypeError: `series` is no array of real numbers, or `bins` is no integer.
+      ValueError: `series` has fewer than two samples, or `bins` is not in 1 to the number of
+        weights.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> steps = jnp.arange(100.0)
+      >>> js.analysis.decorrelation_by_magnitude(jnp.stack([steps, jnp.cos(steps)], 1), bins=2)[1]
+      Array([0.02, 1.  ], dtype=float32)
+
+    References:
+      Advances in Sparse Neural Model Training, section 2, figure 1.
+    """
+    series = _checked(series, "decorrelation_by_magnitude")
+    series = series.reshape(len(series), -1)
+    if not 1 <= integer(bins, "decorrelation_by_magnitude: `bins`") <= series.shape[1]:
+        raise ValueError(
+            f"decorrelation_by_magnitude: bins={bins} is not in 1..{series.shape[1]}, the number "
+            "of weights."
+        )
+    magnitude = jnp.abs(series[-1].astype(jnp.float32))
+    order = jnp.argsort(magnitude)
+    delta = decorrelation_time(series) / len(series)
+    columns = (magnitude, jnp.median), (delta, jnp.nanmedian)
+    magnitudes, deltas = (
+        jnp.stack([middle(part) for part in jnp.array_split(x[order], bins)])
+        for x, middle in columns
+    )
+    return magnitudes, deltas
+
+
+def _checked(series, call):
+    series = array(series, f"{call}: `series`")
+    if not (
+        jnp.issubdtype(series.dtype, jnp.floating) or jnp.issubdtype(series.dtype, jnp.integer)
+    ):
+        raise TypeError(f"{call}: `series` is {series.dtype}. Pass real weights.")
+    if series.ndim < 1 or len(series) < 2:
+        raise ValueError(
+            f"{call}: `series` has shape {series.shape}. Pass two or more samples in time along "
+            "the first axis."
+        )
+    return series

@@ -1,0 +1,456 @@
+"""The evaluation of a traced program in which compressed weights stand for dense ones."""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from jaxsparse._execution import weights
+from jaxsparse._execution.fusion import Product, activation_at, bias_of
+from jaxsparse._execution.report import Usage
+from jaxsparse._execution.weights import UnfitError, Weight
+from jaxsparse._kernels import KERNELS
+from jaxsparse._packed.matmul import chosen, common_dtype
+from jaxsparse._program.flow import Value, outputs
+from jaxsparse._program.walk import bind, called, calls, invariant, open_program, scan_counts
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One evaluation of a program; notes what it does with each weight in `rows`."""
+
+    def __init__(self, paths: Sequence[str], implementation: str | None, rows: dict[Any, Usage]):
+        self.paths, self.implementation, self.rows = paths, implementation, rows
+        self.place: tuple[int, ...] = ()  # the calls that the evaluation is in
+        self.site = 0  # the equation that it is at
+
+    def evaluate(self, program: Jaxpr, consts: Sequence, operands: Sequence) -> list:
+        """The outputs of a program, arrays or `Weight`, from operands that are either."""
+        env = dict(zip(program.constvars, consts, strict=True)) | dict(
+            zip(program.invars, operands, strict=True)
+        )
+        known: dict[Any, Value] = {}
+        readers = collections.Counter(
+            atom
+            for atoms in (*(eqn.invars for eqn in program.eqns), program.outvars)
+            for atom in atoms
+            if not isinstance(atom, Literal)
+        )
+
+        def read(atom):
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        done = 0
+        for i, eqn in enumerate(program.eqns):
+            if i < done:
+                continue
+            values = [
+                Value()
+                if isinstance(atom, Literal)
+                else env[atom].value
+                if isinstance(env[atom], Weight)
+                else known.get(atom, Value())
+                for atom in eqn.invars
+            ]
+            moved = (
+                outputs(eqn, values) if calls(eqn, values) is None else [Value()] * len(eqn.outvars)
+            )
+            for var, value in zip(eqn.outvars, moved, strict=True):
+                if any(value):
+                    known[var] = Value((), value.constant, value.one_hot)
+            waiting = [
+                atom
+                for atom in eqn.invars
+                if not isinstance(atom, Literal) and isinstance(env[atom], Product)
+            ]
+            if waiting and (fused := self.fused(program.eqns, i, waiting[0], env, values, readers)):
+                result, taken = fused
+                env[program.eqns[i + taken - 1].outvars[0]] = result
+                done = i + taken
+                continue
+            for atom in waiting:
+                env[atom] = env[atom].result() if isinstance(env[atom], Product) else env[atom]
+            operands = [read(atom) for atom in eqn.invars]
+            some = any(isinstance(operand, Weight) for operand in operands)
+            env.update(
+                zip(
+                    eqn.outvars,
+                    self.apply(eqn, operands, values, moved) if some else bind(eqn, operands),
+                    strict=True,
+                )
+            )
+        return [
+            result.result() if isinstance(result := read(atom), Product) else result
+            for atom in program.outvars
+        ]
+
+    def fused(self, eqns, i: int, atom, env, values, readers) -> tuple[Product, int] | None:
+        """A product with what the equations from `i` on do to it, and how many they are; None if no
+        kernel takes that in.
+        """
+        product, eqn = env[atom], eqns[i]
+        if product.activation:
+            return None
+        if eqn.primitive.name == "add" and product.bias is None and readers[atom] == 1:
+            (other,) = (j for j, one in enumerate(eqn.invars) if one is not atom)
+            term = eqn.invars[other]
+            if not isinstance(term, Literal) and isinstance(env[term], jax.Array):
+                bias = bias_of(product, eqn, env[term], values[other])
+                return None if bias is None else (dataclasses.replace(product, bias=bias), 1)
+        found = activation_at(eqns, i, atom, readers)
+        return (
+            None if found is None else (dataclasses.replace(product, activation=found[0]), found[1])
+        )
+
+    def apply(self, eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
+        """The results of an equation of which an operand is a weight."""
+        name = eqn.primitive.name
+        self.site = id(eqn)
+        try:
+            if name == "dot_general":
+                return [self.dot(eqn, operands)]
+            if name == "conv_general_dilated":
+                return [self.convolution(eqn, operands)]
+            if calls(eqn, values) is not None:
+                return self.call(eqn, operands)
+            return weights.move(eqn, operands, values, moved)
+        except UnfitError as unfit:
+            return bind(
+                eqn, [self.dense(operand, _described(eqn), str(unfit)) for operand in operands]
+            )
+
+    # --- products
+
+    def dot(self, eqn, operands) -> Any:
+        (summed, batch) = eqn.params["dimension_numbers"]
+        side = 0 if isinstance(operands[0], Weight) else 1
+        w, x = operands[side], operands[1 - side]
+        x = (
+            self.dense(x, _described(eqn), "multiplied by another compressed weight")
+            if isinstance(x, Weight)
+            else x
+        )
+        aval = eqn.outvars[0].aval
+
+        def arranged(y):  # y: batches, then the free axes of x, then those of w
+            if side == 1:
+                return y
+            batches, rows = len(batch[0]), x.ndim - len(batch[1]) - len(summed[1])
+            y = y.reshape(
+                *aval.shape[:batches],
+                *aval.shape[aval.ndim - rows :],
+                *aval.shape[batches : aval.ndim - rows],
+            )
+            return y.transpose(
+                *range(batches), *range(batches + rows, y.ndim), *range(batches, batches + rows)
+            )
+
+        free = [
+            place for place in range(len(w.shape)) if place not in (*summed[side], *batch[side])
+        ]
+        first = len(batch[0]) if side == 0 else aval.ndim - len(free)
+        pairs = (summed[side], summed[1 - side]), (batch[side], batch[1 - side])
+        return self.product(
+            eqn, w, x, pairs, arranged, {first + i: place for i, place in enumerate(free)}
+        )
+
+    def convolution(self, eqn, operands) -> Any:
+        x, w = operands
+        if isinstance(x, Weight):
+            raise UnfitError("the input of a convolution")
+        params = eqn.params
+        numbers, shape = params["dimension_numbers"], eqn.invars[1].aval.shape
+        (batch, features, *places), (outputs, channels, *window) = (
+            numbers.lhs_spec,
+            numbers.rhs_spec,
+        )
+        if (
+            any(shape[i] != 1 for i in window)
+            or any(map(any, params["padding"]))
+            or any(n != 1 for n in params["lhs_dilation"])
+        ):
+            raise UnfitError("a convolution that is not 1x1")
+        if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
+            raise UnfitError("a grouped convolution")
+        strides = [1] * x.ndim
+        for axis, stride in zip(places, params["window_strides"], strict=True):
+            strides[axis] = stride
+        x = lax.slice(x, (0,) * x.ndim, x.shape, strides)
+
+        def arranged(y):  # y: the axes of x but its features, then the outputs and the window
+            rows = [axis for axis in range(x.ndim) if axis != features]
+            y = y.reshape(*(x.shape[axis] for axis in rows), shape[outputs])
+            here = {**dict(zip(rows, range(len(rows)), strict=True)), features: len(rows)}
+            order = sorted(zip(numbers.out_spec, (batch, features, *places), strict=True))
+            return y.transpose([here[axis] for _, axis in order])
+
+        pairs = ((channels,), (features,)), ((), ())
+        return self.product(eqn, w, x, pairs, arranged, {numbers.out_spec[1]: outputs})
+
+    def product(self, eqn, w: Weight, x, pairs, arranged: Callable, places: dict[int, int]) -> Any:
+        """The sparse product of a weight; put off where a bias or an activation may follow that its
+        kernel takes.
+
+        `pairs` are the axes of w and of x that are summed over and batched; `places` says which
+        axis of the result is which of w.
+        """
+        ready = weights.operands(w, x, *pairs)
+        leaf, aval = ready.leaf, eqn.outvars[0].aval
+        rows = math.prod(ready.x.shape[leaf.values.ndim - 2 : ready.x.ndim - len(leaf.contracting)])
+        run = chosen(self.implementation, rows, leaf, common_dtype(x.dtype, leaf.dtype), aval.dtype)
+        self.note(w, _described(eqn), "", run)
+
+        def multiply(bias=None, activation=None):
+            y = ready.multiply(
+                bias=bias,
+                activation=activation,
+                implementation=self.implementation,
+                precision=eqn.params["precision"],
+                preferred_element_type=aval.dtype,
+            )
+            return arranged(y).reshape(aval.shape)
+
+        kernel = self.implementation in KERNELS or (
+            self.implementation is None and leaf.layout == "mma16"
+        )
+        if not kernel or "S" in leaf.kinds:
+            return multiply()
+        return Product(
+            multiply, leaf, tuple((place, w.origin.axes[axis]) for place, axis in places.items())
+        )
+
+    # --- calls
+
+    def call(self, eqn, operands) -> list:
+        """The results of an equation that calls programs, to which a weight is handed."""
+        name, params = eqn.primitive.name, eqn.params
+        place, self.place = self.place, (*self.place, id(eqn))
+        try:
+            if name == "scan":
+                return self.scan(eqn, operands)
+            if name == "while":
+                return self.loop(eqn, operands)
+            if name == "cond":
+                arrays, rebuild = weights.split(operands[1:])
+                return lax.switch(
+                    operands[0],
+                    [
+                        functools.partial(self.inner, branch, rebuild)
+                        for branch in params["branches"]
+                    ],
+                    *arrays,
+                )
+            closed = next(value for value in params.values() if open_program(value) is called(eqn))
+            if name in ("jit", "pjit", "closed_call", "core_call"):
+                results = self.evaluate(open_program(closed), _consts(closed), operands)
+                return [
+                    _constrained(*pair)
+                    for pair in zip(
+                        results, params.get("out_shardings", [None] * len(results)), strict=True
+                    )
+                ]
+            if name.startswith("custom_"):
+                return self.custom(eqn, closed, operands)
+            arrays, rebuild = weights.split(operands)
+            if name in ("checkpoint", "remat", "remat2"):
+                same = _HandedOn(operands)
+                run = functools.partial(self.inner, closed, rebuild, same=same)
+                return same.put_back(
+                    jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])(
+                        *arrays
+                    )
+                )
+            raise UnfitError(f"handed to {name}")
+        finally:
+            self.place = place
+
+    def inner(self, program, rebuild, *arrays, same: "_HandedOn | None" = None) -> list:
+        """The dense outputs of a called program, without those that `same` takes out."""
+        operands = rebuild(arrays)
+        results = self.evaluate(open_program(program), _consts(program), operands)
+        return [
+            self.dense(result, "returned")
+            for result in (same.taken_out(results, operands) if same else results)
+        ]
+
+    def custom(self, eqn, program, operands) -> list:
+        """The results of a function with a derivative of its own, and that derivative, which takes
+        the weights decompressed.
+        """
+        kind = next(
+            (
+                one
+                for one in (jax.custom_jvp, jax.custom_vjp)
+                if eqn.primitive.name.startswith(f"{one.__name__}_call")
+            ),
+            None,
+        )
+        if kind is None:
+            raise UnfitError(f"handed to {eqn.primitive.name}")
+        count = eqn.params.get("num_consts", 0)
+        consts = [
+            self.dense(
+                one, _described(eqn), "a constant of a function with a derivative of its own"
+            )
+            for one in operands[:count]
+        ]
+        arrays, rebuild = weights.split(operands[count:])
+
+        def inner(*arrays):
+            return self.inner(program, lambda arrays: [*consts, *rebuild(arrays)], *arrays)
+
+        def as_written(*arrays):
+            return bind(
+                eqn,
+                [
+                    *consts,
+                    *(one.dense() if isinstance(one, Weight) else one for one in rebuild(arrays)),
+                ],
+            )
+
+        return _with_derivative(kind, inner, as_written)(*arrays)
+
+    def scan(self, eqn, operands) -> list:
+        params = eqn.params
+        program, consts = open_program(params["jaxpr"]), _consts(params["jaxpr"])
+        fixed, carries = scan_counts(eqn)
+        held, carry, kept = self.loop_carry(program, fixed, operands[fixed : fixed + carries])
+        slices = []
+        for operand in operands[fixed + carries :]:
+            try:
+                slices.append(weights.sliced(operand) if isinstance(operand, Weight) else operand)
+            except UnfitError as unfit:
+                slices.append(self.dense(operand, "scan", str(unfit)))
+        arrays, rebuild = weights.split(slices)
+        same = _HandedOn(operands[fixed + carries :])
+
+        def body(carry, arrays):
+            inside = rebuild(arrays)
+            results = self.evaluate(program, consts, [*operands[:fixed], *held(carry), *inside])
+            changed = [
+                result for result, keep in zip(results[:carries], kept, strict=True) if not keep
+            ]
+            stacked = same.taken_out(results[carries:], inside)
+            return [self.dense(one, "carried") for one in changed], [
+                self.dense(one, "returned") for one in stacked
+            ]
+
+        carry, stacked = lax.scan(
+            body,
+            carry,
+            arrays,
+            params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        return [*held(carry), *same.put_back(stacked)]
+
+    def loop(self, eqn, operands) -> list:
+        params = eqn.params
+        fixed, bodies = params["cond_nconsts"], params["body_nconsts"]
+        test, loop = params["cond_jaxpr"], params["body_jaxpr"]
+        of_test, of_body = operands[:fixed], operands[fixed : fixed + bodies]
+        held, carry, kept = self.loop_carry(open_program(loop), bodies, operands[fixed + bodies :])
+
+        def condition(carry):
+            (result,) = self.evaluate(open_program(test), _consts(test), [*of_test, *held(carry)])
+            return result
+
+        def body(carry):
+            results = self.evaluate(open_program(loop), _consts(loop), [*of_body, *held(carry)])
+            return [
+                self.dense(result, "carried")
+                for result, keep in zip(results, kept, strict=True)
+                if not keep
+            ]
+
+        return held(lax.while_loop(condition, body, carry))
+
+    def loop_carry(self, program: Jaxpr, consts: int, carry: Sequence):
+        """What of a carry changes: weights that a loop hands on as they are stay outside of it."""
+        same = invariant(program, consts, len(carry))
+        kept = [keep and isinstance(one, Weight) for keep, one in zip(same, carry, strict=True)]
+        changing = [
+            self.dense(one, "carried", "changed by a loop")
+            for one, keep in zip(carry, kept, strict=True)
+            if not keep
+        ]
+
+        def held(changing):
+            rest = iter(changing)
+            return [one if keep else next(rest) for one, keep in zip(carry, kept, strict=True)]
+
+        return held, changing, kept
+
+    # --- the report
+
+    def dense(self, operand, what: str, reason: str = "returned by the function"):
+        """The array that an operand is, decompressed where it is a weight."""
+        if not isinstance(operand, Weight):
+            return operand
+        self.note(operand, what, reason, "")
+        return operand.dense()
+
+    def note(self, w: Weight, what: str, reason: str, implementation: str):
+        path = ", ".join(self.paths[source] for source in w.sources)
+        self.rows.setdefault(
+            (self.place, self.site, path, what), Usage(path, what, reason, implementation)
+        )
+
+
+class _HandedOn:
+    """The results of a called program that are weights among its operands: they stay outside as
+    they are.
+    """
+
+    def __init__(self, operands: Sequence):
+        self.operands = operands
+        self.which: list[int | None] = []
+
+    def taken_out(self, results: Sequence, inside: Sequence) -> list:
+        """The other results; `inside` are the operands as the program sees them."""
+        places = {id(one): i for i, one in enumerate(inside) if isinstance(one, Weight)}
+        self.which = [places.get(id(result)) for result in results]
+        return [result for result, i in zip(results, self.which, strict=True) if i is None]
+
+    def put_back(self, results: Sequence) -> list:
+        """All results."""
+        rest = iter(results)
+        return [next(rest) if i is None else self.operands[i] for i in self.which]
+
+
+def _consts(program) -> Sequence:
+    return program.consts if isinstance(program, ClosedJaxpr) else ()
+
+
+def _constrained(result, sharding):
+    """The output of a compiled function, placed as that function asks for."""
+    placed = isinstance(sharding, jax.sharding.Sharding) and not isinstance(
+        result, Weight | Product
+    )
+    return lax.with_sharding_constraint(result, sharding) if placed else result
+
+
+def _described(eqn) -> str:
+    return " ".join([eqn.primitive.name, *(str(atom.aval.shape) for atom in eqn.invars)])
+
+
+def _with_derivative(kind, run: Callable, as_written: Callable) -> Callable:
+    """A function that computes `run` and has the derivative of `as_written`, which computes the
+    same.
+    """
+    made = kind(run)
+    if kind is jax.custom_jvp:
+        made.defjvp(lambda primals, tangents: jax.jvp(as_written, primals, tangents))
+    else:
+        made.defvjp(
+            functools.partial(jax.vjp, as_written), lambda pull, cotangents: pull(cotangents)
+        )
+    return made

@@ -1,0 +1,35 @@
+"""Masks at one bit a weight, as the optimizer state keeps them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["pack", "unpack"]
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def pack(mask, axis: int) -> jax.Array:
+    """The bits of a boolean mask: uint8, of which each holds eight neighbours along `axis`, the
+    lowest bit first.
+    """
+    axis %= mask.ndim
+    size = mask.shape[axis]
+    spare = [(0, -size % 8 if i == axis else 0) for i in range(mask.ndim)]
+    eights = jnp.pad(mask, spare).reshape(
+        *mask.shape[:axis], -(-size // 8), 8, *mask.shape[axis + 1 :]
+    )
+    return (eights.astype(jnp.uint8) << _places(mask.ndim, axis)).sum(axis + 1, dtype=jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "axis"))
+def unpack(words, size: int, axis: int) -> jax.Array:
+    """The boolean mask, of `size` along `axis`."""
+    axis %= words.ndim
+    eights = jnp.expand_dims(words, axis + 1) >> _places(words.ndim, axis) & 1 == 1
+    whole = eights.reshape(*words.shape[:axis], 8 * words.shape[axis], *words.shape[axis + 1 :])
+    return jax.lax.slice_in_dim(whole, 0, size, axis=axis)
+
+
+def _places(ndim, axis):
+    return jnp.arange(8, dtype=jnp.uint8).reshape(8, *[1] * (ndim - axis - 1))

@@ -1,0 +1,71 @@
+"""Arrangements of 2:4 metadata: the canonical one, and the one that the lanes of a sparse tensor
+core read.
+"""
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["convert", "preferred_layout", "tile", "untile"]
+
+FILLER = (
+    0x4444  # places 0 and 1 in each of four groups: legal for the hardware, and zero times zero
+)
+
+
+def preferred_layout(dtype) -> str:
+    """The layout in which the default backend loses no time; every layout is correct on every
+    backend.
+    """
+    return (
+        "mma16"
+        if jnp.dtype(dtype).itemsize == 2 and jax.default_backend() == "gpu"
+        else "canonical"
+    )
+
+
+def convert(metadata, old: str, new: str, values):
+    """Metadata of `values` `[..., M, K/2]` in another layout."""
+    if new not in ("canonical", "mma16"):
+        raise ValueError(
+            f'Sparse24: there is no metadata layout {new!r}. Pass "canonical" or "mma16".'
+        )
+    if new == "mma16" and jnp.dtype(values.dtype).itemsize != 2:
+        raise ValueError(
+            'Sparse24: the layout "mma16" is for weights of 16 bits, and this one is '
+            f'{values.dtype}. Pass "canonical".'
+        )
+    if old == new:
+        return metadata
+    return (
+        tile(metadata)
+        if new == "mma16"
+        else untile(metadata, values.shape[-2], -(-values.shape[-1] // 8))
+    )
+
+
+def tile(words):
+    """Canonical uint16 `[..., M, C]` to uint32 `[..., 2*ceil(M/128), 2*ceil(C/8), 128]`.
+
+    One last axis holds 64 rows by 64 columns of the dense weight. Word `32*w + 4*g + p` is the
+    register of lane `4*g + p` of warp w: columns `16*p` to `16*p + 15` of row `16*w + g` in its low
+    half and of row `16*w + g + 8` in its high half. Rows and columns beyond the weight hold
+    `FILLER`.
+    """
+    *stack, rows, columns = words.shape
+    words = jnp.pad(
+        words, [(0, 0)] * len(stack) + [(0, -rows % 128), (0, -columns % 8)], constant_values=FILLER
+    )
+    # row tile, w, half, g, column tile, p
+    words = words.reshape(*stack, -1, 4, 2, 8, words.shape[-1] // 4, 4)
+    low, high = words[..., 0, :, :, :].astype(jnp.uint32), words[..., 1, :, :, :].astype(jnp.uint32)
+    lanes = jnp.moveaxis(low | high << 16, -2, -4)  # row tile, column tile, w, g, p
+    return lanes.reshape(*lanes.shape[:-3], 128)
+
+
+def untile(lanes, rows: int, columns: int):
+    """The inverse of `tile`, cut to canonical `[..., rows, columns]`."""
+    *stack, row_tiles, column_tiles, _ = lanes.shape
+    # row tile, w, g, column tile, p
+    lanes = jnp.moveaxis(lanes.reshape(*stack, row_tiles, column_tiles, 4, 8, 4), -4, -2)
+    words = jnp.stack([lanes & 0xFFFF, lanes >> 16], axis=-4).astype(jnp.uint16)
+    return words.reshape(*stack, row_tiles * 64, column_tiles * 4)[..., :rows, :columns]

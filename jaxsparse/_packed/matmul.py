@@ -1,0 +1,423 @@
+"""Matrix products with compressed 2:4 weights."""
+
+import functools
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxsparse._kernels import ACTIVATIONS, KERNELS, misfit, preferred, unavailable
+from jaxsparse._packed.compress import Sparse24, expand, gather, turn
+from jaxsparse._packed.layouts import tile, untile
+from jaxsparse._plan.patterns import array
+
+__all__ = ["chosen", "common_dtype", "sparse_matmul", "sparse_matmul_p"]
+
+
+def sparse_matmul(
+    x,
+    w: Sparse24,
+    *,
+    bias=None,
+    activation: str | None = None,
+    implementation: str | None = None,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type=None,
+) -> jax.Array:
+    """`activation(x @ w + bias)` with a compressed weight: sums over the last axes of `x` and the
+    contracted axes of `w`.
+
+    Differentiable with respect to `x`, `w.values` and `bias`, forwards and backwards; the gradient
+    of the values is that at the kept places. Sums are taken in float32 for 16-bit floats, and bias
+    and activation applied before they are rounded (under differentiation, after).
+
+    The gradient of `x` is a product with the transpose of `w`. Where `w` is transposable, kernels
+    compute it as they do the product itself, from values that are packed anew along the output at
+    each use: nothing is stored twice, and values that are trained stay the only truth. Elsewhere it
+    is a dense product.
+
+    On a CUDA device a kernel for Sparse Tensor Cores may run, which the lowered program names
+    (`sparse_matmul_hopper`); everywhere else the weight is decompressed for the dense product. None
+    chooses a kernel only where it is measured to win, with metadata in the layout `"mma16"` and no
+    stack, on one device or inside `shard_map`. The kernels have not run on hardware
+    yet: they are exact in emulation, nothing is measured, and so each runs only where it is named.
+    A kernel that is named takes the weights of a stack one after the other, for which XLA copies
+    each with its rows.
+
+    Args:
+      x: `[..., K]`, or `[..., *w.contracting]` where several axes are contracted; with a stacked
+        weight (`w` of shape `[*stack, ...]`) it begins with the axes of the stack.
+      w: the compressed weight.
+      bias: `[*stack, *w.output]`, or None.
+      activation: `"relu"`, `"gelu"` (by tanh), `"silu"` or None.
+      implementation: None chooses for the device; `"dense"` runs everywhere. `"hopper"` (9.0),
+        `"ampere"` (8.0 to 8.9) and `"decode"` (8.0 and later, 64 rows at most) need 16-bit floats.
+        Sizes that do not fill their tiles are padded inside: `"hopper"` and `"decode"` copy nothing
+        for it where K is a multiple of 16 and, `"hopper"`, M one of 8; `"ampere"` where rows and K
+        are multiples of 64 and M is one of 128. None chooses no kernel that would copy the weight
+        or the result. The gradient of `x` has the same implementation, where `w` is transposable.
+      precision: as in `jax.numpy.matmul`, for the dense product.
+      preferred_element_type: the dtype of the result, as in `jax.numpy.matmul`; None means the
+        promoted dtype of `x` and `w`, the only one that kernels return.
+
+    Returns:
+      `[..., *w.output]`.
+
+    Raises:
+      TypeError: `w` is no `Sparse24`.
+      ValueError: the axes of `x` or `bias` do not fit those of `w`, there is no such implementation
+        or activation, or the implementation cannot compute this product on any device.
+      NotImplementedError: the implementation cannot run on the device that is lowered for.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> values, metadata = jnp.array([[-4.0, 3.0]]), jnp.array([[0x4449]], jnp.uint16)
+      >>> w = js.Sparse24(values, metadata, contracting=(4,), output=(1,))
+      >>> js.sparse_matmul(jnp.array([[1.0, 10.0, 100.0, 1000.0]]), w)
+      Array([[260.]], dtype=float32)
+
+    References:
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
+    """
+    if not isinstance(w, Sparse24):
+        raise TypeError(
+            f"sparse_matmul: `w` is a {type(w).__name__}, not a Sparse24. Make one with "
+            "jaxsparse.compress."
+        )
+    check_implementation(implementation, "sparse_matmul")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"sparse_matmul: there is no activation {activation!r}. Pass one of "
+            f"{tuple(ACTIVATIONS)}."
+        )
+    x = array(x, "sparse_matmul: `x`")
+    stack, ends = w.values.shape[:-2], x.ndim - len(w.contracting)
+    if x.shape[max(ends, 0) :] != w.contracting:
+        raise ValueError(
+            f"sparse_matmul: `x` of shape {x.shape} does not end with the contracted axes "
+            f"{w.contracting} of `w`, of shape {w.shape}. Move the axes to sum over to the end of "
+            "`x`."
+        )
+    if x.shape[: len(stack)] != stack or ends < len(stack):
+        raise ValueError(
+            f"sparse_matmul: `x` of shape {x.shape} does not begin with the stack {stack} of `w`, "
+            f"of shape {w.shape}. Move the axes of the stack to the front of `x`, or use one "
+            "weight of the stack."
+        )
+    if bias is not None and jnp.shape(bias) != (*stack, *w.output):
+        raise ValueError(
+            f"sparse_matmul: `bias` of shape {jnp.shape(bias)} does not fit `w`, which needs "
+            f"{(*stack, *w.output)}. Reshape the bias."
+        )
+    dtype = common_dtype(x.dtype, w.dtype)
+    rows, m, k = x.shape[len(stack) : ends], w.values.shape[-2], math.prod(w.contracting)
+    default = w.dtype if x.dtype == w.dtype else dtype
+    out_dtype = default if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    if implementation in KERNELS:
+        wider = (
+            f"it returns {dtype}, and the result is to be {out_dtype}"
+            if out_dtype != dtype
+            else None
+        )
+        _refuse(implementation, misfit(implementation, math.prod(rows), dtype) or wider, ValueError)
+    operands = [
+        x.reshape(*stack, math.prod(rows), k).astype(dtype),
+        w.values.astype(dtype),
+        w.metadata,
+    ]
+    if bias is not None:
+        operands.append(jnp.reshape(bias, (*stack, m)).astype(_sum_dtype(dtype)))
+    y = sparse_matmul_p.bind(
+        *_varying_alike(operands),
+        activation=activation,
+        implementation=implementation,
+        layout=w.layout,
+        transposable=w.transposable,
+        transposed=False,
+        precision=_precision(precision),
+        out_dtype=out_dtype,
+    )
+    return y.reshape(*stack, *rows, *w.output)
+
+
+def _precision(precision):
+    """What is asked for here; inside a compiled function that is no longer known when the product
+    is lowered.
+    """
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if not isinstance(precision, str):
+        return precision
+    return (
+        lax.DotAlgorithmPreset[precision]
+        if precision in lax.DotAlgorithmPreset.__members__
+        else lax.Precision(precision)
+    )
+
+
+def common_dtype(a, b):
+    """The dtype in which two operands are multiplied; 8-bit floats, which promote to no other type
+    by themselves, are widened.
+    """
+    narrow = [
+        dtype
+        for dtype in (a, b)
+        if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
+    ]
+    if not narrow:
+        return jnp.promote_types(a, b)
+    return jnp.result_type(jnp.float32, *(dtype for dtype in (a, b) if dtype not in narrow))
+
+
+def check_implementation(implementation, call):
+    if implementation not in (None, "dense", *KERNELS):
+        raise ValueError(
+            f"{call}: there is no implementation {implementation!r}. Pass None or one of "
+            f"{('dense', *KERNELS)}."
+        )
+
+
+def chosen(implementation: str | None, rows: int, w: Sparse24, dtype, out_dtype) -> str:
+    """What computes a product on the default device: `"dense"` or the name of a kernel."""
+    if implementation is not None:
+        return implementation
+    device = jax.devices()[0]
+    if device.platform != "gpu" or w.layout != "mma16" or "S" in w.kinds or out_dtype != dtype:
+        return "dense"
+    return preferred(rows, w.values.shape[-2], 2 * w.values.shape[-1], dtype, _capability(device))
+
+
+def _varying_alike(operands):
+    """The operands as varying over the same axes of a mesh inside `shard_map`; so the gradient of
+    what did not vary is summed.
+    """
+    varying = [jax.typeof(a).manual_axis_type.varying for a in operands]
+    over = frozenset().union(*varying)
+    return [
+        lax.pcast(a, tuple(over - its), to="varying")
+        for a, its in zip(operands, varying, strict=True)
+    ]
+
+
+def _refuse(implementation, reason, error):
+    if reason:
+        raise error(
+            f'sparse_matmul: "{implementation}" cannot compute this: {reason}. Pass '
+            "implementation=None to have one chosen."
+        )
+
+
+# x [*stack, N, K], values [*stack, M, K/2], metadata as layout says, perhaps bias [*stack, M] ->
+# [*stack, N, M]; transposed, by the transpose of the same weight: x [*stack, N, M] -> [*stack, N,
+# K], and no bias
+sparse_matmul_p = Primitive("sparse_matmul")
+
+
+@sparse_matmul_p.def_abstract_eval
+def _abstract(x, values, *_, transposed, out_dtype, **__):
+    shape = (*x.shape[:-1], _features(values, transposed))
+    return (
+        x.update(shape=shape, dtype=out_dtype)
+        if x.manual_axis_type.varying
+        else jax.core.ShapedArray(shape, out_dtype)
+    )
+
+
+def _features(values, transposed):
+    return 2 * values.shape[-1] if transposed else values.shape[-2]
+
+
+@functools.cache
+def _jitted(**params):
+    return jax.jit(functools.partial(sparse_matmul_p.bind, **params))
+
+
+@sparse_matmul_p.def_impl
+def _impl(*operands, **params):
+    return _jitted(**params)(*operands)
+
+
+def _dense(x, values, metadata, *bias, activation, layout, precision, transposed, out_dtype, **_):
+    y = _contract(
+        x,
+        expand(values, _canonical(values, metadata, layout)),
+        -1,
+        -2 if transposed else -1,
+        precision,
+        out_dtype,
+    )
+    if bias:
+        y += bias[0][..., None, :]
+    return ACTIVATIONS[activation](y).astype(out_dtype)
+
+
+def _canonical(values, metadata, layout):
+    return (
+        metadata
+        if layout == "canonical"
+        else untile(metadata, values.shape[-2], -(-values.shape[-1] // 8))
+    )
+
+
+def _sum_dtype(dtype):
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+def _contract(a, b, a_axis, b_axis, precision, wanted=None):
+    """Sums over one of the last two axes each; leading axes are batches. The result has the dtype
+    of the sums, as wide as wanted.
+    """
+    stack = tuple(range(a.ndim - 2))
+    sums = (((a.ndim + a_axis,), (b.ndim + b_axis,)), (stack, stack))
+    dtype = _sum_dtype(a.dtype)
+    if wanted is not None and jnp.dtype(wanted).itemsize > 1:
+        dtype = jnp.promote_types(dtype, wanted)
+    return lax.dot_general(a, b, sums, precision=precision, preferred_element_type=dtype)
+
+
+_lower_dense = mlir.lower_fun(_dense, multiple_results=False)
+
+
+def _lower_anywhere(ctx, *operands, implementation, **params):
+    if implementation in KERNELS:
+        _refuse(implementation, "it needs a CUDA device", NotImplementedError)
+    return _lower_dense(ctx, *operands, **params)
+
+
+def _lower_cuda(
+    ctx, *operands, implementation, layout, activation, transposable, transposed, **params
+):
+    x, values = ctx.avals_in[:2]
+    n, m, k = x.shape[-2], _features(values, transposed), x.shape[-1]
+    device, reason = _device(ctx.module_context)
+    capability = _capability(device)
+    name = implementation
+    if name is None:
+        ready = (
+            layout == "mma16" and reason is None and x.ndim == 2 and params["out_dtype"] == x.dtype
+        )
+        name = preferred(n, m, k, x.dtype, capability) if ready else "dense"
+    if name == "dense" or (transposed and not transposable):
+        return _lower_dense(
+            ctx, *operands, layout=layout, activation=activation, transposed=transposed, **params
+        )
+    _refuse(name, reason or unavailable(name, capability), NotImplementedError)
+    _refuse(name, misfit(name, n, x.dtype), ValueError)
+    mosaic, kernel = (
+        importlib.import_module(f"jaxsparse._kernels.{module}") for module in ("mosaic", name)
+    )
+
+    run = functools.partial(kernel.matmul, activation=activation, cores=device.core_count)
+    with mosaic.architecture(capability):
+        rule = mlir.lower_fun(
+            functools.partial(_with_kernel, run, layout, transposed), multiple_results=False
+        )
+        return rule(ctx, *operands)
+
+
+def _with_kernel(run, layout, transposed, x, values, metadata, *bias):
+    """The product by a kernel, which takes one weight; of a stack one after the other."""
+    stack = x.shape[:-2]
+    if stack:
+        operands = [a.reshape(-1, *a.shape[len(stack) :]) for a in (x, values, metadata, *bias)]
+        y = lax.map(lambda one: _with_kernel(run, layout, transposed, *one), operands)
+        return y.reshape(*stack, *y.shape[1:])
+    if transposed:
+        values, metadata = turn(values, _canonical(values, metadata, layout))
+    return run(
+        x, values, tile(metadata) if transposed or layout == "canonical" else metadata, *bias
+    )
+
+
+def _device(module):
+    """A device of the kind that a module is lowered for, or None if that is open; and why no kernel
+    may run there, or None.
+    """
+    if module.lowering_parameters.for_export or len(module.platforms) > 1 or module.backend is None:
+        return None, None
+    kinds = {_capability(device): device for device in module.backend.devices()}
+    context = module.axis_context
+    if hasattr(context, "manual_axes"):  # inside shard_map
+        whole = set(context.manual_axes) == set(context.mesh.axis_names)
+    else:
+        whole = getattr(context, "num_devices", 1) == 1
+    reason = (
+        None
+        if whole
+        else "the compiler cannot partition it over several devices; call it inside shard_map"
+    )
+    return next(iter(kinds.values())) if len(kinds) == 1 else None, reason
+
+
+def _capability(device):
+    """The compute capability of a CUDA device as a pair, or None."""
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+
+mlir.register_lowering(sparse_matmul_p, _lower_anywhere)
+mlir.register_lowering(sparse_matmul_p, _lower_cuda, platform="cuda")
+
+
+def _jvp(primals, tangents, **params):
+    x, values, metadata, *bias = primals
+    x_dot, values_dot, _, *bias_dot = tangents
+    activation = params["activation"]
+    params["activation"] = None
+    y = sparse_matmul_p.bind(x, values, metadata, **params)
+    parts = []
+    if type(x_dot) is not ad.Zero:
+        parts.append(sparse_matmul_p.bind(x_dot, values, metadata, **params))
+    if type(values_dot) is not ad.Zero:
+        parts.append(sparse_matmul_p.bind(x, values_dot, metadata, **params))
+    y_dot = sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+    if not bias and activation is None:
+        return y, y_dot
+
+    def finish(y, *bias):
+        wide = y.astype(_sum_dtype(y.dtype))
+        # whose gradient at 0 is 0
+        activate = jax.nn.relu if activation == "relu" else ACTIVATIONS[activation]
+        return activate(wide + bias[0][..., None, :] if bias else wide).astype(y.dtype)
+
+    bias_dot = map(ad.instantiate_zeros, bias_dot)
+    return jax.jvp(finish, (y, *bias), (y_dot, *bias_dot))
+
+
+def _transpose(ct, x, values, metadata, *, transposed, **params):
+    if type(ct) is ad.Zero:
+        return None, None, None
+    if ad.is_undefined_primal(x):
+        params["out_dtype"] = x.aval.dtype
+        return (
+            sparse_matmul_p.bind(ct, values, metadata, transposed=not transposed, **params),
+            None,
+            None,
+        )
+    outputs, inputs = (x, ct) if transposed else (ct, x)
+    product = _contract(outputs, inputs, -2, -2, params["precision"]).astype(values.aval.dtype)
+    return None, gather(product, _canonical(values.aval, metadata, params["layout"])), None
+
+
+def _batch(operands, dims, **params):
+    x, *rest = operands
+    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
+    if all(d is None for d in dims[1:]):  # one weight: more rows
+        x = jnp.moveaxis(x, dims[0], -3)
+        y = sparse_matmul_p.bind(x.reshape(*x.shape[:-3], -1, x.shape[-1]), *rest, **params)
+        return y.reshape(*y.shape[:-2], size, -1, y.shape[-1]), y.ndim - 2
+    operands = (
+        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+        for a, d in zip(operands, dims, strict=True)
+    )
+    return sparse_matmul_p.bind(*operands, **params), 0
+
+
+ad.primitive_jvps[sparse_matmul_p] = _jvp
+ad.primitive_transposes[sparse_matmul_p] = _transpose
+batching.primitive_batchers[sparse_matmul_p] = _batch

@@ -1,0 +1,124 @@
+"""The phases of a training run: boundaries as steps, and the plans by which a plan is reached."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+
+from jaxsparse._plan.patterns import Pattern, integer
+from jaxsparse._plan.plan import Leaf, Plan, check_plan
+
+__all__ = ["as_step", "in_stages", "phases", "with_patterns"]
+
+
+def as_step(call: str, name: str, value, total_steps: int | None) -> int:
+    """A boundary as an optimizer step: an int is one, a float the fraction of `total_steps`,
+    rounded half up.
+
+    Raises:
+      TypeError: it is no number.
+      ValueError: it is below 0, above the end of training, or a fraction that leaves its phase
+        without a step.
+    """
+    if isinstance(value, numbers.Integral):
+        step = int(value)
+        if step < 0 or (total_steps is not None and step > total_steps):
+            bound = "below 0" if step < 0 else f"above total_steps={total_steps}"
+            raise ValueError(
+                f"{call}: {name}={step} is {bound}. Pass a step as an int, or a fraction as a "
+                "float."
+            )
+        return step
+    if not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{call}: `{name}` must be a step or a fraction of total_steps, not {value!r}. Under "
+            "optax.inject_hyperparams, name it in `static_args`."
+        )
+    value = float(value)
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"{call}: {name}={value} is not in [0, 1]. Pass a fraction of total_steps as a float, "
+            "or a step as an int."
+        )
+    if total_steps is None:
+        raise ValueError(
+            f"{call}: {name}={value} is a fraction of total_steps, which is missing. Pass it, or "
+            f"{name} as an int."
+        )
+    step = math.floor(value * total_steps + 0.5)
+    if value and not step:
+        raise ValueError(
+            f"{call}: {name}={value} of total_steps={total_steps} rounds to no step. Pass 0, or "
+            "train longer."
+        )
+    return step
+
+
+def phases(call: str, total_steps: int, dense_until, fine_tune_from) -> tuple[int, int]:
+    """The steps at which the dense phase ends and the fine-tune phase begins, once every phase is
+    known to have a step.
+
+    Raises:
+      TypeError: `total_steps` is no integer, or a boundary is no number.
+      ValueError: a boundary is out of range, or they are not in order, or one phase has no step.
+    """
+    total = integer(total_steps, f"{call}: `total_steps`")
+    begin = as_step(call, "dense_until", dense_until, total)
+    end = as_step(call, "fine_tune_from", fine_tune_from, total)
+    for phase, first, last in (
+        ("sparsification, from dense_until to fine_tune_from,", begin, end),
+        ("the fine-tune phase", end, total),
+    ):
+        if first >= last:
+            raise ValueError(
+                f"{call}: {phase} has no step: dense_until is step {begin}, fine_tune_from step "
+                f"{end}, total_steps {total}. Pass them in order, with room between."
+            )
+    return begin, end
+
+
+def with_patterns(call: str, plan: Plan, change: Callable[[Leaf, Pattern], Pattern]) -> Plan:
+    """The plan with `change(leaf, its pattern)` in place of the patterns of its sparse leaves."""
+    check_plan(call, plan)
+    return Plan(
+        tuple(
+            dataclasses.replace(leaf, pattern=change(leaf, leaf.pattern)) if leaf.pattern else leaf
+            for leaf in plan.leaves
+        )
+    )
+
+
+def in_stages(
+    call: str, plan: Plan, stages: Callable[[Leaf, Pattern], list[Pattern]], begin: int, end: int
+) -> tuple[tuple[Plan, int], ...]:
+    """The plans before `plan`, each with the step at which it ends, when every leaf goes through
+    its stages in equal intervals.
+
+    Raises:
+      TypeError: `plan` is no plan.
+      ValueError: a leaf has more stages than there are steps from `begin` to `end`.
+    """
+    check_plan(call, plan)
+    found = {leaf.path: stages(leaf, leaf.pattern) for leaf in plan.leaves if leaf.pattern}
+    for path, patterns in found.items():
+        if len(patterns) > end - begin:
+            raise ValueError(
+                f"{call}: {path} goes through {len(patterns)} stages, "
+                f"{', '.join(map(str, patterns))}, but there are {end - begin} steps from step "
+                f"{begin} to {end}, so that not every stage gets one. Train longer, or move the "
+                "boundaries."
+            )
+    starts = {
+        path: [begin + i * (end - begin) // len(patterns) for i in range(len(patterns))]
+        for path, patterns in found.items()
+    }
+    cuts = sorted({start for one in starts.values() for start in one[1:]})
+
+    def before(cut):
+        return with_patterns(
+            call,
+            plan,
+            lambda leaf, _: found[leaf.path][sum(start < cut for start in starts[leaf.path]) - 1],
+        )
+
+    return tuple((before(cut), cut) for cut in cuts)
