@@ -24,7 +24,10 @@ def missing():
         importlib.util.find_spec("jax_cuda13_plugin") is None
         or importlib.util.find_spec("jax_plugins.xla_cuda13") is None
     ):
-        return "jax-cuda13-plugin and jax-cuda13-pjrt, of the version of jax, are not installed (they are in the extra `test`)"
+        return (
+            "jax-cuda13-plugin and jax-cuda13-pjrt, of the version of jax, are not installed (they "
+            "are in the extra `test`)"
+        )
     return (
         None
         if shutil.which("ptxas")

@@ -1,4 +1,6 @@
-"""The axis that `flax.plan` learns for each kind of layer, or the reason why the leaf stays dense."""
+"""The axis that `flax.plan` learns for each kind of layer, or the reason why the leaf stays
+dense.
+"""
 
 import time
 

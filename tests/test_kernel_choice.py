@@ -44,7 +44,8 @@ FOUND = {
     "forced hopper": "hopper",
     "forced decode": "decode",
     "forced ampere": "for compute capability 8.0 needs jax 0.11" if OLD else "ampere",
-    "hopper on Ampere": 'NotImplementedError: sparse_matmul: "hopper" cannot compute this: it needs compute capability 9.0',
+    "hopper on Ampere": 'NotImplementedError: sparse_matmul: "hopper" cannot compute this: '
+    "it needs compute capability 9.0",
     "ampere on Hopper": "it needs compute capability 8.0 to 8.9, and this device has 9.0",
     "decode forced on Ampere": "for compute capability 8.0 needs jax 0.11" if OLD else "decode",
     "gradient": "hopper and hopper",
@@ -61,7 +62,8 @@ FOUND = {
     "decode, many weights, nothing measured": "dense",
     "forced hopper, nothing measured": "hopper",
     "gradient of scanned layers, hopper named": "hopper and hopper",
-    "gradient of scanned layers, decode named": 'ValueError: sparse_matmul: "decode" cannot compute this: it takes 1 to 64 rows',
+    "gradient of scanned layers, decode named": 'ValueError: sparse_matmul: "decode" cannot '
+    "compute this: it takes 1 to 64 rows",
     "gradient of scanned layers, dense named": "dense",
 }
 
@@ -99,7 +101,8 @@ def test_nothing_of_the_gpu_is_imported_without_a_gpu():
 import sys, jax, jax.numpy as jnp, jaxsparse as js
 w = js.Sparse24(jnp.ones((8, 2)), jnp.full((8, 1), 0x4444, jnp.uint16), (4,), (8,))
 js.sparse_matmul(jnp.ones((2, 4)), w).block_until_ready()
-print([name for name in sys.modules if name.startswith(("jax.experimental.pallas", "jax.experimental.mosaic", "jaxsparse._kernels."))])
+gpu_only = "jax.experimental.pallas", "jax.experimental.mosaic", "jaxsparse._kernels."
+print([name for name in sys.modules if name.startswith(gpu_only)])
 """
     assert (
         subprocess.run(

@@ -250,7 +250,9 @@ def trainer(case, optimizer):
 
 
 def used_factor(params, state):
-    """The factor on non-participating weights in the next forward pass; None where there are none."""
+    """The factor on non-participating weights in the next forward pass; None where there are
+    none.
+    """
     ratio = np.asarray(js.effective_params(params, state)["w"] / params["w"])[
         ~np.asarray(js.masks(state)["w"])
     ]
