@@ -3,6 +3,7 @@ fallback does the same everywhere.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -165,20 +166,56 @@ def test_other_arguments_that_do_not_fit_are_refused():
         js.sparse_matmul(x, w, bias=bias[:64])
 
 
-def test_only_what_was_measured_is_chosen():
-    results = [json.loads(path.read_text()) for path in RESULTS.glob("NVIDIA*.json")]
-    measured = {
-        (tuple(capability), *row)
-        for result in results
-        for capabilities, *row in result["choices"]
-        for capability in capabilities
-    }
-    chosen = {
-        (capability, *row)
-        for capabilities, *row in kernels._PREFERENCES
-        for capability in capabilities
-    }
-    assert chosen <= measured
+def unmeasured(preferences, folder):
+    """The rows of a table of choices, one for each capability, that no result file implies."""
+    results = [json.loads(path.read_text()) for path in folder.glob("NVIDIA*.json")]
+    tables = preferences, [row for result in results for row in result["choices"]]
+    chosen, measured = (
+        {(tuple(capability), *row) for capabilities, *row in table for capability in capabilities}
+        for table in tables
+    )
+    return chosen - measured
+
+
+def test_only_what_was_measured_is_chosen(tmp_path):
+    assert not unmeasured(kernels._PREFERENCES, RESULTS)
+    # no device is measured yet, so the check is tried on a table and on results that are made up
+    (capabilities, *decode), hopper = PREFERENCES
+    for capability in capabilities:
+        choices = [((capability,), *decode)] + [hopper] * (capability == (9, 0))
+        path = tmp_path / f"NVIDIA_{capability[0]}.json"
+        path.write_text(json.dumps({"choices": choices}))
+    assert not unmeasured(PREFERENCES, tmp_path)
+    for changed in (
+        (((10, 0),), *decode),
+        (((9, 0),), "decode", 1, 17, 14336 * 4096, 4096),
+        (((9, 0),), "decode", 1, 16, 14336 * 4095, 4096),
+        (((8, 0),), *hopper[1:]),
+    ):
+        assert unmeasured((*PREFERENCES, changed), tmp_path) == {(changed[0][0], *changed[1:])}
+    assert len(unmeasured(PREFERENCES, RESULTS)) == 3
+
+
+def test_nothing_is_chosen_but_by_the_table(monkeypatch):
+    sizes = list(
+        itertools.product(
+            (1, 16, 17, 4095, 4096),  # rows
+            (4095, 4096, 14336),
+            (4096, 14335, 14336),
+            ("bfloat16", "float32"),
+            ((8, 0), (9, 0), (10, 0), None),
+        )
+    )
+
+    def chosen():
+        return {preferred(n, m, k, jnp.dtype(dtype), gpu) for n, m, k, dtype, gpu in sizes}
+
+    monkeypatch.setattr(kernels, "_PREFERENCES", ())
+    assert chosen() == {"dense"}
+    monkeypatch.setattr(kernels, "_PREFERENCES", PREFERENCES[:1])
+    assert chosen() == {"dense", "decode"}
+    monkeypatch.setattr(kernels, "_PREFERENCES", PREFERENCES)
+    assert chosen() == {"dense", "decode", "hopper"}
 
 
 def test_guards_on_every_device(monkeypatch):

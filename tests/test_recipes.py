@@ -254,10 +254,9 @@ def used_factor(params, state):
     """The factor on non-participating weights in the next forward pass; None where there are
     none.
     """
-    ratio = np.asarray(js.effective_params(params, state)["w"] / params["w"])[
-        ~np.asarray(js.masks(state)["w"])
-    ]
-    return None if not ratio.size or not np.isfinite(ratio).all() else ratio.mean()
+    ones = jax.tree.map(jnp.ones_like, params)
+    factors = np.asarray(js.effective_params(ones, state)["w"])[~np.asarray(js.masks(state)["w"])]
+    return factors.mean() if factors.size else None
 
 
 @pytest.mark.parametrize(
