@@ -197,25 +197,27 @@ def test_only_what_was_measured_is_chosen(tmp_path):
 
 
 def test_nothing_is_chosen_but_by_the_table(monkeypatch):
-    sizes = list(
-        itertools.product(
-            (1, 16, 17, 4095, 4096),  # rows
-            (4095, 4096, 14336),
-            (4096, 14335, 14336),
-            ("bfloat16", "float32"),
-            ((8, 0), (9, 0), (10, 0), None),
-        )
-    )
+    gpus = (8, 0), (9, 0), (10, 0), None
+    rows, sides = (1, 16, 17, 4095, 4096), (1024, 4095, 4096, 14335, 14336, 65536)
+    weights = [(m, k) for m in sides for k in sides if m * k < 15000**2]
+    sizes = list(itertools.product(rows, weights, ("bfloat16", "float32"), gpus))
 
-    def chosen():
-        return {preferred(n, m, k, jnp.dtype(dtype), gpu) for n, m, k, dtype, gpu in sizes}
+    def chosen(table):
+        monkeypatch.setattr(kernels, "_PREFERENCES", table)
+        names = [preferred(n, m, k, jnp.dtype(dtype), gpu) for n, (m, k), dtype, gpu in sizes]
+        return {size: name for size, name in zip(sizes, names, strict=True) if name != "dense"}
 
-    monkeypatch.setattr(kernels, "_PREFERENCES", ())
-    assert chosen() == {"dense"}
-    monkeypatch.setattr(kernels, "_PREFERENCES", PREFERENCES[:1])
-    assert chosen() == {"dense", "decode"}
-    monkeypatch.setattr(kernels, "_PREFERENCES", PREFERENCES)
-    assert chosen() == {"dense", "decode", "hopper"}
+    large = (4096, 14336), (14336, 4096), (14336, 14336)
+    decode = {
+        (n, weight, "bfloat16", gpu): "decode"
+        for n in (1, 16)
+        for weight in (*large, (14335, 14336))  # hopper would copy a result of 14335 features
+        for gpu in gpus[OLD:2]
+    }
+    hopper = {(4096, weight, "bfloat16", (9, 0)): "hopper" for weight in (*large, (4096, 4096))}
+    assert chosen(()) == {}
+    assert chosen(PREFERENCES[:1]) == decode
+    assert chosen(PREFERENCES) == decode | hopper
 
 
 def test_guards_on_every_device(monkeypatch):
