@@ -122,7 +122,7 @@ EACH_CALL = 256e6, 1e-3
 
 
 def runs_here(name):
-    """Why a kernel does not run on this device, or None; whatever it is, the other kernels go on."""
+    """Why a kernel does not run on this device, or None; its failure does not stop the others."""
     x, w = (
         gpu_checks.random_rows(jax.random.key(0), 8, 128),
         gpu_checks.random_weight(jax.random.key(1), 128, 128),

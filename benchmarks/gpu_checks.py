@@ -14,7 +14,7 @@ NIBBLES = np.array([4, 8, 9, 12, 13, 14], np.uint16)
 
 
 def weight(values, nibbles, layout="mma16"):
-    """A weight from values `[M, K/2]` and the nibble of every group `[M, K/4]`, K a multiple of 16."""
+    """A weight from values `[M, K/2]` and a nibble a group `[M, K/4]`; K a multiple of 16."""
     words = (
         np.asarray(nibbles, np.uint16).reshape(len(nibbles), -1, 4)
         << np.arange(0, 16, 4, dtype=np.uint16)

@@ -14,7 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def where(result):
-    return f"{result['processor'] or result['device']}, {result['cores']} cores, jax {result['jax']}, {result['date']}"
+    machine = result["processor"] or result["device"]
+    return f"{machine}, {result['cores']} cores, jax {result['jax']}, {result['date']}"
 
 
 def train_step(result):

@@ -34,17 +34,17 @@ def with_warm_heap():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | HEAP)
 
 
-def in_turns(calls, rounds, label=""):
+def in_turns(calls, rounds, label="", clock=time.perf_counter):
     """The seconds of each call in `{name: function without arguments}`, `[rounds]` each; all are
     called once a round.
     """
     seconds = {name: [] for name in calls}
     for number in tqdm.trange(rounds + 2, desc=label, leave=False, mininterval=1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(call())
             if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

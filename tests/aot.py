@@ -15,6 +15,8 @@ import shutil
 import subprocess
 import sys
 
+import programs
+
 CAPABILITY = {"h200": (9, 0), "a100": (8, 0)}
 
 
@@ -24,7 +26,10 @@ def missing():
         importlib.util.find_spec("jax_cuda13_plugin") is None
         or importlib.util.find_spec("jax_plugins.xla_cuda13") is None
     ):
-        return "jax-cuda13-plugin and jax-cuda13-pjrt, of the version of jax, are not installed (they are in the extra `test`)"
+        return (
+            "jax-cuda13-plugin and jax-cuda13-pjrt, of the version of jax, are not installed (they "
+            "are in the extra `test`)"
+        )
     return (
         None
         if shutil.which("ptxas")
@@ -75,19 +80,7 @@ def in_process(*command):
             "Kernels cannot be compiled ahead of time, so nothing shows that they still compile: "
             f"{missing()}."
         )
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "MOSAIC_GPU_DUMP_PTX": "1",
-    }
-    command = [str(part) for part in command]
-    run = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=500
-    )
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {run.stderr[-3000:]}")
-    return run.stdout
+    return programs.output(*command, JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", MOSAIC_GPU_DUMP_PTX="1")
 
 
 def resources(path, gpu):

@@ -15,7 +15,9 @@ from jaxsparse._analysis.metrics import second_moments
 
 
 def correlations(series):
-    """Pearson's coefficient of one series with itself, lag by lag; NaN where a window is constant."""
+    """Pearson's coefficient of one series with itself at every lag; NaN where a window is
+    constant.
+    """
     found = []
     for lag in range(len(series) - 1):
         x, y = series[: len(series) - lag].astype(float), series[lag:].astype(float)

@@ -1,4 +1,6 @@
-"""The decode kernel without a GPU: whole in interpret mode, and what is compiled run in emulation."""
+"""The decode kernel without a GPU: whole in interpret mode, and the compiled instructions in
+emulation.
+"""
 
 import dataclasses
 

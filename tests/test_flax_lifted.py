@@ -261,7 +261,8 @@ def test_the_arguments_of_a_planned_function_are_arrays():
     params = {"w": jnp.zeros((16, 8))}
     with pytest.raises(
         TypeError,
-        match=r"plan: argument \[0\]\[1\] of `fn` is a str, not an array. Bind it with functools.partial",
+        match=r"plan: argument \[0\]\[1\] of `fn` is a str, not an array. "
+        r"Bind it with functools.partial",
     ):
         js.plan(params, {"w": "2:4"}, fn, X, "on")
     assert (

@@ -1,4 +1,6 @@
-"""The axis that `flax.plan` learns for each kind of layer, or the reason why the leaf stays dense."""
+"""The axis that `flax.plan` learns for each kind of layer, or the reason why the leaf stays
+dense.
+"""
 
 import time
 
@@ -291,9 +293,9 @@ def test_planning_runs_nothing_on_the_device():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     )
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan = js.flax.plan(nn.Dense(400_000), {"kernel": "2:4"}, spec(1, features))
-    took = time.perf_counter() - begin
+    took = time.process_time() - begin
     assert plan.sparse["kernel"].shape == (features, 400_000) and "104,857," in str(plan)
     assert compiled == [] and took < 2, took  # 419 GB of weights
     jax.jit(jnp.tan)(0.5)

@@ -124,9 +124,11 @@ def test_transformations_give_the_same(gradient):
     np.testing.assert_allclose(
         jax.vmap(jax.grad(jax.checkpoint(loss)))(w, mask, decay), grads, rtol=1e-6
     )
-    scanned = lambda w: jax.lax.scan(
-        lambda total, row: (total + loss(*row), None), 0.0, (w, mask, decay)
-    )[0]  # noqa: E731
+
+    def scanned(w):
+        rows = w, mask, decay
+        return jax.lax.scan(lambda total, row: (total + loss(*row), None), 0.0, rows)[0]
+
     np.testing.assert_allclose(jax.grad(scanned)(w), grads, rtol=1e-6)
 
 

@@ -87,7 +87,9 @@ def step_of(ptx):
 
 
 def product_of(step, values, x, words):
-    """What the instructions compute from tiles that TMA has written to shared memory, by emulation."""
+    """What the instructions compute, in emulation, from tiles that TMA has written to shared
+    memory.
+    """
     values, x = lanes.tma_tile(values, 64), lanes.tma_tile(x, 128)
     total = 0
     for a, b, _, selector in step:

@@ -3,6 +3,7 @@ fallback does the same everywhere.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -44,7 +45,8 @@ FOUND = {
     "forced hopper": "hopper",
     "forced decode": "decode",
     "forced ampere": "for compute capability 8.0 needs jax 0.11" if OLD else "ampere",
-    "hopper on Ampere": 'NotImplementedError: sparse_matmul: "hopper" cannot compute this: it needs compute capability 9.0',
+    "hopper on Ampere": 'NotImplementedError: sparse_matmul: "hopper" cannot compute this: '
+    "it needs compute capability 9.0",
     "ampere on Hopper": "it needs compute capability 8.0 to 8.9, and this device has 9.0",
     "decode forced on Ampere": "for compute capability 8.0 needs jax 0.11" if OLD else "decode",
     "gradient": "hopper and hopper",
@@ -61,7 +63,8 @@ FOUND = {
     "decode, many weights, nothing measured": "dense",
     "forced hopper, nothing measured": "hopper",
     "gradient of scanned layers, hopper named": "hopper and hopper",
-    "gradient of scanned layers, decode named": 'ValueError: sparse_matmul: "decode" cannot compute this: it takes 1 to 64 rows',
+    "gradient of scanned layers, decode named": 'ValueError: sparse_matmul: "decode" cannot '
+    "compute this: it takes 1 to 64 rows",
     "gradient of scanned layers, dense named": "dense",
 }
 
@@ -99,7 +102,8 @@ def test_nothing_of_the_gpu_is_imported_without_a_gpu():
 import sys, jax, jax.numpy as jnp, jaxsparse as js
 w = js.Sparse24(jnp.ones((8, 2)), jnp.full((8, 1), 0x4444, jnp.uint16), (4,), (8,))
 js.sparse_matmul(jnp.ones((2, 4)), w).block_until_ready()
-print([name for name in sys.modules if name.startswith(("jax.experimental.pallas", "jax.experimental.mosaic", "jaxsparse._kernels."))])
+gpu_only = "jax.experimental.pallas", "jax.experimental.mosaic", "jaxsparse._kernels."
+print([name for name in sys.modules if name.startswith(gpu_only)])
 """
     assert (
         subprocess.run(
@@ -162,20 +166,58 @@ def test_other_arguments_that_do_not_fit_are_refused():
         js.sparse_matmul(x, w, bias=bias[:64])
 
 
-def test_only_what_was_measured_is_chosen():
-    results = [json.loads(path.read_text()) for path in RESULTS.glob("NVIDIA*.json")]
-    measured = {
-        (tuple(capability), *row)
-        for result in results
-        for capabilities, *row in result["choices"]
-        for capability in capabilities
+def unmeasured(preferences, folder):
+    """The rows of a table of choices, one for each capability, that no result file implies."""
+    results = [json.loads(path.read_text()) for path in folder.glob("NVIDIA*.json")]
+    tables = preferences, [row for result in results for row in result["choices"]]
+    chosen, measured = (
+        {(tuple(capability), *row) for capabilities, *row in table for capability in capabilities}
+        for table in tables
+    )
+    return chosen - measured
+
+
+def test_only_what_was_measured_is_chosen(tmp_path):
+    assert not unmeasured(kernels._PREFERENCES, RESULTS)
+    # no device is measured yet, so the check is tried on a table and on results that are made up
+    (capabilities, *decode), hopper = PREFERENCES
+    for capability in capabilities:
+        choices = [((capability,), *decode)] + [hopper] * (capability == (9, 0))
+        path = tmp_path / f"NVIDIA_{capability[0]}.json"
+        path.write_text(json.dumps({"choices": choices}))
+    assert not unmeasured(PREFERENCES, tmp_path)
+    for changed in (
+        (((10, 0),), *decode),
+        (((9, 0),), "decode", 1, 17, 14336 * 4096, 4096),
+        (((9, 0),), "decode", 1, 16, 14336 * 4095, 4096),
+        (((8, 0),), *hopper[1:]),
+    ):
+        assert unmeasured((*PREFERENCES, changed), tmp_path) == {(changed[0][0], *changed[1:])}
+    assert len(unmeasured(PREFERENCES, RESULTS)) == 3
+
+
+def test_nothing_is_chosen_but_by_the_table(monkeypatch):
+    gpus = (8, 0), (9, 0), (10, 0), None
+    rows, sides = (1, 16, 17, 4095, 4096), (1024, 4095, 4096, 14335, 14336, 65536)
+    weights = [(m, k) for m in sides for k in sides if m * k < 15000**2]
+    sizes = list(itertools.product(rows, weights, ("bfloat16", "float32"), gpus))
+
+    def chosen(table):
+        monkeypatch.setattr(kernels, "_PREFERENCES", table)
+        names = [preferred(n, m, k, jnp.dtype(dtype), gpu) for n, (m, k), dtype, gpu in sizes]
+        return {size: name for size, name in zip(sizes, names, strict=True) if name != "dense"}
+
+    large = (4096, 14336), (14336, 4096), (14336, 14336)
+    decode = {
+        (n, weight, "bfloat16", gpu): "decode"
+        for n in (1, 16)
+        for weight in (*large, (14335, 14336))  # hopper would copy a result of 14335 features
+        for gpu in gpus[OLD:2]
     }
-    chosen = {
-        (capability, *row)
-        for capabilities, *row in kernels._PREFERENCES
-        for capability in capabilities
-    }
-    assert chosen <= measured
+    hopper = {(4096, weight, "bfloat16", (9, 0)): "hopper" for weight in (*large, (4096, 4096))}
+    assert chosen(()) == {}
+    assert chosen(PREFERENCES[:1]) == decode
+    assert chosen(PREFERENCES) == decode | hopper
 
 
 def test_guards_on_every_device(monkeypatch):

@@ -7,40 +7,49 @@ import pathlib
 
 import aot
 import jax
-import numpy as np
+import programs
 import pytest
 
 import jaxsparse as js
 
-SLACK = 1.5
-# what benchmarks/masks.py is held to
-BARS = {"2:4": 2.0, "4:8": 2.0, "1:16": 2.0, "1:128": 2.0, "2:16": 3.5}
+TESTS = pathlib.Path(__file__).parent
+RESULTS = TESTS.parent / "benchmarks" / "results"
+CASES = {f"axis {axis} {dtype}" for axis in (0, 1) for dtype in ("float32", "bfloat16")}
+PATTERNS = ("2:4", "4:8", "1:16", "1:128", "2:16")
+# Above what the README says. Programs that run beside this one take cache and bandwidth from a
+# mask as from the stream, and yet ratios of CPU time rise by up to 1.4 where there are twice as
+# many programs as cores.
+MARGIN = 1.5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_masks_stay_near_the_stream(axis, dtype, monkeypatch):
-    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-    import masks
-    import timing
-
-    w = masks.weights((4096, 4096), dtype)
-    plans = {name: js.plan({"w": w}, {"w": masks.nm(name, axis)}) for name in BARS}
-    calls = {
-        name: jax.jit(lambda w, plan=plan: js.magnitude_masks({"w": w}, plan)["w"])
-        for name, plan in plans.items()
+def claimed():
+    """The highest ratio that the README has for each pattern, over axes and dtypes."""
+    rows = json.loads((RESULTS / "masks.json").read_text())["rows"]
+    ratios = {name: row for name, *row in rows}
+    return {
+        pattern: max(max(ratios[f"{pattern} axis {axis}"]) for axis in (0, 1))
+        for pattern in PATTERNS
     }
-    seconds = timing.in_turns(
-        {name: lambda f=f: f(w) for name, f in {"stream": masks.stream, **calls}.items()}, 12
-    )
-    # the least disturbed round: other tests run beside this one
-    best = {name: np.min(times) for name, times in seconds.items()}
-    ratios = {name: best[name] / best["stream"] for name in BARS}
-    assert all(ratios[name] <= SLACK * bar for name, bar in BARS.items()), ratios
+
+
+def test_masks_cost_what_the_readme_says():
+    bars = {pattern: MARGIN * ratio for pattern, ratio in claimed().items()}
+    least = {}
+    for _ in range(3):  # a mask that became slower is so each time
+        found = json.loads(programs.output(TESTS / "mask_times.py", *PATTERNS))
+        assert found.keys() == CASES
+        for case, ratios in found.items():
+            assert ratios.keys() == bars.keys()
+            for pattern, ratio in ratios.items():
+                least[pattern, case] = min(ratio, least.get((pattern, case), ratio))
+        above = {case: ratio for case, ratio in least.items() if ratio > bars[case[0]]}
+        if not above:
+            break
+    assert not above, f"{above}, and the bars are {bars}"
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("pattern", BARS)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_bfloat16_is_ranked_as_integers(pattern, axis):
     """XLA:CPU cuts and reshapes a bfloat16 by way of float32, which leaves half as many lanes to
     compute in.
@@ -56,9 +65,7 @@ def test_a_bfloat16_is_ranked_as_integers(pattern, axis):
 
 
 def test_a_gpu_reads_the_weights_once():
-    for name, program in json.loads(
-        aot.in_process(pathlib.Path(__file__).parent / "gpu_masks.py")
-    ).items():
+    for name, program in json.loads(aot.in_process(TESTS / "gpu_masks.py")).items():
         assert program["readers"] == ["fusion"], name
         assert set(program["kinds"]) <= {"fusion", "parameter", "bitcast", "get-tuple-element"}, (
             name

@@ -131,8 +131,16 @@ def test_patterns_are_values():
 
 def test_global_scope_ranks_all_leaves_together():
     rng = np.random.default_rng(1)
-    params = {name: jnp.asarray(rng.integers(-9, 10, shape), dtype) for name, shape, dtype in
-              [("a", (5, 7), "float32"), ("b", (3, 2, 4), "bfloat16"), ("c", (11,), "float16"), ("d", (4, 4), "float32")]}  # fmt: skip
+    shapes = {
+        "a": ((5, 7), "float32"),
+        "b": ((3, 2, 4), "bfloat16"),
+        "c": ((11,), "float16"),
+        "d": ((4, 4), "float32"),
+    }
+    params = {
+        name: jnp.asarray(rng.integers(-9, 10, shape), dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
     plan = js.plan(params, {"d": js.Unstructured(0.3), "*": js.Unstructured(0.3, "global")})
     masks = jax.jit(js.magnitude_masks)(params, plan)
     together = np.concatenate(

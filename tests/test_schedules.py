@@ -1,4 +1,6 @@
-"""Steps to factors, stages and densities: the papers' worked values, their ends, and traced steps."""
+"""Factors, stages and densities of a step: the papers' worked values, both ends, and traced
+steps.
+"""
 
 import math
 

@@ -2,42 +2,79 @@
 each device.
 """
 
-import os
-import subprocess
-import sys
-
-PROGRAM = """
 import dataclasses
-import jax, jax.numpy as jnp, numpy as np, optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 import jaxsparse as js
 
-assert jax.device_count() == 2
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+ROWS, COLUMNS = P("x", None), P(None, "x")
+PHASES = {"total_steps": 4, "dense_until": 1, "fine_tune_from": 3}
+RECIPES = {
+    "explore_exploit": lambda inner, plan: js.recipes.explore_exploit(inner, plan, reset_every=2),
+    "mdgf": lambda inner, plan: js.recipes.mdgf(inner, plan, **PHASES),
+    "sdgf": lambda inner, plan: js.recipes.sdgf(inner, plan, **PHASES),
+}
+PIECES = jax.random.normal(jax.random.key(0), (64, 8))
 
-def explore_exploit(inner, plan):
-    return js.recipes.explore_exploit(inner, plan, reset_every=2)
 
-def mdgf(inner, plan):
-    return js.recipes.mdgf(inner, plan, total_steps=4, dense_until=1, fine_tune_from=3)
+def two_devices(axis_type=AxisType.Auto):
+    return jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
 
-def sdgf(inner, plan):
-    return js.recipes.sdgf(inner, plan, total_steps=4, dense_until=1, fine_tune_from=3)
 
-def check(shape, pattern, spec, quiet, axis_type=AxisType.Auto, recipe=rewired):
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
+def two_of_four(axis=0):
+    return js.NM(2, 4, axis=axis)
+
+
+def one_of_sixteen():
+    return js.NM(1, 16, axis=0)
+
+
+# shape, pattern, how the weight is split, whether groups are whole on a device, axis type, recipe
+CASES = {
+    "2:4, columns": ((16, 8), two_of_four(), COLUMNS, True),
+    "2:4, rows": ((16, 8), two_of_four(), ROWS, True),
+    "2:4 along the last axis": ((8, 16), two_of_four(1), COLUMNS, True),
+    "1:16, columns": ((64, 4), one_of_sixteen(), COLUMNS, True),
+    "1:16, rows": ((64, 4), one_of_sixteen(), ROWS, True),
+    "a group on two devices": ((12, 8), two_of_four(), ROWS, False),
+    "explicit columns": ((16, 8), two_of_four(), COLUMNS, True, AxisType.Explicit, "mdgf"),
+    "explicit rows": ((16, 8), two_of_four(), ROWS, True, AxisType.Explicit, "sdgf"),
+}
+
+
+def split_params(shape, pattern, spec, whole, axis_type=AxisType.Auto, recipe="explore_exploit"):
+    """The plan, the parameters on one device and on two."""
     params = {"b": jnp.zeros(shape[1]), "w": jax.random.normal(jax.random.key(0), shape)}
-    plan = js.plan(params, {"w": pattern})
-    spec = NamedSharding(mesh, spec)
-    split = {"b": params["b"], "w": jax.device_put(params["w"], spec)}
+    sharding = NamedSharding(two_devices(axis_type), spec)
+    split = {"b": params["b"], "w": jax.device_put(params["w"], sharding)}
+    return js.plan(params, {"w": pattern}), params, split
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_masks_need_no_communication_where_groups_are_whole(case):
+    plan, params, split = split_params(*case)
     masks = jax.jit(lambda params: js.magnitude_masks(params, plan))
     text = masks.lower(split).compile().as_text()
-    assert any(word in text for word in COLLECTIVES) != quiet, (shape, pattern, spec)
+    whole = case[3]
+    assert any(word in text for word in COLLECTIVES) != whole
     found = masks(split)["w"]
     np.testing.assert_array_equal(found, masks(params)["w"])
-    if quiet:
-        assert found.sharding.is_equivalent_to(spec, 2), found.sharding
+    if whole:
+        assert found.sharding.is_equivalent_to(split["w"].sharding, 2), found.sharding
 
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_run_on_two_devices_equals_that_on_one(case):
+    plan, params, split = split_params(*case)
+    recipe = RECIPES[case[5] if len(case) > 5 else "explore_exploit"]
     tx = recipe(optax.adamw(0.1), plan)
     step = jax.jit(lambda params, state: tx.update(jax.tree.map(jnp.sin, params), state, params))
     state, state_split = tx.init(params), jax.jit(tx.init)(split)
@@ -49,64 +86,60 @@ def check(shape, pattern, spec, quiet, axis_type=AxisType.Auto, recipe=rewired):
     np.testing.assert_array_equal(js.masks(state)["w"], js.masks(state_split)["w"])
     np.testing.assert_allclose(params["w"], split["w"], rtol=1e-6)
 
+    pattern = plan.sparse["w"].pattern
     if pattern.m == 4:
         packed, packed_split = js.compress(params, state), js.compress(split, state_split)
         np.testing.assert_array_equal(packed["w"].metadata, packed_split["w"].metadata)
-        x = jax.random.normal(jax.random.key(1), (3, shape[pattern.axis]))
-        y, y_split = jax.jit(js.sparse_matmul)(x, packed["w"]), jax.jit(js.sparse_matmul)(x, packed_split["w"])
+        x = jax.random.normal(jax.random.key(1), (3, params["w"].shape[pattern.axis]))
+        y, y_split = (jax.jit(js.sparse_matmul)(x, one["w"]) for one in (packed, packed_split))
         np.testing.assert_allclose(y, y_split, rtol=1e-5, atol=1e-5)
 
-rows, columns = PartitionSpec("x", None), PartitionSpec(None, "x")
-check((16, 8), js.NM(2, 4, axis=0), columns, True)
-check((16, 8), js.NM(2, 4, axis=0), rows, True)
-check((8, 16), js.NM(2, 4, axis=1), columns, True)
-check((16, 8), js.NM(2, 4, axis=0), columns, True, AxisType.Explicit, mdgf)
-check((16, 8), js.NM(2, 4, axis=0), rows, True, AxisType.Explicit, sdgf)
-check((64, 4), js.NM(1, 16, axis=0), columns, True)
-check((64, 4), js.NM(1, 16, axis=0), rows, True)
-check((12, 8), js.NM(2, 4, axis=0), rows, False)  # the boundary of the devices cuts a group
 
-# inside shard_map every device has groups of its own; one pattern for each algorithm
-pieces = jax.random.normal(jax.random.key(0), (64, 8))
-mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
-patterns = [js.NM(n, m, axis=0) for n, m in ((2, 4), (1, 16), (2, 32), (3, 32))]
-patterns += [js.TransposableNM(2, 4, axes=(0, 1)), js.Unstructured(0.25), js.Block((4, 4), 0.5, axes=(0, 1))]
-for dtype in ("float32", "bfloat16"):
-    for pattern in patterns:
-        def mask(w):
-            return js.magnitude_masks({"w": w}, js.plan({"w": w}, {"w": pattern}))["w"]
-        w = pieces.astype(dtype)
-        found = jax.jit(jax.shard_map(mask, mesh=mesh, in_specs=columns, out_specs=columns))(w)
-        np.testing.assert_array_equal(found, jnp.concatenate([mask(w[:, :4]), mask(w[:, 4:])], 1), str(pattern))
-with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))):
-    w = jax.device_put(pieces, columns)
-    np.testing.assert_array_equal(jax.jit(lambda w: js.nm_mask(jnp.abs(w), 2, 4, axis=0))(w), js.nm_mask(np.abs(pieces), 2, 4, axis=0))
-
-w = jax.random.normal(jax.random.key(0), (16, 8))
-plan = js.plan({"w": w}, {"w": js.TransposableNM(2, 4, axes=(0, 1))})
-packed = js.compress({"w": w}, js.magnitude_masks({"w": w}, plan), plan)["w"]
-x, bias = jax.random.normal(jax.random.key(1), (4, 16)), jnp.arange(8.0)
-mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
-
-def product(x, values, bias):
-    return js.sparse_matmul(x, dataclasses.replace(packed, values=values), bias=bias, activation="gelu")
-
-def gradients(f):
-    return jax.jit(jax.grad(lambda *operands: jnp.sin(f(*operands)).sum(), (0, 1, 2)))(x, packed.values, bias)
-
-expected = gradients(product)
-for specs in ((rows, PartitionSpec(), PartitionSpec()), (PartitionSpec(),) * 3):
-    found = gradients(jax.shard_map(product, mesh=mesh, in_specs=specs, out_specs=specs[0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
-print("done")
-"""
+# one for each algorithm
+PATTERNS = [js.NM(n, m, axis=0) for n, m in ((2, 4), (1, 16), (2, 32), (3, 32))]
+PATTERNS += [js.TransposableNM(2, 4, axes=(0, 1)), js.Unstructured(0.25)]
+PATTERNS += [js.Block((4, 4), 0.5, axes=(0, 1))]
 
 
-def test_masks_of_sharded_weights():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=env, timeout=300
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_inside_shard_map_each_device_has_groups_of_its_own(pattern, dtype):
+    def mask(w):
+        return js.magnitude_masks({"w": w}, js.plan({"w": w}, {"w": pattern}))["w"]
+
+    w = PIECES.astype(dtype)
+    mapped = jax.shard_map(mask, mesh=two_devices(), in_specs=COLUMNS, out_specs=COLUMNS)
+    expected = jnp.concatenate([mask(w[:, :4]), mask(w[:, 4:])], 1)
+    np.testing.assert_array_equal(jax.jit(mapped)(w), expected)
+
+
+def test_a_mask_under_set_mesh():
+    with jax.set_mesh(two_devices(AxisType.Explicit)):
+        w = jax.device_put(PIECES, COLUMNS)
+        found = jax.jit(lambda w: js.nm_mask(jnp.abs(w), 2, 4, axis=0))(w)
+        np.testing.assert_array_equal(found, js.nm_mask(np.abs(PIECES), 2, 4, axis=0))
+
+
+@pytest.mark.parametrize("x_spec", [ROWS, P()], ids=["rows of x", "nothing"])
+def test_gradients_inside_shard_map_equal_those_outside(x_spec):
+    w = jax.random.normal(jax.random.key(0), (16, 8))
+    plan = js.plan({"w": w}, {"w": js.TransposableNM(2, 4, axes=(0, 1))})
+    packed = js.compress({"w": w}, js.magnitude_masks({"w": w}, plan), plan)["w"]
+    x, bias = jax.random.normal(jax.random.key(1), (4, 16)), jnp.arange(8.0)
+
+    def product(x, values, bias):
+        with_values = dataclasses.replace(packed, values=values)
+        return js.sparse_matmul(x, with_values, bias=bias, activation="gelu")
+
+    def gradients(f):
+        gradient = jax.grad(lambda *operands: jnp.sin(f(*operands)).sum(), (0, 1, 2))
+        return jax.jit(gradient)(x, packed.values, bias)
+
+    mapped = jax.shard_map(
+        product, mesh=two_devices(), in_specs=(x_spec, P(), P()), out_specs=x_spec
     )
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.endswith("done\n")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        gradients(mapped),
+        gradients(product),
+    )

@@ -53,9 +53,11 @@ from benchmarks.quality.runs import (
 # Where a finding of the papers does not show at the size for CPUs, the likely reason; written once
 # the runs have been read.
 REASONS = {
-    "decaying": "Decay with the masked gradient does it; at 1:8 and less the differences are as small as those between seeds.",
+    "decaying": "Decay with the masked gradient does it; at 1:8 and less the differences are as "
+    "small as those between seeds.",
     "exploration": "What a fixed mask costs is less than five seeds tell.",
-    "gap": "That there is a gap is likely the size of the model, hundreds of times smaller than those of the papers: it closes with width.",
+    "gap": "That there is a gap is likely the size of the model, hundreds of times smaller than "
+    "those of the papers: it closes with width.",
     "structures": "At 2:4 and 1:8 blocks cost less than five seeds tell.",
     "sweeps": "Five seeds tell differences of about 0.02 bits, and these are smaller.",
     "variances": "Why second moments rise is not known.",
@@ -217,8 +219,11 @@ def ties(cells, runs):
     seen = np.median(
         [one.spread * stats.t.ppf(0.975, one.seeds - 1) / one.seeds**0.5 for one in tested.values()]
     )
-    said = f"{', '.join(recipes)} lie within {widest:.3f} bits at 2:4; of their {len(pairs)} pairs {len(apart)} differ (paired t-tests, false "
-    said += f"discovery rate 5 %; half a 95 % interval is about {seen:.3f} bits){': ' if apart else ''}{'; '.join(apart)}."
+    said = (
+        f"{', '.join(recipes)} lie within {widest:.3f} bits at 2:4; of their {len(pairs)} pairs "
+        f"{len(apart)} differ (paired t-tests, false discovery rate 5 %; half a 95 % interval is "
+        f"about {seen:.3f} bits){': ' if apart else ''}{'; '.join(apart)}."
+    )
     return Finding("ties", said, HEADER, rows, figure, verdict(not apart))
 
 
@@ -336,7 +341,8 @@ def structures(cells, runs):
     )
     for ax, (pattern, differences) in zip(axes, found.items(), strict=True):
         bars(ax, differences, f"bits above {pattern}")
-    said = f"Blocks of 4x4 cost against N:M of equal density, in bits: {', '.join(lines) or 'not run'}."
+    costs = ", ".join(lines) or "not run"
+    said = f"Blocks of 4x4 cost against N:M of equal density, in bits: {costs}."
     small = runs.difference(
         cells(f"block 4x4 {DENSITIES[TUNED_AT]}", "RESET"), cells(TUNED_AT, "SMALL")
     )
@@ -404,9 +410,12 @@ def decorrelation(cells, runs):
     ax.legend(fontsize=8)
     found = difference(np.mean(correlations, 0))
     ends = [np.mean([r[i] for r in rows]) for i in (3, 4)]
-    said = f"Delta is {ends[0]:.2f} of training for the tenth of weights that end smallest and {ends[1]:.2f} for the largest"
-    said += f"; the rank correlation of the tenths' medians is {found} over {found.seeds} seeds, by kernel "
-    said += f"{min(r[1] for r in rows):+.2f} to {max(r[1] for r in rows):+.2f}."
+    said = (
+        f"Delta is {ends[0]:.2f} of training for the tenth of weights that end smallest and "
+        f"{ends[1]:.2f} for the largest; the rank correlation of the tenths' medians is {found} "
+        f"over {found.seeds} seeds, by kernel {min(r[1] for r in rows):+.2f} to "
+        f"{max(r[1] for r in rows):+.2f}."
+    )
     return Finding("decorrelation", said, header, rows, figure, above_zero(found))
 
 
@@ -471,7 +480,10 @@ def variances(cells, runs):
         for other in others:
             both = [changes.get((recipe, kind), np.array([])) for recipe in (other, lead)]
             expected.append(difference(both[0] - both[1]) if len(both[0]) == len(both[1]) else None)
-    said = f"From the second to the last tenth of training {'; '.join(lines)}. D scales the gradients of {lead} by construction."
+    said = (
+        f"From the second to the last tenth of training {'; '.join(lines)}. D scales the gradients "
+        f"of {lead} by construction."
+    )
     return Finding("variances", said, header, rows, figure, above_zero(*expected))
 
 
@@ -591,7 +603,8 @@ def report(scale, folder):
     for make in FINDINGS:
         one = make(cells, runs)
         read = folder == store.folder(CPU) and one.verdict != AS_IN_PAPERS
-        whole = f"{one.verdict}. {one.line}{f' {REASONS[one.name]}' if read and one.name in REASONS else ''}"
+        reason = f" {REASONS[one.name]}" if read and one.name in REASONS else ""
+        whole = f"{one.verdict}. {one.line}{reason}"
         summary.append((one.name, whole))
         save(
             folder,

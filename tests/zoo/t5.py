@@ -57,7 +57,9 @@ class Embed(nn.Module):
 
 
 class RelativePositions(nn.Module):
-    """One number for each head and bucket of distances; a product with one-hot rows looks them up."""
+    """One number for each head and bucket of distances, looked up by a product with one-hot
+    rows.
+    """
 
     bidirectional: bool
 

@@ -1,0 +1,24 @@
+"""Runs a Python program in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+# what conftest.py sets for the tests themselves
+OWN = ("NPROC", "XLA_FLAGS")
+
+
+def output(*command, timeout=500, **environment):
+    """What `python *command` prints, without the settings that the tests run under."""
+    inherited = {name: value for name, value in os.environ.items() if name not in OWN}
+    command = [str(part) for part in command]
+    run = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env={**inherited, "JAX_PLATFORMS": "cpu", **environment},
+        timeout=timeout,
+    )
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {run.stderr[-3000:]}")
+    return run.stdout
