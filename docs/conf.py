@@ -53,12 +53,21 @@ if source:
 log = logging.getLogger(__name__)
 
 
-def code_blocks(app, what, name, obj, options, lines):
-    """Marks what a docstring indents by four, after a paragraph, as Python."""
+def as_rst(app, what, name, obj, options, lines):
+    """Marks what a docstring indents by four, after a paragraph, as Python; escapes `*args` in its
+    sentences, which would become emphasis.
+    """
     text = re.sub(
-        r"(?m)^(\S.*\n\n)(?=    \S)(?!    >>>)", r"\1.. code-block:: python\n\n", "\n".join(lines)
+        r"(?m)^(\S.*\n\n)(?=    [^\s>])", r"\1.. code-block:: python\n\n", "\n".join(lines)
     )
-    lines[:] = text.split("\n")
+    parts = text.split("`")  # every other one is code
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"(?m)^(?! *(?:>>>|\.\.\.)).*", escaped, parts[i])
+    lines[:] = "`".join(parts).split("\n")
+
+
+def escaped(line):
+    return re.sub(r"(?<![\w*])\*(?=\*?\w)", r"\\*", line[0])
 
 
 class CodeOrLink(XRefRole):
@@ -129,7 +138,7 @@ def skip_member(app, what, name, obj, skip, options):
 
 def setup(app):
     app.add_role("code_or_link", CodeOrLink())
-    app.connect("autodoc-process-docstring", code_blocks, priority=400)  # napoleon is at 500
+    app.connect("autodoc-process-docstring", as_rst, priority=400)  # napoleon is at 500
     app.connect("autodoc-skip-member", skip_member)
     app.connect("missing-reference", link_or_code)
     app.connect("env-check-consistency", check_public)
