@@ -47,7 +47,7 @@ def char_lm(result):
 
 
 def demo_plan(result):
-    return f"```\n{result['plan']}\n```"
+    return f"```text\n{result['plan']}\n```"
 
 
 def plan(result):
@@ -60,7 +60,7 @@ def plan(result):
         leaf, layer, _, *rest = row.split()
         if not leaf.endswith(("bias", "scale")):
             kept.setdefault((layer, *rest), row)
-    return "\n".join(("```", *header, *kept.values(), "...", total, "```"))
+    return "\n".join(("```text", *header, *kept.values(), "...", total, "```"))
 
 
 def models(result):

@@ -32,6 +32,7 @@ autodoc_typehints = "none"  # the sections of each docstring say more
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 80
 default_role = "code_or_link"  # docstrings write code in single backticks
@@ -63,7 +64,8 @@ def as_rst(app, what, name, obj, options, lines):
     parts = text.split("`")  # every other one is code
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"(?m)^(?! *(?:>>>|\.\.\.)).*", escaped, parts[i])
-    lines[:] = "`".join(parts).split("\n")
+    # an empty type: napoleon takes what stands before a colon for one
+    lines[:] = re.sub(r"(?m)^(Returns:\n +)", r"\1: ", "`".join(parts)).split("\n")
 
 
 def escaped(line):
