@@ -42,6 +42,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!jaxsparse).*")]
 
 html_theme = "furo"
 html_title = f"jaxsparse {release}"
+html_show_copyright = False
 # the address is written once, in pyproject.toml
 source = METADATA["project"].get("urls", {}).get("Source")
 if source:

@@ -68,3 +68,14 @@ def test_the_reader_reads_what_compress_writes(kinds, layout):
         metadata = reader["canonical"](metadata, values.shape[-2], 2 * values.shape[-1])
     found = reader["read"](values, metadata, w.contracting, w.output, w.kinds)
     np.testing.assert_array_equal(found, jnp.where(masks["w"], params["w"], 0))
+
+
+def test_the_notes_that_are_explained_are_those_of_plans():
+    page = (DOCS / "troubleshooting.md").read_text()
+    table = page.split("## Why was my layer skipped?")[1].split("##")[0]
+    notes = re.findall(r"^\| ([a-z][^|]+) \|", table, re.M)[1:]
+    assert len(notes) == 10
+    source = "".join(path.read_text() for path in pathlib.Path(js.__file__).parent.rglob("*.py"))
+    for note in notes:
+        longest = max(re.split(r"\.\.\.|'|-?\d+", note), key=len)
+        assert longest in source, note
