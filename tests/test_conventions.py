@@ -159,7 +159,7 @@ def test_line_searches_run_inside(outer):
         "zoom": optax.scale_by_zoom_linesearch(5),
         "backtracking": optax.scale_by_backtracking_linesearch(5),
     }[outer]
-    tx = js.rewire(optax.chain(optax.scale_by_lbfgs(), search), PLAN)
+    tx = js.rewire(optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0), search), PLAN)
     state, losses, params = tx.init(PARAMS), [], PARAMS
 
     def loss(params, target):
