@@ -111,10 +111,10 @@ def documented(thing) -> bool:
 
 
 def members(cls):
-    """The public methods and properties that a class defines itself."""
+    """The public methods and properties that a class defines itself, without those of pytrees."""
     for name, member in vars(cls).items():
         member = member.fget if isinstance(member, property) else getattr(member, "func", member)
-        if not name.startswith("_") and inspect.isfunction(member):
+        if not name.startswith(("_", "tree_")) and inspect.isfunction(member):
             yield name, member
 
 

@@ -27,7 +27,16 @@ def run(page):
     return found
 
 
-@pytest.mark.parametrize("page", ["getting_started.md", "nnx.md", "equinox.md"])
+PAGES = (
+    "getting_started.md",
+    "nnx.md",
+    "equinox.md",
+    "extending/recipe.md",
+    "extending/pattern.md",
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_page_runs(page):
     run(page)
 
