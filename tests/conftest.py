@@ -5,6 +5,19 @@ import os
 os.environ.setdefault("NPROC", "16")
 
 import jax
+import jaxtyping
+import pytest
+
+# signatures with shapes hold at run time
+jaxtyping.install_import_hook("jaxsparse", "beartype.beartype")
 
 # for the tests of sharding; the others run on the first
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def unchecked_types():
+    """Lets bad input reach the errors of the library."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,14 +1,17 @@
 """How long weights remember: autocorrelation and decorrelation time."""
 
+from typing import SupportsIndex
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxsparse import _checks
 
 __all__ = ["autocorrelation", "decorrelation_by_magnitude", "decorrelation_time"]
 
 
-def autocorrelation(series) -> jax.Array:
+def autocorrelation(series: Real[ArrayLike, " T *weights"]) -> Float[Array, " T-1 *weights"]:
     """The Pearson correlation of each weight's series with itself a lag later.
 
     At lag tau it compares `w[:T-tau]` with `w[tau:]`, each window about its own mean. It is NaN
@@ -60,7 +63,7 @@ def _centred(x, where):
     return jnp.where(where, x - x.sum(0) / where.sum(0), 0)
 
 
-def decorrelation_time(series) -> jax.Array:
+def decorrelation_time(series: Real[ArrayLike, " T *weights"]) -> Float[Array, " *weights"]:
     """Delta: the first lag at which the autocorrelation of each weight's series is 0 or below.
 
     So it is where one of the two parts is constant and the other is not, as of a weight that is 0
@@ -94,7 +97,9 @@ def decorrelation_time(series) -> jax.Array:
     return jnp.where(jnp.isnan(rho[0]), jnp.nan, first)
 
 
-def decorrelation_by_magnitude(series, bins: int = 10) -> tuple[jax.Array, jax.Array]:
+def decorrelation_by_magnitude(
+    series: Real[ArrayLike, " T *weights"], bins: SupportsIndex = 10
+) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
     """Delta against final magnitude: weights sorted by the magnitude of their last sample into
     bins, and the median Delta of each.
 

@@ -15,7 +15,7 @@ from jaxsparse._execution import weights
 from jaxsparse._execution.fusion import Product, activation_at, bias_of
 from jaxsparse._execution.report import Usage
 from jaxsparse._execution.weights import UnfitError, Weight
-from jaxsparse._kernels import KERNELS
+from jaxsparse._kernels import may_run
 from jaxsparse._packed.matmul import chosen, common_dtype
 from jaxsparse._program.flow import Value, outputs
 from jaxsparse._program.walk import bind, called, calls, invariant, open_program, scan_counts
@@ -217,10 +217,7 @@ class Run:
             )
             return arranged(y).reshape(aval.shape)
 
-        kernel = self.implementation in KERNELS or (
-            self.implementation is None and leaf.layout == "mma16"
-        )
-        if not kernel or "S" in leaf.kinds:
+        if not may_run(self.implementation, leaf.layout) or "S" in leaf.kinds:
             return multiply()
         return Product(
             multiply, leaf, tuple((place, w.origin.axes[axis]) for place, axis in places.items())

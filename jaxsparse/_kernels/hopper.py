@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, UInt32
 
 from jaxsparse._kernels import ACTIVATIONS
 from jaxsparse._kernels.mosaic import (
@@ -332,17 +333,17 @@ def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, bl
 
 
 def matmul(
-    x,
-    values,
-    metadata,
-    bias=None,
+    x: Float[Array, "N K"],
+    values: Float[Array, "M K//2"],
+    metadata: UInt32[Array, "2*((M+127)//128) 2*((K+127)//128) 128"],
+    bias: Float[Array, " M"] | None = None,
     *,
-    activation=None,
+    activation: str | None = None,
     config: Config | None = None,
     cores: int = 132,
     ops=registers,
     **params,
-):
+) -> Float[Array, "N M"]:
     """`activation(x @ W.T + bias)` with W from its compressed values and metadata.
 
     Args:

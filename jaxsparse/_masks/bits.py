@@ -4,12 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt8
 
 __all__ = ["pack", "unpack"]
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def pack(mask, axis: int) -> jax.Array:
+def pack(mask: Bool[Array, "..."], axis: int) -> UInt8[Array, "..."]:
     """The bits of a boolean mask: uint8, of which each holds eight neighbours along `axis`, the
     lowest bit first.
     """
@@ -23,7 +24,7 @@ def pack(mask, axis: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("size", "axis"))
-def unpack(words, size: int, axis: int) -> jax.Array:
+def unpack(words: UInt8[Array, "..."], size: int, axis: int) -> Bool[Array, "..."]:
     """The boolean mask, of `size` along `axis`."""
     axis %= words.ndim
     eights = jnp.expand_dims(words, axis + 1) >> _places(words.ndim, axis) & 1 == 1

@@ -1,8 +1,11 @@
 """Masks of whole blocks of weights."""
 
-import jax
+from collections.abc import Sequence
+from typing import SupportsIndex
+
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsparse import _checks
 from jaxsparse._masks.ranking import magnitude_keys, once, order_keys, wide
@@ -12,8 +15,13 @@ __all__ = ["block_mask", "block_masks"]
 
 
 def block_mask(
-    scores, shape: tuple[int, int], density, *, axes: tuple[int, int], pool: _checks.Pool = "max"
-) -> jax.Array:
+    scores: Real[ArrayLike, "*dims"],
+    shape: Sequence[SupportsIndex],
+    density: Float[ArrayLike, ""] | int,
+    *,
+    axes: Sequence[SupportsIndex],
+    pool: _checks.Pool = "max",
+) -> Bool[Array, "*dims"]:
     """Marks the highest blocks of scores, exactly `density * blocks` of them, all of a block or
     none.
 

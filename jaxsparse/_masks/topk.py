@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsparse import _checks
 from jaxsparse._masks.ranking import magnitude_keys, order_keys, wide, wide_keys
@@ -22,7 +23,9 @@ __all__ = ["checked_density", "of_one_dtype", "ranked_masks", "topk_mask"]
 _SAMPLE = 4096
 
 
-def topk_mask(scores, density) -> jax.Array:
+def topk_mask(
+    scores: Real[ArrayLike, "*shape"], density: Float[ArrayLike, ""] | int
+) -> Bool[Array, "*shape"]:
     """Marks the highest scores of the whole array, exactly `density * size` of them.
 
     The number is rounded half up and at least 1. Equal scores keep the lower flat index. NaN ranks

@@ -4,10 +4,13 @@ most.
 
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Real
 
 from jaxsparse import _checks
 from jaxsparse._masks.ranking import once, wide
@@ -19,7 +22,13 @@ __all__ = ["check_supported", "transposable_mask", "transposable_nm_mask"]
 _FINITE, _INF, _NAN = 2.0**116, 2.0**120, 2.0**124
 
 
-def transposable_nm_mask(scores, n: int, m: int, *, axes: tuple[int, int]) -> jax.Array:
+def transposable_nm_mask(
+    scores: Real[ArrayLike, "*shape"],
+    n: SupportsIndex,
+    m: SupportsIndex,
+    *,
+    axes: Sequence[SupportsIndex],
+) -> Bool[Array, "*shape"]:
     """Marks `n` of every `m` scores along both of two axes, so that the sum of the marked ones is
     the largest possible.
 
@@ -85,7 +94,9 @@ def check_supported(call: str, n, m) -> tuple[int, int]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("magnitude",))
-def transposable_mask(scores, n: int, axes: tuple[int, ...], *, magnitude: bool = False):
+def transposable_mask(
+    scores: Real[Array, "*shape"], n: int, axes: tuple[int, ...], *, magnitude: bool = False
+) -> Bool[Array, "*shape"]:
     """The mask of `scores`, or of their magnitudes; sizes along `axes` are multiples of 4."""
     scores = lax.stop_gradient(scores)
     if magnitude:

@@ -7,6 +7,7 @@ import weakref
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Shaped, UInt16
 
 from jaxsparse._packed.layouts import Layout, convert, metadata_form
 from jaxsparse._registration import register_exported, register_saved
@@ -250,7 +251,9 @@ def check_places(w: Sparse24, call: str) -> None:
         _checked[id(metadata)] = metadata
 
 
-def to_kept(w, mask):
+def to_kept(
+    w: Shaped[Array, "*stack M K"], mask: Bool[Array, "*stack M K"]
+) -> tuple[Shaped[Array, "*stack M K//2"], UInt16[Array, "*stack M C"]]:
     """A weight `[..., M, K]` and its mask to values and canonical metadata."""
     w0, w1, w2, w3 = (w[..., i::4] for i in range(4))
     m0, m1, m2, m3 = (mask[..., i::4] for i in range(4))
@@ -280,7 +283,9 @@ def places(metadata, groups):
     return nibbles & 3, nibbles >> 2 & 3
 
 
-def expand(values, metadata):
+def expand(
+    values: Shaped[Array, "*stack M H"], metadata: UInt16[Array, "*stack M C"]
+) -> Shaped[Array, "*stack M 2*H"]:
     """Compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
     pairs = values.reshape(*values.shape[:-1], -1, 2)
     first, second = places(metadata, pairs.shape[-2])
@@ -294,7 +299,9 @@ def expand(values, metadata):
     return dense.reshape(*values.shape[:-1], -1)
 
 
-def kept_values(dense, metadata):
+def kept_values(
+    dense: Shaped[Array, "*stack M K"], metadata: UInt16[Array, "*stack M C"]
+) -> Shaped[Array, "*stack M K//2"]:
     """What `[..., M, K]` holds at the kept places, `[..., M, K/2]`: the transpose of `expand`."""
     groups = dense.reshape(*dense.shape[:-1], -1, 4)
     place = jnp.arange(4, dtype=jnp.uint8)
@@ -305,7 +312,9 @@ def kept_values(dense, metadata):
     return jnp.stack(picked, -1).reshape(*dense.shape[:-1], -1)
 
 
-def transposed(values, metadata):
+def transposed(
+    values: Shaped[Array, "*stack M H"], metadata: UInt16[Array, "*stack M C"]
+) -> tuple[Shaped[Array, "*stack 2*H M//2"], UInt16[Array, "*stack 2*H D"]]:
     """Values `[..., M, K/2]` and metadata of a transposable weight to those of its transpose,
     `[..., K, M/2]`.
     """

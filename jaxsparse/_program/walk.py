@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -34,6 +34,7 @@ class Call(NamedTuple):
     values: list[Value]
 
 
+@runtime_checkable
 class Fold(Protocol):
     """An analysis of a program: what to do at each equation, and how the results of called programs
     combine.
@@ -49,10 +50,10 @@ class Fold(Protocol):
         branches.
         """
 
-    def enter(self, eqn) -> Self:
+    def enter(self, eqn) -> Any:
         """The fold for one program that an equation calls."""
 
-    def leave(self, eqn, inner: list[Self]) -> None:
+    def leave(self, eqn, inner: list) -> None:
         """Combines the folds of the programs that an equation calls."""
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxsparse import _checks
 from jaxsparse._plan.paths import by_path
@@ -11,8 +12,12 @@ __all__ = ["apply_masks", "effective_params", "effective_weight", "map_masked", 
 
 
 def effective_weight(
-    w, mask, decay_factor=0.0, *, gradient: _checks.Gradient = "dense"
-) -> jax.Array:
+    w: Float[ArrayLike, "*shape"],
+    mask: Bool[ArrayLike, "*shape"] | Bool[ArrayLike, ""],
+    decay_factor: Float[ArrayLike, ""] | int = 0.0,
+    *,
+    gradient: _checks.Gradient = "dense",
+) -> Float[Array, "*shape"]:
     """The effective weight `w * (M + D * (1 - M))`: `w` where the mask participates, `D * w`
     elsewhere.
 

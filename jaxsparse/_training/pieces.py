@@ -177,8 +177,8 @@ def fix_nonparticipating(after: int) -> optax.GradientTransformationExtraArgs:
     """Holds non-participating weights at exactly 0 from step `after` on (FIX); place it after the
     optimizer.
 
-    Updates keep their dtype, as in `reset_nonparticipating`. Rewiring must stop at the same step: `rewire(..., until=after)`, as
-    `recipes.explore_exploit(fix_after=...)` does.
+    Updates keep their dtype, as in `reset_nonparticipating`. Rewiring must stop at the same step:
+    `rewire(..., until=after)`, as `recipes.explore_exploit(fix_after=...)` does.
 
     Args:
       after: the first step that holds them at 0 (`v` in the paper: half of training).
