@@ -130,7 +130,7 @@ def _sparse_masks(source, call):
 
 def _share(mask):
     # a float32 would stop counting at 2^24
-    return jnp.sum(mask, dtype=jnp.int32) / jnp.float32(mask.size)
+    return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32) / jnp.float32(mask.size)
 
 
 def _retained(w, mask):

@@ -281,9 +281,8 @@ def _masked(opt_state) -> dict[str, RewireState]:
 def _flips(path, before: RewireState, after: RewireState) -> jax.Array:
     """The fraction of weights of a leaf whose mask differs, from the masks as they are packed."""
     changed = jax.lax.population_count(before.packed[path] ^ after.packed[path])
-    return jnp.sum(changed, dtype=jnp.int32) / jnp.float32(
-        math.prod(before.plan.sparse[path].shape)
-    )
+    size = math.prod(before.plan.sparse[path].shape)
+    return jnp.sum(changed, dtype=jnp.int32).astype(jnp.float32) / jnp.float32(size)
 
 
 def _sample(place, path, w, gradient, moment, masked, churn) -> dict[str, jax.Array]:
