@@ -1,14 +1,16 @@
 # make demo: train a small language model dense and 2:4 sparse, compress it, run it compressed.
-# make test: the tests and doctests.   make lint: format, lint, types.   make notebooks: run them all and keep their outputs.
-# Each makes a virtual environment the first time, the tests one of their own: they need the CUDA plugin, which jax complains
-# of where there is no GPU. PYTHON=... and VENV=... choose others.
+# make test: the tests and doctests.   make lint: format, lint, types.   make docs: the documentation, into docs/_build/html.
+# make notebooks: run them all and keep their outputs.
+# Each makes a virtual environment the first time. Tests and documentation have their own: the tests need the CUDA
+# plugin, about which jax warns on machines without a GPU. PYTHON=... and VENV=... choose others.
 
 PYTHON ?= python3
 VENV ?= .venv
 REQUIRE ?=
 TESTS := $(VENV)-test
+DOCS := $(VENV)-docs
 
-.PHONY: demo notebooks test lint clean
+.PHONY: demo notebooks test lint docs clean
 
 # glibc would give the memory of every step back and take it again
 demo: $(VENV)/examples
@@ -28,10 +30,14 @@ lint: $(TESTS)/test
 	$(TESTS)/bin/ruff check .
 	$(TESTS)/bin/mypy
 
-$(VENV)/examples $(VENV)/notebooks $(TESTS)/test: pyproject.toml
+# any warning fails it: a broken link, or a public name without a docstring
+docs: $(DOCS)/docs
+	$(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+
+$(VENV)/examples $(VENV)/notebooks $(TESTS)/test $(DOCS)/docs: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(@F)]' $(REQUIRE)
 	touch $@
 
 clean:
-	rm -rf .venv*
+	rm -rf .venv* docs/_build

@@ -36,7 +36,7 @@ import timing
 
 import jaxsparse as js
 from jaxsparse._kernels import KERNELS, misfit
-from jaxsparse._packed.compress import turn
+from jaxsparse._packed.sparse24 import transposed
 
 SHAPES = {  # output features M, contraction K
     "8192 x 8192": (8192, 8192),
@@ -187,7 +187,7 @@ def x_gradient(implementation):
 @jax.jit
 def turned(w):
     """The transpose of a transposable weight, packed."""
-    values, metadata = turn(w.values, w.with_layout("canonical").metadata)
+    values, metadata = transposed(w.values, w.with_layout("canonical").metadata)
     return js.Sparse24(values, metadata, w.output, w.contracting).with_layout("mma16")
 
 

@@ -1,4 +1,5 @@
-"""Writes the tables of README from the committed results, so that no number there is typed by hand.
+"""Writes the tables of the README and of docs/results.md from the committed result files, so that
+no number in them is typed by hand.
 
 python benchmarks/readme.py
 """
@@ -11,6 +12,7 @@ import tabulate
 import timing
 
 ROOT = pathlib.Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def where(result):
@@ -45,8 +47,21 @@ def char_lm(result):
     )
 
 
+def demo_plan(result):
+    return f"```text\n{result['plan']}\n```"
+
+
 def plan(result):
-    return f"```\n{result['plan']}\n```"
+    """The rows of the plan that say something new: one of each kind of layer and axis, and neither
+    biases nor scales.
+    """
+    *head, total = result["plan"].splitlines()
+    header, rows, kept = head[:2], head[2:], {}
+    for row in rows:
+        leaf, layer, _, *rest = row.split()
+        if not leaf.endswith(("bias", "scale")):
+            kept.setdefault((layer, *rest), row)
+    return "\n".join(("```text", *header, *kept.values(), "...", total, "```"))
 
 
 def models(result):
@@ -144,21 +159,24 @@ TABLES = {
     "mask_peers": lambda: written("mask_peers", mask_peers),
     "models": lambda: written("models", models),
     "plan": lambda: written("char_lm", plan),
+    "demo_plan": lambda: written("char_lm", demo_plan),
     "char_lm": lambda: written("char_lm", char_lm),
     "train_step": lambda: written("train_step", train_step),
     "gpu": gpus,
 }
 
 
-def filled(text):
-    """The text with every block between `<!-- name -->` and `<!-- end -->` made anew."""
+def filled(text, page=PAGES[0]):
+    """The text of a page with every block between `<!-- name -->` and `<!-- end -->` made anew."""
+    up = "../" * (len(page.relative_to(ROOT).parts) - 1)
 
     def block(match):
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+        table = TABLES[match[1]]().replace("](benchmarks/", f"]({up}benchmarks/")
+        return f"<!-- {match[1]} -->\n{table}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), page))

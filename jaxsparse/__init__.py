@@ -5,19 +5,20 @@ from typing import TYPE_CHECKING
 
 from jaxsparse import analysis, recipes
 from jaxsparse._execution.sparsify import sparsify
-from jaxsparse._masks.masks import (
-    block_mask,
-    magnitude_masks,
-    nm_mask,
-    score_masks,
-    topk_mask,
-    transposable_nm_mask,
-)
-from jaxsparse._packed.compress import Sparse24, compress, decompress
+from jaxsparse._masks.blocks import block_mask
+from jaxsparse._masks.nm import nm_mask
+from jaxsparse._masks.topk import topk_mask
+from jaxsparse._masks.transposable import transposable_nm_mask
+from jaxsparse._packed.compress import compress
 from jaxsparse._packed.matmul import sparse_matmul
+from jaxsparse._packed.sparse24 import Sparse24, decompress
 from jaxsparse._plan.budgets import layer_budget
-from jaxsparse._plan.patterns import NM, Block, Pattern, TransposableNM, Unstructured
-from jaxsparse._plan.plan import Leaf, Plan, plan
+from jaxsparse._plan.masks import magnitude_masks, score_masks
+from jaxsparse._plan.pattern import Pattern
+from jaxsparse._plan.patterns import NM, Block, TransposableNM, Unstructured
+from jaxsparse._plan.plan import Leaf, Plan
+from jaxsparse._plan.planning import plan
+from jaxsparse._plan.stages import geometric_stages, stepwise_stages
 from jaxsparse._training.forward import effective_params, effective_weight
 from jaxsparse._training.pieces import (
     add_decayed_nonparticipating,
@@ -26,16 +27,15 @@ from jaxsparse._training.pieces import (
     reset_nonparticipating,
     scale_nonparticipating,
 )
+from jaxsparse._training.renew import Renew, by_score, staged
 from jaxsparse._training.rewire import rewire
 from jaxsparse._training.schedules import (
     Schedule,
     exponential_decay,
-    geometric_stages,
     gradual_density,
     linear_decay,
-    stepwise_stages,
 )
-from jaxsparse._training.scores import Score, diagonal_fisher, random_score
+from jaxsparse._training.scores import Score, diagonal_fisher, random_score, running_mean
 from jaxsparse._training.state import RewireState, masks
 
 if TYPE_CHECKING:
@@ -44,55 +44,54 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    # which weights
+    "NM",
     "Block",
     "Leaf",
-    "NM",
     "Pattern",
     "Plan",
-    "TransposableNM",
-    "Unstructured",
-    "layer_budget",
-    "plan",
-    # masks
-    "block_mask",
-    "magnitude_masks",
-    "masks",
-    "nm_mask",
-    "score_masks",
-    "topk_mask",
-    "transposable_nm_mask",
-    # training
+    "Renew",
     "RewireState",
     "Schedule",
     "Score",
+    "Sparse24",
+    "TransposableNM",
+    "Unstructured",
     "add_decayed_nonparticipating",
+    "analysis",
+    "block_mask",
+    "by_score",
+    "compress",
     "decay_nonparticipating",
+    "decompress",
     "diagonal_fisher",
     "effective_params",
     "effective_weight",
     "exponential_decay",
     "fix_nonparticipating",
+    "flax",
     "geometric_stages",
     "gradual_density",
+    "layer_budget",
     "linear_decay",
+    "magnitude_masks",
+    "masks",
+    "nm_mask",
+    "nnx",
+    "plan",
     "random_score",
     "recipes",
     "reset_nonparticipating",
     "rewire",
+    "running_mean",
     "scale_nonparticipating",
-    "stepwise_stages",
-    # compressed weights
-    "Sparse24",
-    "compress",
-    "decompress",
+    "score_masks",
     "sparse_matmul",
     "sparsify",
-    # frameworks and analysis
-    "analysis",
-    "flax",
-    "nnx",
-]  # fmt: skip
+    "staged",
+    "stepwise_stages",
+    "topk_mask",
+    "transposable_nm_mask",
+]
 
 
 def __getattr__(name):

@@ -9,44 +9,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from flax import core, serialization
+from flax import core
 from flax import linen as nn
 
+from jaxsparse import _checks
 from jaxsparse._execution.sparsify import sparsify
-from jaxsparse._packed.compress import Sparse24, decompress
 from jaxsparse._packed.matmul import check_implementation
-from jaxsparse._plan.patterns import Pattern
-from jaxsparse._plan.plan import Plan, leaf_paths, learned_plan, traced
+from jaxsparse._packed.sparse24 import Sparse24, decompress
+from jaxsparse._plan.paths import leaf_paths
+from jaxsparse._plan.pattern import Pattern
+from jaxsparse._plan.plan import Plan
+from jaxsparse._plan.planning import learned_plan, traced
 from jaxsparse._program.arguments import split_arrays
 from jaxsparse._program.uses import Use
-from jaxsparse._training.forward import apply_masks, check_gradient
-from jaxsparse._training.state import Forward, forwards, merged_masks, rewire_states
+from jaxsparse._training.forward import apply_masks
+from jaxsparse._training.state import Masked, read_state, rewire_states
 
 __all__ = ["intercept", "plan"]
-
-# flax.serialization knows pytrees only where they are registered with it
-serialization.register_serialization_state(Plan, lambda plan: {}, lambda plan, state: plan)
-serialization.register_serialization_state(
-    Forward,
-    lambda forward: {
-        name: serialization.to_state_dict(getattr(forward, name))
-        for name in ("decay", "inner_state")
-    },
-    lambda forward, state: dataclasses.replace(
-        forward,
-        **{
-            name: serialization.from_state_dict(getattr(forward, name), value)
-            for name, value in state.items()
-        },
-    ),
-)
-serialization.register_serialization_state(
-    Sparse24,
-    lambda packed: {"values": packed.values, "metadata": packed.with_layout("canonical").metadata},
-    lambda packed, state: dataclasses.replace(packed, **state, layout="canonical").with_layout(
-        packed.layout
-    ),
-)
 
 
 def plan(
@@ -171,10 +150,7 @@ def _token_of(opt_state, gradient, implementation) -> _Token:
     """The token of these masks; the same as before if they are the same arrays, so that nothing is
     traced anew.
     """
-    sources = [
-        (state.packed, state.inner_state.decay if isinstance(state.inner_state, Forward) else None)
-        for state in rewire_states(opt_state)
-    ]
+    sources = [(state.masks, state.forward) for state in rewire_states(opt_state)]
     leaves = jax.tree.leaves(sources or opt_state)
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return _Token([leaf for leaf in leaves if isinstance(leaf, jax.Array)])
@@ -192,27 +168,24 @@ class _Sparse:
     """How models run while the context lasts."""
 
     token: _Token
-    masks: Any
-    treated: dict[str, Forward]
+    masked: Masked | None
     gradient: str | None
     implementation: str | None
     inside: bool = False  # of a model that runs sparse: what it applies itself is left alone
 
-    def masked(self, variables):
+    def effective(self, variables):
         """The variables with effective parameters."""
         self.token.ran = True
-        if self.masks is None or "params" not in variables:
+        if self.masked is None or "params" not in variables:
             return variables
-        params = apply_masks(
-            variables["params"], self.masks, self.treated, "flax.intercept", gradient=self.gradient
-        )
+        params = apply_masks(variables["params"], self.masked, "flax.intercept", self.gradient)
         return {**variables, "params": params}
 
     def apply(self, run, variables, mutable, args, kwargs):
         """What `core.apply` returns, from effective or from compressed parameters; the parameters
         that it returns are those given.
         """
-        effective = self.masked(variables)
+        effective = self.effective(variables)
         returns = mutable is not False and "params" in variables
         packed = any(
             isinstance(leaf, Sparse24) for leaf in jax.tree.leaves(variables, is_leaf=_is_packed)
@@ -308,7 +281,7 @@ def _bind(variables, rngs=None, mutable=False, flags=None):
     if sparse is None:
         return _core_bind(variables, rngs=rngs, mutable=mutable, flags=flags)
     return _core_bind(
-        decompress(sparse.masked(variables)),
+        decompress(sparse.effective(variables)),
         rngs=rngs,
         mutable=mutable,
         flags={**(flags or {}), _FLAG: sparse.token},
@@ -387,12 +360,12 @@ def intercept(
     References:
       Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
     """
-    masks = None if opt_state is None else merged_masks(opt_state, "flax.intercept")
+    masked = None if opt_state is None else read_state(opt_state, "flax.intercept")
     if gradient is not None:
-        check_gradient(gradient, "flax.intercept")
+        _checks.choice("flax.intercept", "gradient", gradient, _checks.Gradient)
     check_implementation(implementation, "flax.intercept")
     token = _token_of(opt_state, gradient, implementation)
-    sparse = _Sparse(token, masks, forwards(opt_state), gradient, implementation)
+    sparse = _Sparse(token, masked, gradient, implementation)
 
     def check(next_fun, args, kwargs, context):
         module, here = context.module, _active.contexts[-1] is sparse and not sparse.inside

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 import jax
 from flax import errors, nnx
 
-from jaxsparse._plan.patterns import Pattern
-from jaxsparse._plan.plan import Plan, learned_plan, traced
+from jaxsparse._plan.pattern import Pattern
+from jaxsparse._plan.plan import Plan
+from jaxsparse._plan.planning import learned_plan, traced
 from jaxsparse._program.arguments import split_arrays
 from jaxsparse._training.forward import apply_masks
-from jaxsparse._training.state import forwards, merged_masks
+from jaxsparse._training.state import read_state
 
 __all__ = ["intercept", "plan"]
 
@@ -158,13 +159,8 @@ def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> I
     """
     _check_module(model, "nnx.intercept")
     params = nnx.state(model, nnx.Param)  # its leaves are the Variables of the model themselves
-    effective = apply_masks(
-        params,
-        merged_masks(opt_state, "nnx.intercept"),
-        forwards(opt_state),
-        "nnx.intercept",
-        gradient=gradient,
-    )
+    masked = read_state(opt_state, "nnx.intercept")
+    effective = apply_masks(params, masked, "nnx.intercept", gradient)
     with contextlib.ExitStack() as restore:
 
         def exchange(variable, other):

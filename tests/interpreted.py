@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsparse._kernels import ampere, decode, hopper
 from jaxsparse._packed import layouts
-from jaxsparse._packed.compress import expand
+from jaxsparse._packed.sparse24 import expand
 
 
 def dense(values, metadata):

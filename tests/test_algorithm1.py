@@ -69,7 +69,7 @@ def algorithm_1(
     grad_scale=1.0,
     reset_every=None,
     fix_after=None,
-    decay=0.0,
+    weight_decay=0.0,
 ):
     """The weights after each step, and the masks that each step's forward pass used."""
     w, b, mask = params["w"].copy(), params["b"].copy(), None
@@ -84,7 +84,7 @@ def algorithm_1(
         b = optimizer.step("b", b, grads["b"], t)
         if fixed or (reset_every is not None and t % reset_every == 0):
             w = np.where(mask, w, 0.0)
-        w = np.where(mask, w, w - decay * w)
+        w = np.where(mask, w, w - weight_decay * w)
         history.append((w.copy(), b.copy(), mask))
     return history
 
@@ -120,12 +120,12 @@ RECIPES = {
     "fix from the start": {"fix_after": 0},
     "reset": {"reset_every": 3},
     "reset every step": {"reset_every": 1},
-    "regularize": {"decay": 0.3},
+    "regularize": {"weight_decay": 0.3},
     "rewire every third": {"every": 3},
     "gradient scaled": {"grad_scale": 0.25},
     "gradient of non-participating weights off": {"grad_scale": 0.0},
     "fix between two rewirings": {"every": 4, "fix_after": 6},
-    "all": {"every": 2, "grad_scale": 0.5, "reset_every": 4, "fix_after": 7, "decay": 0.1},
+    "all": {"every": 2, "grad_scale": 0.5, "reset_every": 4, "fix_after": 7, "weight_decay": 0.1},
 }
 
 

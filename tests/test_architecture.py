@@ -13,26 +13,21 @@ import jaxsparse as js
 PACKAGE = pathlib.Path(js.__file__).parent
 # each room imports from the rooms before it, and each file of a room from the files before it
 ROOMS = {
+    "": ["_checks", "_registration"],
     "_program": ["arguments", "flow", "walk", "uses"],
-    "_plan": ["patterns", "plan", "budgets"],
-    "_masks": ["ranking", "groups", "transposable", "topk", "blocks", "masks", "bits"],
+    "_masks": ["ranking", "groups", "nm", "transposable", "topk", "blocks", "bits"],
+    "_plan": ["stages", "pattern", "patterns", "paths", "plan", "planning", "masks", "budgets"],
     "_training": [
-        "scores",
-        "state",
-        "schedules",
-        "phases",
-        "forward",
-        "rewire",
-        "pieces",
-        "progressive",
+        *["state", "forward", "schedules", "scores", "renew", "rewire", "pieces", "phases"],
+        *["explore_exploit", "sr_ste", "mdgf", "sdgf", "gradual", "static"],
     ],
     "_kernels": ["__init__", "mosaic", "ampere", "decode", "hopper"],
-    "_packed": ["layouts", "compress", "matmul"],
+    "_packed": ["layouts", "sparse24", "compress", "matmul"],
     "_execution": ["weights", "fusion", "report", "run", "sparsify"],
     "_analysis": ["costs", "metrics", "trajectories", "recorder"],
 }
 FACES = ["recipes", "analysis", "flax", "nnx"]
-FILES = [f"{room}.{file}" for room, files in ROOMS.items() for file in files] + FACES
+FILES = [f"{room}.{file}".lstrip(".") for room, files in ROOMS.items() for file in files] + FACES
 PUBLIC = [getattr(js, name) for name in dir(js)]
 PUBLIC += [getattr(js.analysis, name) for name in dir(js.analysis) if not name.startswith("_")]
 PUBLIC = [x for x in PUBLIC if inspect.isfunction(x) or inspect.isclass(x)] + [
@@ -85,7 +80,7 @@ def test_the_namespace_is_what_users_need():
 def test_the_import_is_light():
     code = """
 import sys, jaxsparse
-heavy = ("flax", "tabulate", "jax.experimental.pallas", "matplotlib")
+heavy = ("flax.nnx", "tabulate", "jax.experimental.pallas", "matplotlib")
 print([module for module in heavy if module in sys.modules])
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -100,10 +100,10 @@ def test_other_leaves_and_the_rest_of_a_pattern_stay():
         "c": jnp.zeros(3),
         "d": jnp.zeros((8, 8)),
     }
-    block = js.Block((2, 4), 0.3, axes=(1, 0), score="l2", scope="global")
+    block = js.Block((2, 4), 0.3, axes=(1, 0), pool="l2", scope="global")
     plan = js.plan(params, {"a": js.NM(2, 4, axis=0), "b": block, "d": js.Unstructured(0.9)})
     a, b, c, d = js.layer_budget(plan, 0.5, "erk").leaves
     assert (a, c) == (plan.leaves[0], plan.leaves[2])
     assert b.pattern == js.Block(
-        (2, 4), 0.5, axes=(-1, -2), score="l2"
+        (2, 4), 0.5, axes=(-1, -2), pool="l2"
     ) and d.pattern == js.Unstructured(0.5)

@@ -301,7 +301,7 @@ def test_every_mask_takes_numbers_of_8_bits_and_fewer(dtype):
         lambda s: js.topk_mask(s, 0.3),
         lambda s: js.transposable_nm_mask(s, 2, 4, axes=(0, 1)),
         lambda s: js.block_mask(s, (4, 4), 0.5, axes=(0, 1)),
-        lambda s: js.block_mask(s, (4, 4), 0.5, axes=(0, 1), score="mean"),
+        lambda s: js.block_mask(s, (4, 4), 0.5, axes=(0, 1), pool="mean"),
     ):
         np.testing.assert_array_equal(mask(scores), mask(values.astype(np.float32)))
 

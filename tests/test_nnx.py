@@ -432,11 +432,11 @@ def test_arguments_that_are_no_arrays_and_other_methods():
     assert rngs.default.count[...] == 0
 
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "nnx.md").read_text()
 
 
-def test_the_loop_of_the_readme_runs_as_printed():
-    (loop,) = re.findall(r"```python\n(import [^\n]*\nfrom flax import nnx\n.*?)```", README, re.S)
+def test_the_loop_of_the_documentation_runs_as_printed():
+    loop, _ = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     found = {}
     exec(loop, found)
     model, optimizer, params, packed, x = (

@@ -46,7 +46,7 @@ def test_flax_plans_learn_both_axes(model, x, axes, stack):
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_each_weight_of_a_stack_is_masked_for_itself(axis):
     model, rng = Stack(scanned(axis, 3)), np.random.default_rng(0)
-    for pattern in (T24, HALF, BLOCK, js.Block((3, 3), 0.5, score="l2")):
+    for pattern in (T24, HALF, BLOCK, js.Block((3, 3), 0.5, pool="l2")):
         plan = js.flax.plan(model, {"*": pattern}, spec(2, 8))
         (leaf,) = plan.leaves
         weights = rng.normal(size=leaf.shape).astype("float32") * np.moveaxis(
@@ -168,7 +168,7 @@ def test_global_ties_go_by_leaf_and_then_by_index():
 @pytest.mark.parametrize("score", ["max", "mean", "l2"])
 def test_global_blocks(score):
     params = {"a": jnp.full((4, 4), -1.0), "b": jnp.full((4, 6), 2.0), "c": jnp.full((4, 2), -3.0)}
-    block = js.Block((2, 2), 0.5, axes=(0, 1), score=score, scope="global")
+    block = js.Block((2, 2), 0.5, axes=(0, 1), pool=score, scope="global")
     masks = js.magnitude_masks(params, js.plan(params, {"a": block.along((1, 0)), "*": block}))
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"a": 0, "b": 16, "c": 8}
 
@@ -211,7 +211,7 @@ def test_a_density_schedule_does_not_recompile(scope, every):
 def test_recipes_train_under_every_pattern(pattern, dtype):
     params = {"w": jax.random.normal(jax.random.key(0), (8, 8), dtype)}
     plan = js.plan(params, {"w": pattern})
-    tx = js.recipes.explore_exploit(optax.sgd(0.1), plan, reset_every=2, decay=0.1)
+    tx = js.recipes.explore_exploit(optax.sgd(0.1), plan, reset_every=2, weight_decay=0.1)
 
     def body(carry, _):
         params, state = carry
@@ -266,7 +266,7 @@ def test_other_patterns_do_not_compress(pattern):
 
 def test_masks_of_one_shape_are_traced_once(monkeypatch):
     calls = []
-    module = importlib.import_module("jaxsparse.masks")
+    module = importlib.import_module("jaxsparse._masks.nm")
     mask_groups = module.mask_groups
     monkeypatch.setattr(module, "mask_groups", lambda *args: calls.append(1) or mask_groups(*args))
     # a shape of no other test

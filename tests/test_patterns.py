@@ -16,7 +16,7 @@ import jaxsparse as js
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int32", "uint8")
 topk_mask = jax.jit(js.topk_mask, static_argnums=1)
 transposable = jax.jit(js.transposable_nm_mask, static_argnums=(1, 2), static_argnames="axes")
-block_mask = jax.jit(js.block_mask, static_argnums=(1, 2), static_argnames=("axes", "score"))
+block_mask = jax.jit(js.block_mask, static_argnums=(1, 2), static_argnames=("axes", "pool"))
 
 
 def wide(scores):
@@ -180,7 +180,7 @@ def test_blocks_equal_the_reference(seed, sizes, shape, score, dtype, density, o
     axes = tuple(axis for axis in order if axis < len(sizes))[:2]
     scores = few(np.random.default_rng(seed), dtype, tuple(sizes))
     scores = scores if dtype == "uint8" else scores - scores.dtype.type(2)
-    mask = block_mask(scores, shape, density, axes=axes, score=score)
+    mask = block_mask(scores, shape, density, axes=axes, pool=score)
     np.testing.assert_array_equal(
         mask, reference.block_mask(wide(scores), shape, density, axes, score)
     )
@@ -189,7 +189,7 @@ def test_blocks_equal_the_reference(seed, sizes, shape, score, dtype, density, o
 MASKS = {
     "topk": lambda w: js.topk_mask(w, 0.3),
     "transposable": lambda w: js.transposable_nm_mask(w, 2, 4, axes=(0, 1)),
-    "block": lambda w: js.block_mask(w, (3, 2), 0.3, axes=(0, 1), score="l2"),
+    "block": lambda w: js.block_mask(w, (3, 2), 0.3, axes=(0, 1), pool="l2"),
 }
 
 

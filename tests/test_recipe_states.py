@@ -36,7 +36,7 @@ def planned(*names, pattern=None):
 
 
 def linear(inner, plan, **kwargs):
-    return js.recipes.mdgf(inner, plan, decay="linear", **{**PHASES, **kwargs})
+    return js.recipes.mdgf(inner, plan, curve="linear", **{**PHASES, **kwargs})
 
 
 def make_step(tx):
@@ -73,15 +73,20 @@ def labelled(x, y):
 def hyper(inner, plan):
     static = ("inner", "plan", "total_steps", "dense_until", "fine_tune_from")
     return optax.inject_hyperparams(js.recipes.mdgf, static_args=static)(
-        inner, plan, decay="linear", **PHASES
+        inner, plan, curve="linear", **PHASES
     )
 
 
 def hyper_rewire(inner, plan):
-    options = {"decay": js.linear_decay(1 / 4, 2), "gradient": "masked", "begin": 2, "every": 1}
-    return optax.inject_hyperparams(js.rewire, static_args=("inner", "plan", "decay"))(
-        inner, plan, **options
-    )
+    options = {
+        "decay_factor": js.linear_decay(1 / 4, 2),
+        "gradient": "masked",
+        "begin": 2,
+        "every": 1,
+    }
+    return optax.inject_hyperparams(
+        js.rewire, static_args=("inner", "plan", "decay_factor", "renew")
+    )(inner, plan, **options)
 
 
 ADAM = optax.adamw(1e-2)
@@ -294,7 +299,7 @@ def test_rewire_takes_any_factor_and_gradient_by_hand():
     tx = js.rewire(
         optax.sgd(0.0),
         BOTH,
-        decay=js.exponential_decay(0.5, begin=1),
+        decay_factor=js.exponential_decay(0.5, begin=1),
         gradient="masked",
         begin=1,
         every=2,
@@ -491,12 +496,14 @@ def test_checkpoints_hold_the_factor(name, tmp_path):
         )
 
 
-def test_recipes_without_a_factor_keep_the_state_they_had():
+def test_the_state_is_flat_whatever_the_recipe():
     for tx in (
         js.recipes.explore_exploit(optax.sgd(0.1), BOTH),
         js.recipes.sr_ste(optax.sgd(0.1), BOTH),
+        js.recipes.mdgf(optax.sgd(0.1), BOTH, total_steps=10),
+        js.rewire(optax.chain(optax.sgd(0.1)), BOTH),
     ):
         state = tx.init(make_params())
-        assert state._fields == ("count", "packed", "plan", "inner_state") and isinstance(
-            state.inner_state, tuple
-        )
+        names = ("count", "masks", "plan", "forward", "renew_state", "inner_state")
+        assert state._fields == names
+        assert isinstance(state.inner_state, tuple) and state.plan == BOTH

@@ -106,14 +106,16 @@ R = js.recipes
 U, B, T = js.Unstructured(0.25), js.Block((2, 2), 0.25, (0, 1)), js.TransposableNM(2, 4, (0, 1))
 ONE = kept(1, 4)
 CASES = {
-    "sr-ste": Case(functools.partial(R.sr_ste, decay=0.3), phased([(0, 99, 1, ONE)]), pull=0.3),
+    "sr-ste": Case(
+        functools.partial(R.sr_ste, weight_decay=0.3), phased([(0, 99, 1, ONE)]), pull=0.3
+    ),
     "sr-ste, dense before": Case(
-        functools.partial(R.sr_ste, decay=0.3, dense_until=0.25, total_steps=STEPS),
+        functools.partial(R.sr_ste, weight_decay=0.3, dense_until=0.25, total_steps=STEPS),
         phased([(5, 99, 1, ONE)]),
         pull=0.3,
     ),
     "sr-ste, every third": Case(
-        functools.partial(R.sr_ste, decay=0.3, dense_until=4, every=3),
+        functools.partial(R.sr_ste, weight_decay=0.3, dense_until=4, every=3),
         phased([(4, 99, 3, ONE)]),
         pull=0.3,
     ),
@@ -121,7 +123,7 @@ CASES = {
         functools.partial(R.mdgf, **PHASES), phased([(2, 99, 1, ONE)]), exponential, "masked"
     ),
     "mdgf linear": Case(
-        functools.partial(R.mdgf, decay="linear", **PHASES),
+        functools.partial(R.mdgf, curve="linear", **PHASES),
         phased([(2, 99, 1, ONE)]),
         linear,
         "masked",
@@ -132,13 +134,13 @@ CASES = {
         exponential,
     ),
     "mdgf linear, dense gradient, every fifth": Case(
-        functools.partial(R.mdgf, decay="linear", gradient="dense", every=5, **PHASES),
+        functools.partial(R.mdgf, curve="linear", gradient="dense", every=5, **PHASES),
         phased([(2, 99, 5, ONE)]),
         linear,
     ),
     "mdgf from the start": Case(
         functools.partial(
-            R.mdgf, total_steps=STEPS, dense_until=0, fine_tune_from=19, decay="linear"
+            R.mdgf, total_steps=STEPS, dense_until=0, fine_tune_from=19, curve="linear"
         ),
         phased([(0, 99, 1, ONE)]),
         lambda t: 1 - t / 19,
@@ -339,28 +341,28 @@ def test_a_boundary_is_a_step_or_a_fraction_rounded_to_the_nearest(value, total,
 
 
 @pytest.mark.parametrize("total_steps", [4, 5, 10, 37, 100, 350, 1001])
-@pytest.mark.parametrize("decay", ["linear", "exponential"])
+@pytest.mark.parametrize("curve", ["linear", "exponential"])
 def test_the_factor_is_1_at_the_start_above_0_before_fine_tuning_and_exactly_0_from_there(
-    total_steps, decay
+    total_steps, curve
 ):
     params = {"w": jnp.arange(8.0)}
     tx = js.recipes.mdgf(
         optax.sgd(0.0),
         js.plan(params, {"w": js.NM(2, 4, axis=0)}),
         total_steps=total_steps,
-        decay=decay,
+        curve=curve,
         dense_until=1,
     )
     begin, end = 1, as_step("recipe", "boundary", 0.7, total_steps)
     _, factors = jax.lax.scan(
-        lambda state, _: (tx.update(params, state, params)[1], state.inner_state.decay),
+        lambda state, _: (tx.update(params, state, params)[1], state.forward.decay_factor),
         tx.init(params),
         None,
         total_steps,
     )
     assert (factors[: begin + 1] == 1).all() and (factors[end:] == 0).all()
     assert (factors[:end] > 0).all() and (np.diff(factors[begin : end + 1]) < 0).all()
-    if decay == "exponential":
+    if curve == "exponential":
         np.testing.assert_allclose(
             factors[end - 1], 0.01 ** ((end - 1 - begin) / (end - begin)), rtol=1e-5
         )

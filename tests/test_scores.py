@@ -19,7 +19,7 @@ PLAN = js.plan(PARAMS, {"w": js.NM(2, 4, axis=0)})
 
 def rewired_masks(score, **extra):
     """The masks of init, and those after one update that changes no weight."""
-    tx = js.rewire(optax.sgd(0.0), PLAN, score=score)
+    tx = js.rewire(optax.sgd(0.0), PLAN, renew=js.by_score(score))
     state = tx.init(PARAMS)
     _, new = jax.jit(tx.update)(GRADS, state, PARAMS, **extra)
     return np.asarray(js.masks(state)["w"]), np.asarray(js.masks(new)["w"])
@@ -35,7 +35,11 @@ def expected(scores):
         ("magnitude", abs(W), {}),
         ("first_order", abs(W * G), {}),
         ("fisher", W**2 * F, {"fisher": FISHER}),
-        (lambda path, w, g: (g if path == "w" else w) - w, G - W, {}),
+        (
+            js.Score(lambda path, w, g: (g if path == "w" else w) - w, needs_gradient=True),
+            G - W,
+            {},
+        ),
     ],
 )
 def test_masks_rank_the_score(score, scores, extra):
@@ -53,7 +57,9 @@ def test_random_masks_stay_and_differ_by_seed():
 
 
 def test_recipes_take_a_score():
-    tx = js.recipes.explore_exploit(optax.sgd(0.0), PLAN, reset_every=None, score="first_order")
+    tx = js.recipes.explore_exploit(
+        optax.sgd(0.0), PLAN, reset_every=None, renew=js.by_score("first_order")
+    )
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     np.testing.assert_array_equal(js.masks(state)["w"], expected(abs(W * G)))
 
@@ -80,18 +86,19 @@ def test_the_fisher_diagonal_is_summed_in_float32(dtype):
 def test_scores_below_what_float16_holds_still_rank(score):
     w, g = jnp.array([1e-4, 2e-4, 3e-4, 4e-4], "float16"), jnp.full(4, 1e-5, "float16")
     plan = js.plan({"w": w}, {"w": js.NM(2, 4, axis=0)})
-    tx = js.rewire(optax.sgd(0.0), plan, score=score)
+    tx = js.rewire(optax.sgd(0.0), plan, renew=js.by_score(score))
     extra = {"fisher": {"w": g}} if score == "fisher" else {}
     _, state = tx.update({"w": g}, tx.init({"w": w}), {"w": w}, **extra)
     assert js.masks(state)["w"].tolist() == [False, False, True, True]
 
 
 def test_bad_scores_are_refused():
-    with pytest.raises(ValueError, match="rewire: there is no score 'size'"):
-        js.rewire(optax.sgd(0.1), PLAN, score="size")
-    with pytest.raises(TypeError, match="rewire: `score` is 3"):
-        js.rewire(optax.sgd(0.1), PLAN, score=3)
+    with pytest.raises(ValueError, match="by_score: there is no score 'size'"):
+        js.by_score("size")
+    with pytest.raises(TypeError, match="by_score: `score` is 3"):
+        js.by_score(3)
     with pytest.raises(ValueError, match="rewire: the score of w has shape"):
-        js.rewire(optax.sgd(0.1), PLAN, score=lambda path, w, g: w.sum()).init(PARAMS)
+        renew = js.by_score(js.Score(lambda path, w: w.sum()))
+        js.rewire(optax.sgd(0.1), PLAN, renew=renew).init(PARAMS)
     with pytest.raises(ValueError, match="rewire: `fisher` is missing"):
         rewired_masks("fisher")

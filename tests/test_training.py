@@ -14,7 +14,7 @@ from tracing import counted
 
 import jaxsparse as js
 
-NUMBERS = {"every": 3, "reset_every": 4, "grad_scale": 0.5, "decay": 0.1, "fix_after": 30}
+NUMBERS = {"every": 3, "reset_every": 4, "grad_scale": 0.5, "weight_decay": 0.1, "fix_after": 30}
 
 
 def make_params(key=None):

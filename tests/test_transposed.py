@@ -19,7 +19,7 @@ from test_compress import DTYPES, bits, check_round_trip, packed_row, random_wei
 import jaxsparse as js
 from jaxsparse._kernels import decode, hopper
 from jaxsparse._packed import layouts, matmul
-from jaxsparse._packed.compress import expand, turn
+from jaxsparse._packed.sparse24 import expand, transposed
 
 ROWS = [row for row in itertools.product([False, True], repeat=4) if sum(row) == 2]
 BLOCKS = np.array(
@@ -130,7 +130,7 @@ def test_turned_it_is_packed_along_the_other_axis_bit_by_bit(shape, dtype):
         {"w": jnp.asarray(w)}, {"w": jnp.asarray(mask)}, plan, layout="canonical"
     )["w"]
     check_round_trip(w, mask, compressed)
-    values, words = jax.jit(turn)(compressed.values, compressed.metadata)
+    values, words = jax.jit(transposed)(compressed.values, compressed.metadata)
     expected = [
         packed_row(*row)
         for row in zip(w.reshape(-1, shape[-1]), mask.reshape(-1, shape[-1]), strict=True)

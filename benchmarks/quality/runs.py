@@ -69,23 +69,23 @@ RECIPES = {
         "explore_exploit", {"reset_every": None}, "fix_after", (0.1, 0.25, 0.5), "fraction"
     ),
     "REGULARIZE": Recipe(
-        "explore_exploit", {"reset_every": None}, "decay", (2e-3, 2e-2, 2e-1), "per step"
+        "explore_exploit", {"reset_every": None}, "weight_decay", (2e-3, 2e-2, 2e-1), "per step"
     ),
-    "SR-STE": Recipe("sr_ste", {}, "decay", (2e-4, 2e-3, 2e-2)),
+    "SR-STE": Recipe("sr_ste", {}, "weight_decay", (2e-4, 2e-3, 2e-2)),
     "SR-STE, dense start": Recipe(
-        "sr_ste", {"dense_until": DENSE_START}, "decay", (2e-4, 2e-3, 2e-2)
+        "sr_ste", {"dense_until": DENSE_START}, "weight_decay", (2e-4, 2e-3, 2e-2)
     ),
     "MDGF linear": Recipe(
-        "mdgf", {"decay": "linear", "gradient": "masked"}, "fine_tune_from", FINE_TUNE
+        "mdgf", {"curve": "linear", "gradient": "masked"}, "fine_tune_from", FINE_TUNE
     ),
     "MDGF exponential": Recipe(
-        "mdgf", {"decay": "exponential", "gradient": "masked"}, "fine_tune_from", FINE_TUNE
+        "mdgf", {"curve": "exponential", "gradient": "masked"}, "fine_tune_from", FINE_TUNE
     ),
     "MDGF linear, straight-through": Recipe(
-        "mdgf", {"decay": "linear", "gradient": "dense"}, "fine_tune_from", FINE_TUNE
+        "mdgf", {"curve": "linear", "gradient": "dense"}, "fine_tune_from", FINE_TUNE
     ),
     "MDGF exponential, straight-through": Recipe(
-        "mdgf", {"decay": "exponential", "gradient": "dense"}, "fine_tune_from", FINE_TUNE
+        "mdgf", {"curve": "exponential", "gradient": "dense"}, "fine_tune_from", FINE_TUNE
     ),
     "SDGF stepwise": Recipe("sdgf", {"stages": "stepwise"}, "fine_tune_from", FINE_TUNE),
     "SDGF geometric": Recipe("sdgf", {"stages": "geometric"}, "fine_tune_from", FINE_TUNE),

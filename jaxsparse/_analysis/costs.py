@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jaxsparse._plan.patterns import NM, Block, Pattern, TransposableNM
-from jaxsparse._plan.plan import Plan, leaf_paths, match
+from jaxsparse._plan.paths import leaf_paths
+from jaxsparse._plan.pattern import Pattern
+from jaxsparse._plan.plan import Plan, match
 from jaxsparse._program.flow import Value, dots, input_value, is_looked_up
 from jaxsparse._program.walk import open_program, walk
 
@@ -58,7 +59,8 @@ class LeafCosts(NamedTuple):
     @property
     def inference_bytes(self) -> float:
         """The bytes of its participating weights and of their places."""
-        return self.nbytes * self.density + _place_bits(self) / 8
+        places = self.pattern.place_bits(self.shape) if self.pattern else 0
+        return self.nbytes * self.density + places / 8
 
     @property
     def training_bytes(self) -> float:
@@ -239,21 +241,6 @@ def _cotangent(out):
     return jnp.ones_like(out) if inexact else np.zeros(jnp.shape(out), jax.dtypes.float0)
 
 
-def _place_bits(leaf: LeafCosts) -> float:
-    """The bits that tell which weights participate."""
-    pattern, size = leaf.pattern, math.prod(leaf.shape)
-    if pattern is None:
-        return 0
-    if isinstance(pattern, NM | TransposableNM):
-        return size * pattern.density * (pattern.m - 1).bit_length()
-    if isinstance(pattern, Block):
-        covered = [leaf.shape[axis] for axis in pattern.axes or ()]
-        blocks = (math.ceil(n / side) for n, side in zip(covered, pattern.shape, strict=True))
-        return size // math.prod(covered) * math.prod(blocks)
-    return size
-
-
-# of the weight that a product takes, by its number, or of None
 Flops = collections.Counter[int | None]
 
 

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from jaxsparse._plan.plan import leaf_paths
-from jaxsparse._training.forward import masks_by_path
-from jaxsparse._training.state import merged_masks
+from jaxsparse._plan.paths import by_path
+from jaxsparse._training.forward import match_masks
+from jaxsparse._training.state import read_state
 
 __all__ = ["mask_churn", "mask_density", "retained_magnitude", "second_moments"]
 
@@ -97,11 +97,10 @@ def retained_magnitude(params, opt_state) -> dict[str, jax.Array]:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 5, where permutations raise
       it.
     """
-    masks = masks_by_path(
-        merged_masks(opt_state, "retained_magnitude"), params, "retained_magnitude"
-    )
-    leaves = zip(leaf_paths(params), jax.tree.leaves(params), masks, strict=True)
-    return {path: _retained(w, mask) for path, w, mask in leaves if mask is not None}
+    masked = read_state(opt_state, "retained_magnitude")
+    masks = match_masks(masked.masks, params, "retained_magnitude")
+    leaves = zip(masks, by_path(params).items(), strict=True)
+    return {path: _retained(w, mask) for mask, (path, w) in leaves if mask is not None}
 
 
 def second_moments(opt_state) -> dict[str, jax.Array]:
@@ -112,20 +111,12 @@ def second_moments(opt_state) -> dict[str, jax.Array]:
 
     opt_state = getattr(opt_state, "opt_state", opt_state)  # an nnx.Optimizer
     moments = [node.nu for node in jax.tree.leaves(opt_state, is_leaf=has_one) if has_one(node)]
-    return {
-        path: nu
-        for one in moments
-        for path, nu in zip(leaf_paths(one), jax.tree.leaves(one), strict=True)
-    }
+    return {path: nu for one in moments for path, nu in by_path(one).items()}
 
 
 def _sparse_masks(source, call):
-    masks = merged_masks(source, call)
-    return {
-        path: mask
-        for path, mask in zip(leaf_paths(masks), jax.tree.leaves(masks), strict=True)
-        if mask.ndim
-    }
+    masks = by_path(read_state(source, call).masks)
+    return {path: mask for path, mask in masks.items() if mask.ndim}
 
 
 def _share(mask):
@@ -136,4 +127,5 @@ def _share(mask):
 def _retained(w, mask):
     magnitude = jnp.abs(w.astype(jnp.float32))
     total = magnitude.sum()
-    return jnp.where(total == 0, 1.0, jnp.where(mask, magnitude, 0).sum() / total)
+    kept = jnp.where(mask, magnitude, 0.0).sum()
+    return jnp.where(total == 0, 1.0, kept / total)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsparse import _checks
 from jaxsparse._analysis.metrics import mask_density, retained_magnitude, second_moments
-from jaxsparse._plan.patterns import integer
-from jaxsparse._plan.plan import Leaf, Plan, leaf_paths, match
-from jaxsparse._training.state import RewireState, rewire_states
+from jaxsparse._plan.paths import by_path
+from jaxsparse._plan.plan import Leaf, Plan, check_plan, match
+from jaxsparse._training.state import is_placeholder, mask_words, unpack_mask
 
 __all__ = ["RecordState", "Recordings", "record", "recordings"]
 
@@ -124,15 +125,11 @@ def record(
       Advances in Sparse Neural Model Training, section 2, for the weights; Bambhaniya et al.,
       Progressive Gradient Flow, section 4, for the variances.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(
-            f"record: `plan` is a {type(plan).__name__}. Make one with jaxsparse.plan or "
-            "jaxsparse.flax.plan."
-        )
+    check_plan("record", plan)
     if not plan.sparse:
         raise ValueError(f"record: the plan keeps every leaf dense:\n{plan}")
     for name, value in {"total_steps": total_steps, "samples": samples, "weights": weights}.items():
-        if integer(value, f"record: `{name}`") < 1:
+        if _checks.integer(value, f"record: `{name}`") < 1:
             raise ValueError(f"record: {name}={value} is below 1. Pass how many there are.")
     inner = optax.with_extra_args_support(inner)
     stride = math.ceil(total_steps / samples)
@@ -142,10 +139,10 @@ def record(
     def samplers(params, gradients, churn, inner_state):
         """For every recorded leaf the function that takes its sample."""
         known = (
-            _by_path(params),
-            _by_path(gradients),
+            by_path(params),
+            by_path(gradients),
             second_moments(inner_state),
-            _masked(inner_state),
+            mask_words(inner_state),
             churn,
         )
         return {
@@ -154,10 +151,13 @@ def record(
         }
 
     def init(params):
+        if is_placeholder(params):  # of optax.tree_utils.tree_map_params
+            zero = jnp.zeros((), jnp.int32)
+            return RecordState(zero, zero, zero, zero, inner.init(params))
         match(plan, params, "record")
         inner_state = inner.init(params)
         churn = {
-            path: jnp.zeros((), jnp.float32) for path in _masked(inner_state) if path in places
+            path: jnp.zeros((), jnp.float32) for path in mask_words(inner_state) if path in places
         }
         one = {
             path: jax.eval_shape(take)
@@ -180,14 +180,13 @@ def record(
                 "state that init returned."
             )
         match(plan, params, "record")
-        match(plan, updates, "record")
+        match(plan, updates, "record", "gradients")
         gradients = updates
         updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
         count = optax.safe_increment(state.count)
-        old, new = _masked(state.inner_state), _masked(inner_state)
+        old, new = mask_words(state.inner_state), mask_words(inner_state)
         churn = {
-            path: before + _flips(path, old[path], new[path])
-            for path, before in state.churn.items()
+            path: before + _flips(old[path], new[path]) for path, before in state.churn.items()
         }
         due = (count % stride == 0) & (count <= total_steps)
         row = (count - 1) // stride % length
@@ -264,24 +263,10 @@ def _places(leaf: Leaf, count: int) -> tuple[np.ndarray, ...]:
     return np.unravel_index(np.sort(drawn), leaf.shape)
 
 
-def _by_path(tree):
-    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
-
-
-def _masked(opt_state) -> dict[str, RewireState]:
-    """For every masked leaf the `RewireState` that holds its mask, cut down to that leaf."""
-    return {
-        path: RewireState(state.count, {path: bits}, Plan((state.plan.sparse[path],)), ())
-        for state in rewire_states(opt_state)
-        for path, bits in _by_path(state.packed).items()
-        if path in state.plan.sparse
-    }
-
-
-def _flips(path, before: RewireState, after: RewireState) -> jax.Array:
+def _flips(before: tuple[jax.Array, Leaf], after: tuple[jax.Array, Leaf]) -> jax.Array:
     """The fraction of weights of a leaf whose mask differs, from the masks as they are packed."""
-    changed = jax.lax.population_count(before.packed[path] ^ after.packed[path])
-    size = math.prod(before.plan.sparse[path].shape)
+    changed = jax.lax.population_count(before[0] ^ after[0])
+    size = math.prod(before[1].shape)
     return jnp.sum(changed, dtype=jnp.int32).astype(jnp.float32) / jnp.float32(size)
 
 
@@ -294,10 +279,8 @@ def _sample(place, path, w, gradient, moment, masked, churn) -> dict[str, jax.Ar
     if moment is not None:
         sample["second_moment_variance"] = jnp.var(moment, dtype=jnp.float32)
     if masked is not None:
-        kept = retained_magnitude({path: w}, masked)[path]
-        sample |= {
-            "density": mask_density(masked)[path],
-            "retained_magnitude": kept,
-            "churn": churn,
-        }
+        mask = {path: unpack_mask(*masked)}
+        sample["density"] = mask_density(mask)[path]
+        sample["retained_magnitude"] = retained_magnitude({path: w}, mask)[path]
+        sample["churn"] = churn
     return sample

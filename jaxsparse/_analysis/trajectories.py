@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxsparse._plan.patterns import array, integer
+from jaxsparse import _checks
 
 __all__ = ["autocorrelation", "decorrelation_by_magnitude", "decorrelation_time"]
 
@@ -127,7 +127,7 @@ def decorrelation_by_magnitude(series, bins: int = 10) -> tuple[jax.Array, jax.A
     """
     series = _checked(series, "decorrelation_by_magnitude")
     series = series.reshape(len(series), -1)
-    if not 1 <= integer(bins, "decorrelation_by_magnitude: `bins`") <= series.shape[1]:
+    if not 1 <= _checks.integer(bins, "decorrelation_by_magnitude: `bins`") <= series.shape[1]:
         raise ValueError(
             f"decorrelation_by_magnitude: bins={bins} is not in 1..{series.shape[1]}, the number "
             "of weights."
@@ -144,7 +144,7 @@ def decorrelation_by_magnitude(series, bins: int = 10) -> tuple[jax.Array, jax.A
 
 
 def _checked(series, call):
-    series = array(series, f"{call}: `series`")
+    series = _checks.array(series, f"{call}: `series`")
     if not (
         jnp.issubdtype(series.dtype, jnp.floating) or jnp.issubdtype(series.dtype, jnp.integer)
     ):

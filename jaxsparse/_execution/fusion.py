@@ -11,7 +11,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from jaxsparse._execution.weights import ordered
 from jaxsparse._kernels import ACTIVATIONS
-from jaxsparse._packed.compress import Sparse24
+from jaxsparse._packed.sparse24 import Sparse24
 from jaxsparse._program.flow import Atom, Value, constant_axes
 from jaxsparse._program.walk import called
 

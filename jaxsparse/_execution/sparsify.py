@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxsparse._execution.report import Report, Usage
 from jaxsparse._execution.run import Run
 from jaxsparse._execution.weights import Weight
-from jaxsparse._packed.compress import Sparse24
 from jaxsparse._packed.matmul import check_implementation
-from jaxsparse._plan.plan import leaf_paths
+from jaxsparse._packed.sparse24 import Sparse24
+from jaxsparse._plan.paths import leaf_paths
 from jaxsparse._program.arguments import is_traceable
 
 __all__ = ["Sparsified", "sparsify"]

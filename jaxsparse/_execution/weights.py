@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse._packed.compress import Sparse24, decompress
 from jaxsparse._packed.matmul import sparse_matmul
+from jaxsparse._packed.sparse24 import Sparse24, decompress
 from jaxsparse._program.flow import Atom, Origin, Value, constant_axes, input_value
 from jaxsparse._program.walk import bind
 
@@ -295,10 +295,10 @@ def move(eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
                 w,
                 value,
                 shape,
-                lambda a, place, axis, end=end: lax.slice_in_dim(
+                lambda a, place, axis, end=end, shape=shape: lax.slice_in_dim(
                     a, end - shape[axis], end, axis=place
                 ),
-            )  # noqa: B023
+            )
             for value, shape, end in zip(moved, shapes, ends, strict=True)
         ]
     raise UnfitError(f"used by {name}")

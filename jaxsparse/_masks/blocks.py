@@ -1,36 +1,112 @@
-"""Whole blocks of weights: what each scores, and how their mask becomes one of the weights."""
+"""Masks of whole blocks of weights."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse._masks.ranking import once, order_keys, wide
+from jaxsparse import _checks
+from jaxsparse._masks.ranking import magnitude_keys, once, order_keys, wide
+from jaxsparse._masks.topk import checked_density, of_one_dtype, ranked_masks
 
-__all__ = ["block_keys", "expand_blocks"]
+__all__ = ["block_mask", "block_masks"]
 
 
-def block_keys(
-    values,
-    keys_of,
+def block_mask(
+    scores, shape: tuple[int, int], density, *, axes: tuple[int, int], pool: _checks.Pool = "max"
+) -> jax.Array:
+    """Marks the highest blocks of scores, exactly `density * blocks` of them, all of a block or
+    none.
+
+    Where a size is no multiple of the block's, the last block is smaller and is scored by what it
+    holds. The number is rounded half up and at least 1. Equal blocks keep the lower flat index. A
+    block with a NaN ranks highest. Not
+    differentiable: gradients stop here.
+
+    Args:
+      scores: real array of two or more axes, of a floating or integer dtype; the importance of each
+        weight. Magnitude pruning passes `jnp.abs(w)`.
+      shape: the sizes of a block along `axes`; along every other axis it is 1.
+      density: the fraction of blocks that stays, a float in (0, 1], or a traced scalar so that a
+        schedule does not recompile.
+      axes: the two axes over which blocks stand.
+      pool: what ranks a block: `"max"`, `"mean"` or `"l2"` (the root of the sum of squares); the
+        last two in float32.
+
+    Returns:
+      Boolean array of the shape of `scores`.
+
+    Raises:
+      TypeError: scores are complex or boolean, a size or an axis is no integer, or `density` is no
+        number.
+      ValueError: `shape`, `density`, `axes` or `pool` is none that `Block` takes, or an axis is
+        out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> js.block_mask(jnp.array([[1, 1, 5], [1, 1, 0]]), (2, 2), 0.5, axes=(0, 1)).astype(int)
+      Array([[0, 0, 1],
+             [0, 0, 1]], dtype=int32)
+
+    References:
+      Advances in Sparse Neural Model Training, section 2, block sparsity.
+    """
+    scores = _checks.array(scores, "block_mask: `scores`")
+    density = checked_density("block_mask", density)
+    if not _checks.rankable(scores.dtype):
+        raise TypeError(
+            f"block_mask: `scores` are {scores.dtype}, which has no order to rank by. Pass real "
+            "scores, as in jnp.abs(w)."
+        )
+    shape = _checks.shape_of_block("block_mask", shape)
+    axes = _checks.two_axes(axes, "block_mask: `axes`")
+    _checks.choice("block_mask", "pool", pool, _checks.Pool)
+    reason = _checks.misfit(axes, (1, 1), scores.shape, scores.dtype)
+    if reason:
+        raise ValueError(
+            f"block_mask: {reason} (`scores` of shape {scores.shape}). Choose other axes, pad it, "
+            "or leave this leaf dense."
+        )
+    axes = tuple(axis % scores.ndim for axis in axes)
+    return block_masks([scores], [axes], shape, density, pool)[0]
+
+
+def block_masks(
+    arrays,
+    axes,
     shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    score: str,
+    density,
+    pool: str,
     *,
     magnitude: bool = False,
+    stack: tuple[int, ...] = (),
 ):
-    """Integers that rank the blocks of `values`, in an array that has blocks where values has
-    weights.
-    """
-    if score == "max":
-        return _reduce(keys_of(values), shape, axes, jnp.max)
+    """The masks of arrays whose blocks are ranked together; `axes` has a pair for each array."""
+    arrays = [lax.stop_gradient(array) for array in of_one_dtype(arrays)]
+    keys = [
+        _block_keys(array, shape, pair, pool, magnitude)
+        for array, pair in zip(arrays, axes, strict=True)
+    ]
+    masks = ranked_masks(keys, density, stack=stack)
+    return [
+        _expand(mask, shape, pair, array.shape)
+        for mask, pair, array in zip(masks, axes, arrays, strict=True)
+    ]
+
+
+def _block_keys(values, shape, axes, pool, magnitude):
+    """Integers that rank the blocks of `values`, one for each block."""
+    if pool == "max":
+        return _reduce((magnitude_keys if magnitude else order_keys)(values), shape, axes, jnp.max)
     values = wide(values)
-    if score == "l2":
+    if pool == "l2":
         # the root keeps the order
         return order_keys(_reduce(values * values, shape, axes, jnp.sum))
     total = _reduce(jnp.abs(values) if magnitude else values, shape, axes, jnp.sum)
     return order_keys(total / _reduce(jnp.ones_like(values), shape, axes, jnp.sum))
 
 
-def expand_blocks(mask, shape: tuple[int, ...], axes: tuple[int, ...], whole: tuple[int, ...]):
+def _expand(mask, shape, axes, whole):
     """The mask of an array of shape `whole` from that of its blocks."""
     a, b, split = _split(whole, shape, axes)
     padded = tuple(

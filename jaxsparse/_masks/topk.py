@@ -6,17 +6,97 @@ sample gives the first candidates and the counts the next; whatever they are wor
 the interval are among them.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse._masks.ranking import wide_keys
+from jaxsparse import _checks
+from jaxsparse._masks.ranking import magnitude_keys, order_keys, wide, wide_keys
 
-__all__ = ["how_many", "top_masks"]
+__all__ = ["checked_density", "of_one_dtype", "ranked_masks", "topk_mask"]
 
 _SAMPLE = 4096
+
+
+def topk_mask(scores, density) -> jax.Array:
+    """Marks the highest scores of the whole array, exactly `density * size` of them.
+
+    The number is rounded half up and at least 1. Equal scores keep the lower flat index. NaN ranks
+    highest. Not
+    differentiable: gradients stop here.
+
+    Args:
+      scores: real array of any shape and of a floating or integer dtype; the importance of each
+        weight. Only the order matters. Magnitude pruning passes `jnp.abs(w)`.
+      density: the fraction that stays, a float in (0, 1], or a traced scalar so that a schedule
+        does not recompile; its product with the size is then a float32.
+
+    Returns:
+      Boolean array of the shape of `scores`.
+
+    Raises:
+      TypeError: scores are complex or boolean, or `density` is no number.
+      ValueError: `density` is not in (0, 1], or there are more scores than an int32 counts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> js.topk_mask(jnp.array([3.0, 1.0, 2.0, 2.0]), 0.5)
+      Array([ True, False,  True, False], dtype=bool)
+
+    References:
+      Advances in Sparse Neural Model Training, Algorithm 1, top-d.
+    """
+    scores = _checks.array(scores, "topk_mask: `scores`")
+    if not _checks.rankable(scores.dtype):
+        raise TypeError(
+            f"topk_mask: `scores` are {scores.dtype}, which has no order to rank by. Pass real "
+            "scores, as in jnp.abs(w)."
+        )
+    return ranked_masks([scores], checked_density("topk_mask", density))[0]
+
+
+def checked_density(call: str, value):
+    """A density as a float, or as the traced scalar that it is."""
+    if not isinstance(value, jax.core.Tracer):
+        return _checks.density(call, value)
+    if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"{call}: `density` must be a floating scalar, not {value.dtype}{list(value.shape)}."
+        )
+    return value
+
+
+def ranked_masks(arrays, density, *, magnitude: bool = False, stack: tuple[int, ...] = ()):
+    """The masks of arrays ranked together by their values or magnitudes, which keep `density`.
+
+    Along the axes `stack`, which all arrays have, each place is ranked for itself.
+    """
+    arrays = [lax.stop_gradient(array) for array in of_one_dtype(arrays)]
+    keys_of = magnitude_keys if magnitude else order_keys
+
+    def top(*arrays):
+        return _top_masks(arrays, keys_of, _how_many(density, sum(a.size for a in arrays)))
+
+    for axis in reversed(stack):
+        top = jax.vmap(top, axis, axis)
+    return top(*arrays)
+
+
+def of_one_dtype(arrays) -> list:
+    """The arrays in a dtype that holds all their values, so that they can be ranked together."""
+    dtypes = {array.dtype for array in arrays}
+    if len(dtypes) == 1:
+        return arrays
+    # 8-bit floats promote to no other type by themselves
+    dtype = functools.reduce(
+        jnp.promote_types, (wide(a).dtype if a.dtype.itemsize == 1 else a.dtype for a in arrays)
+    )
+    return [array.astype(dtype) for array in arrays]
 
 
 class _Interval(NamedTuple):
@@ -30,7 +110,7 @@ class _Interval(NamedTuple):
     above_high: object
 
 
-def how_many(density, size: int):
+def _how_many(density, size: int):
     """`density * size`, rounded half up, at least 1: an int for a float, else an int32 scalar."""
     if isinstance(density, float):
         return min(max(math.floor(density * size + 0.5), 1), size)
@@ -41,7 +121,7 @@ def how_many(density, size: int):
     )
 
 
-def top_masks(arrays, keys_of, k):
+def _top_masks(arrays, keys_of, k):
     """The masks of `arrays`, of several none empty, ranked by the integers `keys_of(array)`; `k` is
     an int or a traced one.
     """
@@ -131,7 +211,10 @@ def _signed(keys):
 def _count(keys, candidates):
     """How many keys are at least each of the candidates; one pass."""
     reached = [(keys >= c).astype(jnp.int32) for c in candidates]
-    add = lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)]  # noqa: E731
+
+    def add(xs, ys):
+        return [x + y for x, y in zip(xs, ys, strict=True)]
+
     return jnp.stack(lax.reduce(reached, [jnp.int32(0)] * len(reached), add, (0, 1)))
 
 

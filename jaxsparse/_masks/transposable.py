@@ -2,22 +2,94 @@
 most.
 """
 
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse import _checks
 from jaxsparse._masks.ranking import once, wide
 
-__all__ = ["transposable_mask"]
+__all__ = ["check_supported", "transposable_mask", "transposable_nm_mask"]
 
 # 12 of each stay below the next one, so that a kept NaN outweighs any inf, an inf all else, and no
 # sum overflows
 _FINITE, _INF, _NAN = 2.0**116, 2.0**120, 2.0**124
 
 
-def transposable_mask(scores, n: int, axes: tuple[int, ...]):
-    """The mask of `scores`, whose sizes along `axes` are multiples of 4."""
+def transposable_nm_mask(scores, n: int, m: int, *, axes: tuple[int, int]) -> jax.Array:
+    """Marks `n` of every `m` scores along both of two axes, so that the sum of the marked ones is
+    the largest possible.
+
+    Blocks of `m` by `m` neighbours are independent; each keeps exactly `n` in every row and column.
+    Of masks with equal sums the one stays that keeps the lower flat index at their first
+    difference. Without such ties the mask of the transpose is the transposed mask. Sums are taken
+    in float32. NaN outweighs everything else, then inf. Not
+    differentiable: gradients stop here.
+
+    Args:
+      scores: real array of two or more axes, of a floating or integer dtype; the importance of each
+        weight. Magnitude pruning passes `jnp.abs(w)`.
+      n: how many stay, 1, 2 or 3.
+      m: the group length, 4.
+      axes: the two axes along which groups run.
+
+    Returns:
+      Boolean array of the shape of `scores`.
+
+    Raises:
+      TypeError: scores are complex or boolean, or `n`, `m` or an axis is no integer.
+      ValueError: `n` and `m` are no such pattern, `axes` are not two axes of `scores`, or a size is
+        not a multiple of `m`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> scores = jnp.array([[9, 8, 0, 0], [7, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+      >>> js.transposable_nm_mask(scores, 1, 4, axes=(0, 1)).astype(int)
+      Array([[0, 1, 0, 0],
+             [1, 0, 0, 0],
+             [0, 0, 1, 0],
+             [0, 0, 0, 1]], dtype=int32)
+
+    References:
+      Advances in Sparse Neural Model Training, section 2, 2:4 along both axes.
+    """
+    scores = _checks.array(scores, "transposable_nm_mask: `scores`")
+    if not _checks.rankable(scores.dtype):
+        raise TypeError(
+            f"transposable_nm_mask: `scores` are {scores.dtype}, which has no order to rank by. "
+            "Pass real scores, as in jnp.abs(w)."
+        )
+    n, m = check_supported("transposable_nm_mask", n, m)
+    axes = _checks.two_axes(axes, "transposable_nm_mask: `axes`")
+    reason = _checks.misfit(axes, (m, m), scores.shape, scores.dtype)
+    if reason:
+        raise ValueError(
+            f"transposable_nm_mask: {reason} (`scores` of shape {scores.shape}). Choose other "
+            "axes, pad it, or leave this leaf dense."
+        )
+    return transposable_mask(scores, n, tuple(axis % scores.ndim for axis in axes))
+
+
+def check_supported(call: str, n, m) -> tuple[int, int]:
+    """`n` and `m` as ints that have a transposable pattern."""
+    n, m = _checks.integer(n, f"{call}: `n`"), _checks.integer(m, f"{call}: `m`")
+    if m != 4 or n not in (1, 2, 3):
+        raise ValueError(
+            f"{call}: {n}:{m} is not supported along two axes. Pass 1:4, 2:4 or 3:4, or NM for one."
+        )
+    return n, m
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("magnitude",))
+def transposable_mask(scores, n: int, axes: tuple[int, ...], *, magnitude: bool = False):
+    """The mask of `scores`, or of their magnitudes; sizes along `axes` are multiples of 4."""
+    scores = lax.stop_gradient(scores)
+    if magnitude:
+        scores = jnp.abs(wide(scores))
     a, b = sorted(axes)
     shape = scores.shape
     blocks = scores.reshape(

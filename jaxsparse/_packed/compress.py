@@ -1,142 +1,23 @@
-"""Masked weights to the compressed 2:4 format, and back."""
+"""Masked weights to compressed ones."""
 
-import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxsparse._packed.layouts import convert, preferred_layout
-from jaxsparse._plan.patterns import NM, TransposableNM, axes_in
-from jaxsparse._plan.plan import Leaf, Plan, leaf_paths, match
-from jaxsparse._training.forward import masks_by_path
-from jaxsparse._training.state import forwards, merged_masks, rewire_states
+from jaxsparse._packed.layouts import Layout, preferred_layout
+from jaxsparse._packed.sparse24 import Sparse24, to_kept
+from jaxsparse._plan.paths import leaf_paths
+from jaxsparse._plan.pattern import axes_in
+from jaxsparse._plan.plan import Leaf, Plan, match
+from jaxsparse._training.forward import match_masks
+from jaxsparse._training.state import Masked, read_state
 
-__all__ = ["Sparse24", "compress", "decompress", "expand", "gather", "turn"]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("values", "metadata"),
-    meta_fields=("contracting", "output", "axes", "layout", "transposable"),
-)
-@dataclasses.dataclass(frozen=True)
-class Sparse24:
-    """A weight of which 2 of every 4 neighbours along the contraction are kept: values and their
-    places.
-
-    An ordinary pytree: `jit`, `grad` (with `allow_int=True`, or with respect to `values`),
-    checkpoints, sharding, donation and `lax.scan` over a stack of them work as for any other. Make
-    it with `compress`.
-
-    M is the product of the output axes, K that of the contracted ones, in the order in which they
-    stand in the dense weight. Leading axes (`...`) are stacks of weights, as `nn.scan` makes them;
-    a loop over the stack takes one from the front.
-
-    Attributes:
-      values: `[..., M, K/2]`, the kept weights in the order of the contraction.
-      metadata: the places of the kept weights, in the arrangement that `layout` names.
-      contracting: sizes of the axes that the matmul sums over, static.
-      output: sizes of the other axes of one weight, static.
-      axes: what each axis of the dense weight is, static: `"K"` contracted, `"O"` output, `"S"`
-        stack. A Flax kernel is `"KO"`, a scanned one `"SKO"`, one scanned along axis 1 `"KSO"`, a
-        kernel `[heads, inputs, width]` `"OKO"`. Stacks that are missing here stand in front, and
-        those that were taken off are the first. Empty means contracted before output axes.
-      layout: the arrangement of `metadata`, static. `"canonical"` is uint16 `[..., M, ceil(K/16)]`,
-        one nibble for each group of four, the lowest first, `first | second << 2` with the two
-        places in ascending order. `"mma16"` is uint32 `[..., 2*ceil(M/128), 2*ceil(K/128), 128]`,
-        the same words as the lanes of a sparse tensor core read them with 16-bit operands.
-      transposable: whether 2 of every 4 neighbours along the innermost output axis are kept, too,
-        static: then kernels can compute the gradient of the other operand of a product. Nothing
-        more is stored for it.
-
-    References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
-    """
-
-    values: jax.Array
-    metadata: jax.Array
-    contracting: tuple[int, ...]
-    output: tuple[int, ...]
-    axes: str = ""
-    layout: str = "canonical"
-    transposable: bool = False
-
-    @property
-    def kinds(self) -> str:
-        """What each axis of the dense weight is, as `axes` says, with exactly the stacks that are
-        there.
-        """
-        kinds = self.axes or "K" * len(self.contracting) + "O" * len(self.output)
-        surplus = kinds.count("S") - len(self.values.shape[:-2])
-        return kinds.replace("S", "", surplus) if surplus > 0 else "S" * -surplus + kinds
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the dense weight."""
-        sizes = {
-            "S": iter(self.values.shape[:-2]),
-            "O": iter(self.output),
-            "K": iter(self.contracting),
-        }
-        return tuple(next(sizes[kind]) for kind in self.kinds)
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of the dense weight."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """The number of elements of the dense weight."""
-        return math.prod(self.shape)
-
-    @property
-    def dtype(self):
-        """The dtype of the weight."""
-        return self.values.dtype
-
-    @property
-    def axis(self) -> int:
-        """The axis of the dense weight along which groups run, counted from the end."""
-        return self.kinds.rindex("K") - len(self.kinds)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of values and metadata together."""
-        return self.values.nbytes + self.metadata.nbytes
-
-    def with_layout(self, layout: str) -> "Sparse24":
-        """The same weight with its metadata arranged in another way; exact in both directions.
-
-        Args:
-          layout: `"canonical"`, for files that any reader understands and for the dense fallback;
-            or `"mma16"`, for the kernels, with weights of 16 bits.
-
-        Returns:
-          A `Sparse24` of the same values.
-
-        Raises:
-          ValueError: there is no such layout, or the weight does not have 16 bits.
-
-        Example:
-          >>> import jax.numpy as jnp
-          >>> values, metadata = jnp.ones((1, 2), jnp.bfloat16), jnp.array([[0x4449]], jnp.uint16)
-          >>> w = Sparse24(values, metadata, contracting=(4,), output=(1,))
-          >>> tiled = w.with_layout("mma16")
-          >>> tiled.metadata.shape, tiled.with_layout("canonical").metadata
-          ((2, 2, 128), Array([[17481]], dtype=uint16))
-        """
-        metadata = convert(self.metadata, self.layout, layout, self.values)
-        return (
-            self
-            if layout == self.layout
-            else dataclasses.replace(self, metadata=metadata, layout=layout)
-        )
+__all__ = ["compress"]
 
 
-def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None = None):
+def compress(params, opt_state, plan: Plan | None = None, *, layout: Layout | None = None):
     """Turns every sparse leaf into a `Sparse24`; the dense leaves stay as they are.
 
     A 16-bit weight takes 36 of 64 bits a group (44 % saved), an 8-bit one 20 of 32 (38 %). Works
@@ -177,43 +58,41 @@ def compress(params, opt_state, plan: Plan | None = None, *, layout: str | None 
     """
     if plan is not None:
         match(plan, params, "compress")
-    masks = masks_by_path(merged_masks(opt_state, "compress"), params, "compress")
-    _check_binary(opt_state)
-    plans = [state.plan for state in rewire_states(opt_state)] if plan is None else [plan]
-    planned = {path: leaf for one in plans for path, leaf in one.sparse.items()}
-    leaves, treedef = jax.tree.flatten(params)
-    paths = leaf_paths(params)
-    for path, mask in zip(paths, masks, strict=True):
+    masked = read_state(opt_state, "compress")
+    masks = match_masks(masked.masks, params, "compress")
+    _check_binary(masked)
+    planned = masked.planned if plan is None else plan.sparse
+    leaves, structure = jax.tree.flatten(params)
+    packing = []  # all is checked before anything is packed
+    for path, mask in zip(leaf_paths(params), masks, strict=True):
         if mask is None and path in planned:
             raise ValueError(
                 f"compress: the plan makes {path} sparse, but there is no mask of it. Pass its "
                 "mask, or plan it dense."
             )
-    places = [
-        ("", False) if mask is None else _place(path, mask, planned.get(path))
-        for path, mask in zip(paths, masks, strict=True)
+        packing.append(mask if mask is None else (mask, *_place(path, mask, planned.get(path))))
+    packed = [
+        w if one is None else _pack(w, *one, layout or preferred_layout(w.dtype))
+        for w, one in zip(leaves, packing, strict=True)
     ]
-    packed = (
-        w if mask is None else _pack(w, mask, *place, layout or preferred_layout(w.dtype))
-        for w, mask, place in zip(leaves, masks, places, strict=True)
-    )
-    return jax.tree.unflatten(treedef, packed)
+    return jax.tree.unflatten(structure, packed)
 
 
-def _check_binary(opt_state):
+def _check_binary(masked: Masked):
     """Refuses a model that does not run under its masks alone, which is another than the compressed
     one.
     """
-    for path, forward in forwards(opt_state).items():
-        if isinstance(forward.decay, jax.core.Tracer):
+    for path, forward in masked.forwards.items():
+        factor = forward.decay_factor
+        if isinstance(factor, jax.core.Tracer):
             raise ValueError(
                 f"compress: the decay factor of {path} is traced, so nobody can tell whether it is "
                 "0. Compress outside of jit, or pass jaxsparse.masks(opt_state) and the plan once "
                 "it is."
             )
-        if forward.decay is not None and jnp.any(forward.decay != 0):
+        if factor is not None and jnp.any(factor != 0):
             raise ValueError(
-                f"compress: the decay factor of {path} is {jnp.max(forward.decay):.3g}, not 0: the "
+                f"compress: the decay factor of {path} is {jnp.max(factor):.3g}, not 0: the "
                 "weights that would be dropped are still in use. Train past fine_tune_from of the "
                 "recipe."
             )
@@ -227,10 +106,8 @@ def _place(path: str, mask, leaf: Leaf | None) -> tuple[str, bool]:
     output axis, too.
     """
     if leaf is not None and leaf.pattern is not None:
-        if not isinstance(leaf.pattern, NM | TransposableNM) or (
-            leaf.pattern.n,
-            leaf.pattern.m,
-        ) != (2, 4):
+        groups = leaf.pattern.groups
+        if not groups or set(groups) != {(2, 4)}:
             raise ValueError(
                 f"compress: {path} is planned {leaf.pattern}, but the compressed format is 2:4. "
                 "Train it under 2:4."
@@ -300,105 +177,7 @@ def _pack(w, mask, kinds, transposable, layout):
         a.transpose(order).reshape(*stack, math.prod(output), math.prod(contracted))
         for a in (w, mask)
     )
-    values, metadata = _kept(w, mask)
+    values, metadata = to_kept(w, mask)
     return Sparse24(
         values, metadata, contracted, output, kinds, transposable=transposable
     ).with_layout(layout)
-
-
-def _kept(w, mask):
-    """A weight `[..., M, K]` and its mask to values and canonical metadata."""
-    w0, w1, w2, w3 = (w[..., i::4] for i in range(4))
-    m0, m1, m2, m3 = (mask[..., i::4] for i in range(4))
-    first = jnp.where(m0, w0, jnp.where(m1, w1, w2))
-    second = jnp.where(m3, w3, jnp.where(m2, w2, w1))
-    places = jnp.where(m0, 0, jnp.where(m1, 1, 2)) | jnp.where(m3, 3, jnp.where(m2, 2, 1)) << 2
-    values = jnp.stack([first, second], -1).reshape(*w.shape[:-1], w.shape[-1] // 2)
-    return values, _to_words(places.astype(jnp.uint16))
-
-
-def _to_words(nibbles):
-    """uint16 `[..., G]` below 16 to uint16 `[..., ceil(G/4)]`, the lowest first; the last word is
-    filled up with places 0 and 1.
-    """
-    spare = -nibbles.shape[-1] % 4
-    nibbles = jnp.pad(nibbles, [(0, 0)] * (nibbles.ndim - 1) + [(0, spare)], constant_values=4)
-    nibbles = nibbles.reshape(*nibbles.shape[:-1], -1, 4)
-    return (nibbles << _along_last(range(0, 16, 4), nibbles)).sum(-1, dtype=jnp.uint16)
-
-
-def _along_last(numbers, like):
-    """Numbers along the last axis, with as many axes and the dtype of `like`."""
-    return jnp.array(numbers, like.dtype).reshape([1] * (like.ndim - 1) + [-1])
-
-
-def _places(metadata, groups):
-    """Canonical metadata to the places of the first and the second kept weight of each group, uint8
-    `[..., M, groups]`.
-    """
-    words = metadata[..., None]
-    nibbles = (words >> _along_last(range(0, 16, 4), words)).astype(jnp.uint8)
-    nibbles = nibbles.reshape(*metadata.shape[:-1], -1)[..., :groups]
-    return nibbles & 3, nibbles >> 2 & 3
-
-
-def expand(values, metadata):
-    """Compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
-    pairs = values.reshape(*values.shape[:-1], -1, 2)
-    first, second = (kept[..., None] for kept in _places(metadata, pairs.shape[-2]))
-    place = _along_last(range(4), first)
-    zero = jnp.zeros((), values.dtype)
-    dense = jnp.where(
-        place == first, pairs[..., :1], jnp.where(place == second, pairs[..., 1:], zero)
-    )
-    return dense.reshape(*values.shape[:-1], -1)
-
-
-def gather(dense, metadata):
-    """What `[..., M, K]` holds at the kept places, `[..., M, K/2]`: the transpose of `expand`."""
-    groups = dense.reshape(*dense.shape[:-1], -1, 4)
-    places = [kept[..., None] for kept in _places(metadata, groups.shape[-2])]
-    picked = [
-        jnp.where(_along_last(range(4), kept) == kept, groups, jnp.zeros((), dense.dtype)).sum(-1)
-        for kept in places
-    ]
-    return jnp.stack(picked, -1).reshape(*dense.shape[:-1], -1)
-
-
-def turn(values, metadata):
-    """Values `[..., M, K/2]` and metadata of a transposable weight to those of its transpose,
-    `[..., K, M/2]`.
-    """
-    mask = expand(jnp.ones_like(values, bool), metadata)
-    return _kept(expand(values, metadata).swapaxes(-1, -2), mask.swapaxes(-1, -2))
-
-
-def decompress(packed):
-    """Gives back the masked weight of every `Sparse24` in a pytree, exactly; other leaves stay as
-    they are.
-
-    Args:
-      packed: a `Sparse24`, or a pytree with some.
-
-    Returns:
-      The pytree with arrays in their place, of the shape and dtype that they were compressed from.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxsparse as js
-      >>> values, metadata = jnp.array([[-4.0, 3.0]]), jnp.array([[0x4449]], jnp.uint16)
-      >>> w = js.Sparse24(values, metadata, contracting=(4,), output=())
-      >>> js.decompress(w)
-      Array([ 0., -4.,  3.,  0.], dtype=float32)
-    """
-
-    def dense(leaf):
-        if not isinstance(leaf, Sparse24):
-            return leaf
-        w = expand(leaf.values, leaf.with_layout("canonical").metadata)
-        kinds = leaf.kinds
-        order = [i for kind in "SOK" for i, one in enumerate(kinds) if one == kind]
-        w = w.reshape(*(leaf.shape[i] for i in order))
-        return w.transpose(sorted(range(len(order)), key=order.__getitem__))
-
-    return jax.tree.map(dense, packed, is_leaf=lambda leaf: isinstance(leaf, Sparse24))

@@ -1,46 +1,48 @@
-"""Arrangements of 2:4 metadata: the canonical one, and the one that the lanes of a sparse tensor
-core read.
-"""
+"""Arrangements of 2:4 metadata: the canonical one, and that of a sparse tensor core's lanes."""
+
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["convert", "preferred_layout", "tile", "untile"]
+__all__ = ["FILLER", "Layout", "convert", "metadata_form", "preferred_layout", "tile", "untile"]
 
-FILLER = (
-    0x4444  # places 0 and 1 in each of four groups: legal for the hardware, and zero times zero
-)
+Layout = Literal["canonical", "mma16"]
+FILLER = 0x4444  # places 0 and 1 in each of four groups: legal for the hardware
 
 
-def preferred_layout(dtype) -> str:
-    """The layout in which the default backend loses no time; every layout is correct on every
-    backend.
-    """
-    return (
-        "mma16"
-        if jnp.dtype(dtype).itemsize == 2 and jax.default_backend() == "gpu"
-        else "canonical"
-    )
+def preferred_layout(dtype) -> Layout:
+    """The layout in which the default backend loses no time; all are correct on all backends."""
+    sixteen = jnp.dtype(dtype).itemsize == 2
+    return "mma16" if sixteen and jax.default_backend() == "gpu" else "canonical"
+
+
+def metadata_form(layout: str, values, call: str) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of the metadata of `values` `[..., M, K/2]` in a layout."""
+    if layout not in get_args(Layout):
+        raise ValueError(
+            f"{call}: there is no metadata layout {layout!r}. Pass one of {get_args(Layout)}."
+        )
+    *stack, m, half = values.shape
+    columns = -(-half // 8)
+    if layout == "canonical":
+        return jax.ShapeDtypeStruct((*stack, m, columns), jnp.uint16)
+    if jnp.dtype(values.dtype).itemsize != 2:
+        raise ValueError(
+            f'{call}: the layout "mma16" is for weights of 16 bits, and this one is '
+            f'{values.dtype}. Pass "canonical".'
+        )
+    return jax.ShapeDtypeStruct((*stack, 2 * -(-m // 128), 2 * -(-columns // 8), 128), jnp.uint32)
 
 
 def convert(metadata, old: str, new: str, values):
     """Metadata of `values` `[..., M, K/2]` in another layout."""
-    if new not in ("canonical", "mma16"):
-        raise ValueError(
-            f'Sparse24: there is no metadata layout {new!r}. Pass "canonical" or "mma16".'
-        )
-    if new == "mma16" and jnp.dtype(values.dtype).itemsize != 2:
-        raise ValueError(
-            'Sparse24: the layout "mma16" is for weights of 16 bits, and this one is '
-            f'{values.dtype}. Pass "canonical".'
-        )
+    metadata_form(new, values, "Sparse24")
     if old == new:
         return metadata
-    return (
-        tile(metadata)
-        if new == "mma16"
-        else untile(metadata, values.shape[-2], -(-values.shape[-1] // 8))
-    )
+    if new == "mma16":
+        return tile(metadata)
+    return untile(metadata, values.shape[-2], -(-values.shape[-1] // 8))
 
 
 def tile(words):

@@ -10,10 +10,11 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jaxsparse import _checks
 from jaxsparse._kernels import ACTIVATIONS, KERNELS, misfit, preferred, unavailable
-from jaxsparse._packed.compress import Sparse24, expand, gather, turn
 from jaxsparse._packed.layouts import tile, untile
-from jaxsparse._plan.patterns import array
+from jaxsparse._packed.sparse24 import Sparse24, check_static, expand, kept_values
+from jaxsparse._packed.sparse24 import transposed as to_transposed
 
 __all__ = ["chosen", "common_dtype", "sparse_matmul", "sparse_matmul_p"]
 
@@ -89,13 +90,14 @@ def sparse_matmul(
             f"sparse_matmul: `w` is a {type(w).__name__}, not a Sparse24. Make one with "
             "jaxsparse.compress."
         )
+    check_static(w, "sparse_matmul")
     check_implementation(implementation, "sparse_matmul")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"sparse_matmul: there is no activation {activation!r}. Pass one of "
             f"{tuple(ACTIVATIONS)}."
         )
-    x = array(x, "sparse_matmul: `x`")
+    x = _checks.array(x, "sparse_matmul: `x`")
     stack, ends = w.values.shape[:-2], x.ndim - len(w.contracting)
     if x.shape[max(ends, 0) :] != w.contracting:
         raise ValueError(
@@ -335,7 +337,7 @@ def _with_kernel(run, layout, transposed, x, values, metadata, *bias):
         y = lax.map(lambda one: _with_kernel(run, layout, transposed, *one), operands)
         return y.reshape(*stack, *y.shape[1:])
     if transposed:
-        values, metadata = turn(values, _canonical(values, metadata, layout))
+        values, metadata = to_transposed(values, _canonical(values, metadata, layout))
     return run(
         x, values, tile(metadata) if transposed or layout == "canonical" else metadata, *bias
     )
@@ -409,7 +411,7 @@ def _transpose(ct, x, values, metadata, *, transposed, **params):
         )
     outputs, inputs = (x, ct) if transposed else (ct, x)
     product = _contract(outputs, inputs, -2, -2, params["precision"]).astype(values.aval.dtype)
-    return None, gather(product, _canonical(values.aval, metadata, params["layout"])), None
+    return None, kept_values(product, _canonical(values.aval, metadata, params["layout"])), None
 
 
 def _batch(operands, dims, **params):

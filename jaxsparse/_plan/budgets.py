@@ -3,14 +3,13 @@
 import dataclasses
 import math
 
-from jaxsparse._plan.patterns import Block, Unstructured, check_choice
-from jaxsparse._plan.patterns import density as checked
+from jaxsparse import _checks
 from jaxsparse._plan.plan import Leaf, Plan, check_plan
 
 __all__ = ["layer_budget"]
 
 
-def layer_budget(plan: Plan, density: float, method: str) -> Plan:
+def layer_budget(plan: Plan, density: float, method: _checks.Budget) -> Plan:
     """Shares a density among the leaves that a plan makes `Unstructured` or `Block`; the others
     stay as they are.
 
@@ -47,13 +46,13 @@ def layer_budget(plan: Plan, density: float, method: str) -> Plan:
       Connectivity; Evci et al., Rigging the Lottery, section 3, for ERK.
     """
     check_plan("layer_budget", plan)
-    density = checked(density, "layer_budget")
-    check_choice("layer_budget", "method", method, ("uniform", "er", "erk", "global"))
-    budgeted = [leaf for leaf in plan.leaves if isinstance(leaf.pattern, Unstructured | Block)]
+    density = _checks.density("layer_budget", density)
+    _checks.choice("layer_budget", "method", method, _checks.Budget)
+    budgeted = [leaf for leaf in plan.sparse.values() if leaf.pattern.adjustable]
     if not budgeted:
         raise ValueError(f"layer_budget: no leaf of the plan is Unstructured or Block:\n{plan}")
     for leaf in budgeted:
-        if leaf.pattern.schedule is not None:  # type: ignore[union-attr]
+        if leaf.pattern.schedule is not None:
             raise ValueError(
                 f"layer_budget: the density of {leaf.path} follows a schedule. Plan it with a "
                 "number, which the budget replaces."
@@ -68,9 +67,8 @@ def layer_budget(plan: Plan, density: float, method: str) -> Plan:
     def share(leaf):
         if leaf.path not in shares:
             return leaf
-        return dataclasses.replace(
-            leaf, pattern=dataclasses.replace(leaf.pattern, density=shares[leaf.path], scope=scope)
-        )
+        pattern = leaf.pattern.with_density(shares[leaf.path], scope)
+        return dataclasses.replace(leaf, pattern=pattern)
 
     return Plan(tuple(map(share, plan.leaves)))
 

@@ -1,27 +1,26 @@
-"""Sparsity patterns: what shape of weights participates."""
+"""The sparsity patterns."""
 
 import dataclasses
-import operator
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-__all__ = [
-    "NM",
-    "Block",
-    "Pattern",
-    "TransposableNM",
-    "Unstructured",
-    "as_pattern",
-    "axes_in",
-    "integer",
-    "why_not",
-]
+from jaxsparse import _checks
+from jaxsparse._masks.blocks import block_masks
+from jaxsparse._masks.nm import mask_of_magnitudes, mask_of_scores
+from jaxsparse._masks.topk import ranked_masks
+from jaxsparse._masks.transposable import check_supported, transposable_mask
+from jaxsparse._plan.pattern import Pattern
+from jaxsparse._plan.stages import geometric_stages, stepwise_stages
+
+__all__ = ["NM", "Block", "TransposableNM", "Unstructured", "as_pattern"]
 
 
 @dataclasses.dataclass(frozen=True)
-class NM:
+class NM(Pattern):
     """`n` of every `m` neighbouring weights along `axis` participate.
 
     Written `"2:4"` wherever a pattern is expected and the axis is known from elsewhere.
@@ -52,15 +51,10 @@ class NM:
     axis: int | None = None
 
     def __post_init__(self):
-        for name in ("n", "m", "axis"):
-            value = getattr(self, name)
-            if value is not None or name != "axis":
-                object.__setattr__(self, name, integer(value, f"NM: `{name}`"))
-        if not 1 <= self.n <= self.m:
-            raise ValueError(
-                f"NM: n={self.n} is not in 1..m={self.m}. n of every m weights participate, as in "
-                "NM(2, 4)."
-            )
+        n, m = _checks.counts("NM", self.n, self.m)
+        axis = None if self.axis is None else _checks.integer(self.axis, "NM: `axis`")
+        for name, value in (("n", n), ("m", m), ("axis", axis)):
+            object.__setattr__(self, name, value)
 
     @property
     def density(self) -> float:
@@ -78,6 +72,11 @@ class NM:
         return (self.m,)
 
     @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """For each of its axes, `n` and `m`."""
+        return ((self.n, self.m),)
+
+    @property
     def hint(self) -> str:
         """How to name its axes."""
         return f"Name the one that the matmul sums over, as in NM({self.n}, {self.m}, axis=0)."
@@ -86,12 +85,29 @@ class NM:
         """The same pattern along other axes."""
         return NM(self.n, self.m, None if axes is None else axes[0])
 
+    def masks(self, values, axes, *, magnitude, stack=(), step=0):
+        """The mask of the one array."""
+        (array,), ((axis,),) = values, axes
+        return [(mask_of_magnitudes if magnitude else mask_of_scores)(array, self.n, self.m, axis)]
+
+    def place_bits(self, shape: tuple[int, ...]) -> float:
+        """For each weight that participates, the bits of one of m places."""
+        return math.prod(shape) * self.density * (self.m - 1).bit_length()
+
+    def stages(self, kind: _checks.StageKind, k: int = 16) -> tuple["NM", ...]:
+        """Those of `stepwise_stages` or `geometric_stages`."""
+        stepwise = kind == "stepwise"
+        counts = (
+            stepwise_stages(self.n, self.m) if stepwise else geometric_stages(self.n, self.m, k)
+        )
+        return tuple(NM(n, m, self.axis) for n, m in counts)
+
     def __str__(self):
         return f"{self.n}:{self.m}"
 
 
 @dataclasses.dataclass(frozen=True)
-class TransposableNM:
+class TransposableNM(Pattern):
     """`n` of every `m` weights participate along both of two axes: the mask of the transpose is the
     transposed mask.
 
@@ -125,16 +141,10 @@ class TransposableNM:
     axes: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        for name in ("n", "m"):
-            object.__setattr__(
-                self, name, integer(getattr(self, name), f"TransposableNM: `{name}`")
-            )
-        if self.m != 4 or self.n not in (1, 2, 3):
-            raise ValueError(
-                f"TransposableNM: {self.n}:{self.m} is not supported along two axes. Pass 1:4, 2:4 "
-                "or 3:4, or NM for one."
-            )
-        object.__setattr__(self, "axes", _two(self.axes, "TransposableNM: `axes`"))
+        n, m = check_supported("TransposableNM", self.n, self.m)
+        axes = None if self.axes is None else _checks.two_axes(self.axes, "TransposableNM: `axes`")
+        for name, value in (("n", n), ("m", m), ("axes", axes)):
+            object.__setattr__(self, name, value)
 
     @property
     def density(self) -> float:
@@ -145,6 +155,11 @@ class TransposableNM:
     def multiples(self) -> tuple[int, ...]:
         """For each of its axes, what the size must be a multiple of."""
         return (self.m, self.m)
+
+    @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """For each of its axes, `n` and `m`."""
+        return ((self.n, self.m), (self.n, self.m))
 
     @property
     def hint(self) -> str:
@@ -158,12 +173,27 @@ class TransposableNM:
         """The same pattern along other axes."""
         return dataclasses.replace(self, axes=axes)
 
+    def masks(self, values, axes, *, magnitude, stack=(), step=0):
+        """The mask of the one array."""
+        (array,), (pair,) = values, axes
+        return [transposable_mask(array, self.n, pair, magnitude=magnitude)]
+
+    def place_bits(self, shape: tuple[int, ...]) -> float:
+        """For each weight that participates, the bits of one of m places."""
+        return math.prod(shape) * self.density * (self.m - 1).bit_length()
+
+    def stages(self, kind: _checks.StageKind, k: int = 16) -> tuple["TransposableNM", ...]:
+        """Those of `stepwise_stages`; groups longer than 4 are not supported."""
+        if kind == "geometric" and k > 1:
+            return ()
+        return tuple(TransposableNM(n, m, self.axes) for n, m in stepwise_stages(self.n, self.m))
+
     def __str__(self):
         return f"transposable {self.n}:{self.m}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """The weights of largest magnitude participate, wherever they are.
 
     Exactly `density * size` of them stay, rounded half up, and at least one. In a stack of weights
@@ -175,10 +205,10 @@ class Unstructured:
         `gradual_density` makes. A function is equal to itself alone, and so is the pattern.
       scope: `"leaf"`, each leaf keeps the density; `"global"`, all leaves under this pattern
         together do.
-      schedule: left out; the function, if `density` is one.
 
     Attributes:
       density: the fraction, that of the last step if it follows a function.
+      schedule: the function, if `density` is one.
 
     Raises:
       TypeError: `density` is neither a number nor a function.
@@ -195,26 +225,40 @@ class Unstructured:
       Advances in Sparse Neural Model Training, Algorithm 1, with top-d of magnitude.
     """
 
-    density: float
+    density: Any
     scope: str = "leaf"
-    schedule: Callable | None = dataclasses.field(default=None, kw_only=True, repr=False)
+    schedule: Callable | None = dataclasses.field(default=None, init=False, repr=False)
 
     axes = ()
     multiples = ()
+    groups = ()
+    hint = "It has no axes."
 
     def __post_init__(self):
-        _check_density(self)
+        _settle_density(self)
 
     def along(self, axes: tuple[int, ...] | None) -> "Unstructured":
         """Itself: it has no axes."""
         return self
+
+    def masks(self, values, axes, *, magnitude, stack=(), step=0):
+        """The masks of all arrays, ranked together."""
+        return ranked_masks(values, _density_at(self, step), magnitude=magnitude, stack=stack)
+
+    def place_bits(self, shape: tuple[int, ...]) -> float:
+        """One bit for each weight."""
+        return math.prod(shape)
+
+    def with_density(self, density: float | Callable, scope: str | None = None) -> "Unstructured":
+        """The same pattern at another density."""
+        return Unstructured(density, scope or self.scope)
 
     def __str__(self):
         return f"unstructured {_density_text(self)}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(Pattern):
     """The blocks of largest magnitude participate, all weights of a block or none.
 
     Blocks stand over two axes; along the others each place has its own. Where a size is no multiple
@@ -228,19 +272,19 @@ class Block:
         pattern.
       axes: the two axes, the one that the matmul sums over first. None where the module that owns
         the kernel tells (see `jaxsparse.flax.plan`).
-      score: what ranks a block: its `"max"`, `"mean"` or `"l2"` (the root of the sum of squares).
+      pool: what ranks a block: its `"max"`, `"mean"` or `"l2"` (the root of the sum of squares).
       scope: `"leaf"`, each leaf keeps the density; `"global"`, all leaves under this pattern
         together do.
-      schedule: left out; the function, if `density` is one.
 
     Attributes:
       density: the fraction, that of the last step if it follows a function.
+      schedule: the function, if `density` is one.
 
     Raises:
       TypeError: a size or an axis is not an integer, or `density` is neither a number nor a
         function.
       ValueError: `shape` is not two sizes of 1 or more, `density` is not in (0, 1], `axes` are not
-        two different axes, or `score` or `scope` is not one of theirs.
+        two different axes, or `pool` or `scope` is not one of theirs.
 
     Example:
       >>> import jaxsparse as js
@@ -252,25 +296,21 @@ class Block:
     """
 
     shape: tuple[int, ...]
-    density: float
+    density: Any
     axes: tuple[int, ...] | None = None
-    score: str = "max"
+    pool: _checks.Pool = "max"
     scope: str = "leaf"
-    schedule: Callable | None = dataclasses.field(default=None, kw_only=True, repr=False)
+    schedule: Callable | None = dataclasses.field(default=None, init=False, repr=False)
 
     multiples = (1, 1)
+    groups = ()
 
     def __post_init__(self):
-        shape = _integers(self.shape, "Block: `shape`")
-        if len(shape) != 2 or min(shape) < 1:
-            raise ValueError(
-                f"Block: shape={self.shape} is not two sizes of 1 or more. Pass those along "
-                "`axes`, as in Block((4, 4), 0.5)."
-            )
-        object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "axes", _two(self.axes, "Block: `axes`"))
-        check_choice("Block", "score", self.score, ("max", "mean", "l2"))
-        _check_density(self)
+        axes = None if self.axes is None else _checks.two_axes(self.axes, "Block: `axes`")
+        object.__setattr__(self, "shape", _checks.shape_of_block("Block", self.shape))
+        object.__setattr__(self, "axes", axes)
+        _checks.choice("Block", "pool", self.pool, _checks.Pool)
+        _settle_density(self)
 
     @property
     def hint(self) -> str:
@@ -282,82 +322,49 @@ class Block:
 
     def along(self, axes: tuple[int, ...] | None) -> "Block":
         """The same pattern along other axes."""
-        return dataclasses.replace(self, axes=axes)
+        return Block(self.shape, self.schedule or self.density, axes, self.pool, self.scope)
+
+    def masks(self, values, axes, *, magnitude, stack=(), step=0):
+        """The masks of all arrays, whose blocks are ranked together."""
+        density = _density_at(self, step)
+        return block_masks(
+            values, axes, self.shape, density, self.pool, magnitude=magnitude, stack=stack
+        )
+
+    def place_bits(self, shape: tuple[int, ...]) -> float:
+        """One bit for each block."""
+        covered = [shape[axis] for axis in self.axes or ()]
+        blocks = [math.ceil(n / side) for n, side in zip(covered, self.shape, strict=True)]
+        return math.prod(shape) // math.prod(covered) * math.prod(blocks)
+
+    def with_density(self, density: float | Callable, scope: str | None = None) -> "Block":
+        """The same pattern at another density."""
+        return Block(self.shape, density, self.axes, self.pool, scope or self.scope)
 
     def __str__(self):
         return f"block {self.shape[0]}x{self.shape[1]} {_density_text(self)}"
 
 
-Pattern = NM | TransposableNM | Unstructured | Block
-
-
-def _check_density(pattern):
+def _settle_density(pattern):
     call = type(pattern).__name__
     if callable(pattern.density):
         object.__setattr__(pattern, "schedule", pattern.density)
         with jax.ensure_compile_time_eval():
             object.__setattr__(pattern, "density", float(pattern.density(jnp.iinfo(jnp.int32).max)))
-    object.__setattr__(pattern, "density", density(pattern.density, call))
-    check_choice(call, "scope", pattern.scope, ("leaf", "global"))
+    object.__setattr__(pattern, "density", _checks.density(call, pattern.density))
+    _checks.choice(call, "scope", pattern.scope, _checks.Scope)
+
+
+def _density_at(pattern, step):
+    """The density at an optimizer step: a float, or a float32 scalar under a schedule."""
+    if pattern.schedule is None:
+        return pattern.density
+    return jnp.asarray(pattern.schedule(step), jnp.float32)
 
 
 def _density_text(pattern):
     to = "to " if pattern.schedule else ""
     return f"{to}{pattern.density:.3g}{' global' if pattern.scope == 'global' else ''}"
-
-
-def density(value, call) -> float:
-    """A density in (0, 1] as a float."""
-    try:
-        fraction = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{call}: `density` must be a number, not {value!r}.") from None
-    if not 0 < fraction <= 1:
-        raise ValueError(
-            f"{call}: density={fraction:g} is not in (0, 1]. A density is the fraction kept."
-        )
-    return fraction
-
-
-def check_choice(call, name, value, choices):
-    if value not in choices:
-        raise ValueError(
-            f"{call}: {name}={value!r} is none of {', '.join(map(repr, choices))}. Pass one of "
-            "them."
-        )
-
-
-def _integers(values, what):
-    try:
-        values = tuple(values)
-    except TypeError:
-        raise TypeError(f"{what} must be two integers, not {values!r}.") from None
-    return tuple(integer(value, what) for value in values)
-
-
-def _two(axes, what):
-    if axes is None:
-        return None
-    axes = _integers(axes, what)
-    if len(set(axes)) != 2 or len(axes) != 2:
-        raise ValueError(f"{what} are {axes}, not two different axes. Pass two, as in axes=(0, 1).")
-    return axes
-
-
-def integer(value, what):
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{what} must be an integer, not {value!r}.") from None
-
-
-def array(value, what):
-    try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{what} must be an array, not a {type(value).__name__}. Trees go through their leaves."
-        ) from error
 
 
 def as_pattern(spec: Pattern | str, call: str = "as_pattern") -> Pattern:
@@ -386,36 +393,3 @@ def as_pattern(spec: Pattern | str, call: str = "as_pattern") -> Pattern:
         return NM(int(n), int(m))
     except ValueError as error:
         raise ValueError(f"{call}: {error}") from None
-
-
-def axes_in(pattern: Pattern, ndim: int) -> tuple[int, ...]:
-    """The non-negative axes of `pattern` in an array of `ndim` axes; ValueError if there are none
-    such.
-    """
-    if pattern.axes is None:
-        raise ValueError(f"the axis is never guessed from a shape. {pattern.hint}")
-    for axis in pattern.axes:
-        if not -ndim <= axis < ndim:
-            raise ValueError(f"axis {axis} is out of range for {ndim} axes")
-    axes = tuple(axis % ndim for axis in pattern.axes)
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"axes {pattern.axes} of {ndim} axes are the same one")
-    return axes
-
-
-def why_not(pattern: Pattern, shape: tuple[int, ...], dtype) -> str | None:
-    """Says why an array of `shape` and `dtype` cannot follow `pattern`; None if it can."""
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        return f"{getattr(dtype, 'name', dtype)} has no order to rank by"
-    if 0 in shape:
-        return "it is empty"
-    if not shape:
-        return "it is a scalar"
-    try:
-        axes = axes_in(pattern, len(shape))
-    except ValueError as error:
-        return str(error)
-    for name, axis, m in zip(pattern.axes or (), axes, pattern.multiples, strict=True):
-        if shape[axis] % m:
-            return f"axis {name} has size {shape[axis]}, not a multiple of m={m}"
-    return None

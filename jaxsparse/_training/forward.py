@@ -3,14 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from jaxsparse._plan.patterns import array
-from jaxsparse._plan.plan import leaf_paths
-from jaxsparse._training.state import Forward, forwards, merged_masks
+from jaxsparse import _checks
+from jaxsparse._plan.paths import by_path
+from jaxsparse._training.state import Forward, Masked, read_state
 
-__all__ = ["apply_masks", "check_gradient", "masks_by_path", "effective_weight", "effective_params"]
+__all__ = ["apply_masks", "effective_params", "effective_weight", "map_masked", "match_masks"]
 
 
-def effective_weight(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Array:
+def effective_weight(
+    w, mask, decay_factor=0.0, *, gradient: _checks.Gradient = "dense"
+) -> jax.Array:
     """The effective weight `w * (M + D * (1 - M))`: `w` where the mask participates, `D * w`
     elsewhere.
 
@@ -20,7 +22,7 @@ def effective_weight(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Arra
     Args:
       w: weights, floating array of any shape.
       mask: boolean array of the shape of `w`, or a boolean scalar; True = participates.
-      decay: the decay factor D in [0, 1], a float or a traced scalar.
+      decay_factor: the factor D in [0, 1], a float or a traced scalar.
       gradient: `"dense"`, the straight-through estimator: every weight receives the gradient with
         respect to the effective weight, unscaled. `"masked"`, the chain rule: scaled as the weight
         is.
@@ -30,8 +32,8 @@ def effective_weight(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Arra
 
     Raises:
       TypeError: the mask is not boolean, or `w` is not floating.
-      ValueError: the mask has another shape than `w`, `decay` is no scalar, or `gradient` is
-        neither of the two.
+      ValueError: the mask has another shape than `w`, `decay_factor` is not a scalar, or
+        `gradient` is neither of the two.
 
     Example:
       >>> import jax
@@ -47,8 +49,9 @@ def effective_weight(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Arra
       Advances in Sparse Neural Model Training, Algorithm 1, for the dense gradient; Bambhaniya et
       al., Progressive Gradient Flow, section 3, for the decay factor and the masked one.
     """
-    w, mask = array(w, "effective_weight: `w`"), array(mask, "effective_weight: `mask`")
-    check_gradient(gradient, "effective_weight")
+    w = _checks.array(w, "effective_weight: `w`")
+    mask = _checks.array(mask, "effective_weight: `mask`")
+    _checks.choice("effective_weight", "gradient", gradient, _checks.Gradient)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"effective_weight: `w` is {w.dtype}. Pass floating-point weights.")
     if mask.dtype != bool:
@@ -61,32 +64,25 @@ def effective_weight(w, mask, decay=0.0, *, gradient: str = "dense") -> jax.Arra
             f"effective_weight: `mask` has shape {mask.shape}, but `w` has shape {w.shape}. Make "
             "the mask of these weights."
         )
-    if not isinstance(decay, (int, float)) and array(decay, "effective_weight: `decay`").shape:
+    if jnp.shape(_checks.array(decay_factor, "effective_weight: `decay_factor`")):
         raise ValueError(
-            f"effective_weight: `decay` has shape {jnp.shape(decay)}, but it is one factor for all "
-            "weights. Pass a scalar."
+            f"effective_weight: `decay_factor` has shape {jnp.shape(decay_factor)}, but it is one "
+            "factor for all weights. Pass a scalar."
         )
-    return (_straight_through if gradient == "dense" else _effective)(w, mask, decay)
+    return (_straight_through if gradient == "dense" else _effective)(w, mask, decay_factor)
 
 
-def check_gradient(gradient: str, call: str):
-    if gradient not in ("dense", "masked"):
-        raise ValueError(
-            f'{call}: gradient={gradient!r} is neither "dense" (straight-through) nor "masked" '
-            "(chain rule). Pass one of them."
-        )
-
-
-def _effective(w, mask, decay):
-    if isinstance(decay, (int, float)) and decay == 0:
-        return jnp.where(mask, w, 0)
-    decay = jnp.asarray(decay, w.dtype)
-    return jnp.where(mask, w, jnp.where(decay == 0, 0, decay * w))
+def _effective(w, mask, decay_factor):
+    zero = jnp.zeros((), w.dtype)
+    if isinstance(decay_factor, (int, float)) and decay_factor == 0:
+        return jnp.where(mask, w, zero)
+    factor = jnp.asarray(decay_factor, w.dtype)
+    return jnp.where(mask, w, jnp.where(factor == 0, zero, factor * w))
 
 
 @jax.custom_jvp
-def _straight_through(w, mask, decay):
-    return _effective(w, mask, decay)
+def _straight_through(w, mask, decay_factor):
+    return _effective(w, mask, decay_factor)
 
 
 @_straight_through.defjvp
@@ -95,39 +91,59 @@ def _(primals, tangents):
     return _straight_through(*primals), tangents[0]
 
 
-def masks_by_path(
-    masks, params, call: str, *, prefix: str = "", partial: bool = False
-) -> list[jax.Array | None]:
-    """For every leaf of `params`, in tree order, its mask in `masks`, or None where it is dense.
+def match_masks(masks, params, call: str, *, partial: bool = False) -> list[jax.Array | None]:
+    """For every leaf of `params`, in tree order, its mask, or None where it is dense.
 
-    `params` is what the masks were made for, or its subtree under the path `prefix`; `partial`
-    allows it to lack leaves.
+    Args:
+      masks: pytree of masks.
+      params: what they were made for.
+      call: the name of the public function, for errors.
+      partial: whether `params` may lack leaves, as under `optax.masked`.
 
     Raises:
-      ValueError: the masks mark a leaf that `params` lacks or has in another shape.
+      ValueError: `params` has not the leaves that the masks were made for, or in another shape.
     """
-    found = {
-        path: mask
-        for path, mask in zip(leaf_paths(masks), jax.tree.leaves(masks), strict=True)
-        if mask.ndim
-    }
-    paths = [prefix + path for path in leaf_paths(params)]
-    missing = {path for path in found if path.startswith(prefix)} - set(paths)
-    if missing and not partial:
+    known, leaves = by_path(masks), by_path(params)
+    sparse = {path: mask for path, mask in known.items() if mask.ndim}
+    missing = leaves.keys() - known.keys() if partial else sparse.keys() - leaves.keys()
+    if missing and sparse:
+        where = ("parameters", "masks") if partial else ("masks", "parameters")
         raise ValueError(
-            f"{call}: the masks have a leaf {min(missing)} that the parameters lack; they have: "
-            f"{', '.join(paths)}. Pass the masks that were made for these parameters."
+            f"{call}: the {where[0]} have a leaf {min(missing)} that the {where[1]} lack; they "
+            f"have: {', '.join(known if partial else leaves)}. Pass the masks that were made for "
+            "these parameters."
         )
-    for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
-        if path in found and found[path].shape != jnp.shape(leaf):
+    for path in sparse.keys() & leaves.keys():
+        if sparse[path].shape != jnp.shape(leaves[path]):
             raise ValueError(
-                f"{call}: {path} has shape {jnp.shape(leaf)}, but its mask has shape "
-                f"{found[path].shape}. Pass the masks that were made for these parameters."
+                f"{call}: {path} has shape {jnp.shape(leaves[path])}, but its mask has shape "
+                f"{sparse[path].shape}. Pass the masks that were made for these parameters."
             )
-    return [found.get(path) for path in paths]
+    return [sparse.get(path) for path in leaves]
 
 
-def effective_params(params, opt_state, *, gradient: str | None = None):
+def map_masked(f, masks, tree, *rest, call: str, partial: bool = False):
+    """The tree with `f(path, mask, leaf, *others)` in place of its masked leaves.
+
+    Args:
+      f: a function of a path, the mask, the leaf of the tree and those of the other trees.
+      masks: pytree of masks.
+      tree: what the masks were made for.
+      *rest: pytrees of the same structure.
+      call: the name of the public function, for errors.
+      partial: whether `tree` may lack leaves, as under `optax.masked`.
+    """
+    found = match_masks(masks, tree, call, partial=partial)
+    structure = jax.tree.structure(tree)
+    others = [jax.tree.leaves(one) for one in rest]
+    joined = zip(found, by_path(tree).items(), *others, strict=True)
+    return jax.tree.unflatten(
+        structure,
+        [x if mask is None else f(path, mask, x, *xs) for mask, (path, x), *xs in joined],
+    )
+
+
+def effective_params(params, opt_state, *, gradient: _checks.Gradient | None = None):
     """The effective parameters: every sparse leaf masked, the dense ones as they are.
 
     The masks, the decay factor and the gradient are those that the optimizer state holds for the
@@ -160,46 +176,20 @@ def effective_params(params, opt_state, *, gradient: str | None = None):
       Advances in Sparse Neural Model Training, Algorithm 1, lines 4 to 6.
     """
     return apply_masks(
-        params,
-        merged_masks(opt_state, "effective_params"),
-        forwards(opt_state),
-        "effective_params",
-        gradient=gradient,
+        params, read_state(opt_state, "effective_params"), "effective_params", gradient
     )
 
 
-def apply_masks(
-    params,
-    masks,
-    treated: dict[str, Forward],
-    call: str,
-    *,
-    prefix: str = "",
-    gradient: str | None = None,
-):
-    """`params`, or their subtree under the path `prefix`, with every sparse leaf masked; `treated`
-    is what `forwards` gives.
-    """
+def apply_masks(params, masked: Masked, call: str, gradient: str | None = None):
+    """The parameters with every sparse leaf in its effective form."""
     if gradient is not None:
-        check_gradient(gradient, call)
-    leaves, treedef = jax.tree.flatten(params)
-    found = masks_by_path(masks, params, call, prefix=prefix)
+        _checks.choice(call, "gradient", gradient, _checks.Gradient)
 
-    def effective(path, w, mask):
-        if mask is None:
-            return w
+    def effective(path, mask, w):
         if not jnp.issubdtype(jnp.result_type(w), jnp.floating):
             raise TypeError(f"{call}: {path} is {jnp.result_type(w)}. Pass floating-point weights.")
-        forward = treated.get(path, Forward())
-        return effective_weight(
-            w,
-            mask,
-            0.0 if forward.decay is None else forward.decay,
-            gradient=gradient or forward.gradient,
-        )
+        forward = masked.forwards.get(path, Forward())
+        factor = 0.0 if forward.decay_factor is None else forward.decay_factor
+        return effective_weight(w, mask, factor, gradient=gradient or forward.gradient)
 
-    masked = [
-        effective(prefix + path, w, mask)
-        for path, w, mask in zip(leaf_paths(params), leaves, found, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, masked)
+    return map_masked(effective, masked.masks, params, call=call)

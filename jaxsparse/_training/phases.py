@@ -5,7 +5,8 @@ import math
 import numbers
 from collections.abc import Callable
 
-from jaxsparse._plan.patterns import Pattern, integer
+from jaxsparse import _checks
+from jaxsparse._plan.pattern import Pattern
 from jaxsparse._plan.plan import Leaf, Plan, check_plan
 
 __all__ = ["as_step", "in_stages", "phases", "with_patterns"]
@@ -62,7 +63,7 @@ def phases(call: str, total_steps: int, dense_until, fine_tune_from) -> tuple[in
       TypeError: `total_steps` is no integer, or a boundary is no number.
       ValueError: a boundary is out of range, or they are not in order, or one phase has no step.
     """
-    total = integer(total_steps, f"{call}: `total_steps`")
+    total = _checks.integer(total_steps, f"{call}: `total_steps`")
     begin = as_step(call, "dense_until", dense_until, total)
     end = as_step(call, "fine_tune_from", fine_tune_from, total)
     for phase, first, last in (

@@ -6,16 +6,15 @@ the optimizer; `decay_nonparticipating`, `reset_nonparticipating` and `fix_nonpa
 updates, after it.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse._plan.plan import leaf_paths
-from jaxsparse._training.forward import masks_by_path
-from jaxsparse._training.rewire import _check_steps
+from jaxsparse import _checks
+from jaxsparse._plan.paths import by_path
+from jaxsparse._training.forward import map_masked
 
 __all__ = [
     "add_decayed_nonparticipating",
@@ -50,23 +49,28 @@ def scale_nonparticipating(s: float) -> optax.GradientTransformationExtraArgs:
     References:
       Advances in Sparse Neural Model Training, section 3.2.
     """
-    _check_factor("scale_nonparticipating", s=s)
-    return _stateless("scale_nonparticipating", lambda g, w: (g * s).astype(g.dtype))
+    _checks.factor("scale_nonparticipating", "s", s)
+
+    def scaled(g):
+        return g * jnp.asarray(s, g.dtype)
+
+    return _stateless("scale_nonparticipating", scaled)
 
 
-def add_decayed_nonparticipating(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Adds `decay * w` to the gradient of non-participating weights, which pulls them towards zero;
-    place it before the optimizer.
+def add_decayed_nonparticipating(weight_decay: float) -> optax.GradientTransformationExtraArgs:
+    """Adds `weight_decay * w` to the gradient of non-participating weights, as SR-STE does.
+
+    It pulls them towards zero. Place it before the optimizer.
 
     Args:
-      decay: `lambda` in the paper, which uses 2e-4.
+      weight_decay: `lambda` in the paper, which uses 2e-4.
 
     Returns:
       A transformation without state. Its `update` needs `params` and the extra argument `masks`,
       which `rewire` provides.
 
     Raises:
-      ValueError: `decay` is below 0 or not finite; in `update`, there are no masks or no
+      ValueError: `weight_decay` is below 0 or not finite; in `update`, there are no masks or no
         parameters, or they do not belong together.
 
     Example:
@@ -80,28 +84,31 @@ def add_decayed_nonparticipating(decay: float) -> optax.GradientTransformationEx
     References:
       Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch.
     """
-    _check_factor("add_decayed_nonparticipating", decay=decay)
-    return _stateless(
-        "add_decayed_nonparticipating",
-        lambda g, w: (g + decay * w).astype(g.dtype),
-        needs_params=True,
-    )
+    _checks.factor("add_decayed_nonparticipating", "weight_decay", weight_decay)
+
+    def pulled(g, w):
+        dtype = jnp.promote_types(g.dtype, w.dtype)
+        pull = jnp.asarray(weight_decay, dtype) * w.astype(dtype)
+        return (g.astype(dtype) + pull).astype(g.dtype)
+
+    return _stateless("add_decayed_nonparticipating", pulled, needs_params=True)
 
 
-def decay_nonparticipating(beta: float) -> optax.GradientTransformationExtraArgs:
-    """Shrinks updated non-participating weights by the factor `1 - beta` (REGULARIZE); place it
-    after the optimizer.
+def decay_nonparticipating(weight_decay: float) -> optax.GradientTransformationExtraArgs:
+    """Shrinks updated non-participating weights by `1 - weight_decay` (REGULARIZE).
+
+    Place it after the optimizer.
 
     Args:
-      beta: what they lose each step; the paper uses 2e-4.
+      weight_decay: what they lose each step; the paper uses 2e-4.
 
     Returns:
       A transformation without state. Its `update` needs `params` and the extra argument `masks`,
       which `rewire` provides.
 
     Raises:
-      ValueError: `beta` is not in [0, 1]; in `update`, there are no masks or no parameters, or they
-        do not belong together.
+      ValueError: `weight_decay` is not in [0, 1]; in `update`, there are no masks or no parameters,
+        or they do not belong together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,12 +121,15 @@ def decay_nonparticipating(beta: float) -> optax.GradientTransformationExtraArgs
     References:
       Advances in Sparse Neural Model Training, Algorithm 1, line 11.
     """
-    _check_factor("decay_nonparticipating", most=1, beta=beta)
-    return _stateless(
-        "decay_nonparticipating",
-        lambda u, w: (u - beta * (w + u)).astype(u.dtype),
-        needs_params=True,
-    )
+    _checks.factor("decay_nonparticipating", "weight_decay", weight_decay, most=1)
+
+    def shrunk(u, w):
+        dtype = jnp.promote_types(u.dtype, w.dtype)
+        wide = u.astype(dtype)
+        lost = jnp.asarray(weight_decay, dtype) * (w.astype(dtype) + wide)
+        return (wide - lost).astype(u.dtype)
+
+    return _stateless("decay_nonparticipating", shrunk, needs_params=True)
 
 
 class ResetState(NamedTuple):
@@ -131,10 +141,11 @@ class ResetState(NamedTuple):
 
 
 def reset_nonparticipating(every: int) -> optax.GradientTransformationExtraArgs:
-    """Sets non-participating weights to exactly 0 at every step t that is a multiple of `every`
+    """Sets non-participating weights to 0 at every step t that is a multiple of `every`
     (RESET); place it after the optimizer.
 
-    Steps count from 0, so the first update resets too, as Algorithm 1 writes it.
+    Steps count from 0, so the first update resets too, as Algorithm 1 writes it. Updates keep their
+    dtype: where they are narrower than the weights, what rounding leaves of a weight stays.
 
     Args:
       every: the steps between two resets (`z` in the paper, about 1000); 1 trains without rewiring.
@@ -158,7 +169,7 @@ def reset_nonparticipating(every: int) -> optax.GradientTransformationExtraArgs:
     References:
       Advances in Sparse Neural Model Training, section 3.3 and Algorithm 1, line 10.
     """
-    _check_steps("reset_nonparticipating", every=every)
+    _checks.steps("reset_nonparticipating", "every", every)
     return _zeroing("reset_nonparticipating", lambda count: count % every == 0)
 
 
@@ -166,7 +177,7 @@ def fix_nonparticipating(after: int) -> optax.GradientTransformationExtraArgs:
     """Holds non-participating weights at exactly 0 from step `after` on (FIX); place it after the
     optimizer.
 
-    Rewiring must stop at the same step: `rewire(..., until=after)`, as
+    Updates keep their dtype, as in `reset_nonparticipating`. Rewiring must stop at the same step: `rewire(..., until=after)`, as
     `recipes.explore_exploit(fix_after=...)` does.
 
     Args:
@@ -191,19 +202,8 @@ def fix_nonparticipating(after: int) -> optax.GradientTransformationExtraArgs:
     References:
       Advances in Sparse Neural Model Training, section 3.3 and Algorithm 1, line 9.
     """
-    _check_steps("fix_nonparticipating", after=after, least=0)
+    _checks.steps("fix_nonparticipating", "after", after, least=0)
     return _zeroing("fix_nonparticipating", lambda count: count >= after)
-
-
-def _check_factor(call, *, most=math.inf, **factors):
-    ((name, value),) = factors.items()
-    if isinstance(value, jax.Array):  # as optax.inject_hyperparams passes it
-        return
-    if not 0 <= value <= most or math.isinf(value):
-        raise ValueError(
-            f"{call}: {name}={value} is not in [0, {most}{']' if most == 1 else ')'}. Pass a "
-            "number that is."
-        )
 
 
 def _on_nonparticipating(call, f, updates, params, masks, needs_params):
@@ -214,30 +214,24 @@ def _on_nonparticipating(call, f, updates, params, masks, needs_params):
         )
     if needs_params and params is None:
         raise ValueError(f"{call}: `params` is missing. Call update(grads, opt_state, params).")
-
-    leaves, treedef = jax.tree.flatten(updates)
     if needs_params:
         _check_alike(call, updates, params)
-    weights = jax.tree.leaves(params) if needs_params else leaves
-    masks = masks_by_path(masks, updates, call, partial=True)
-    new = (
-        u if mask is None else jnp.where(mask, u, f(u, w))
-        for u, w, mask in zip(leaves, weights, masks, strict=True)
-    )
-    return jax.tree.unflatten(treedef, new)
+
+    def treated(path, mask, u, *w):
+        return jnp.where(mask, u, f(u, *w))
+
+    rest = (params,) if needs_params else ()
+    return map_masked(treated, masks, updates, *rest, call=call, partial=True)
 
 
 def _check_alike(call, updates, params):
-    shapes, wanted = (
-        dict(zip(leaf_paths(tree), map(jnp.shape, jax.tree.leaves(tree)), strict=True))
-        for tree in (updates, params)
-    )
-    for path in (*wanted, *shapes):
-        if shapes.get(path) != wanted.get(path):
+    given, wanted = by_path(updates), by_path(params)
+    for path in (*wanted, *given):
+        shapes = [jnp.shape(tree[path]) if path in tree else None for tree in (given, wanted)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{call}: {path} has shape {shapes.get(path)} in the updates, but "
-                f"{wanted.get(path)} in `params`. Pass the parameters that the gradients were "
-                "taken of."
+                f"{call}: {path} has shape {shapes[0]} in the updates, but {shapes[1]} in "
+                "`params`. Pass the parameters that the gradients were taken of."
             )
 
 
@@ -250,14 +244,18 @@ def _stateless(call, f, needs_params=False):
 
 
 def _zeroing(call, when):
+    def init(params):
+        del params
+        return ResetState(jnp.zeros((), jnp.int32))
+
     def update(updates, state, params=None, *, masks=None, **extra_args):
         del extra_args
         due = when(state.count)
-        # in the wider of both dtypes: -w rounded to a narrow update would not give exactly 0
-        zero = lambda u, w: jnp.where(due, -w.astype(jnp.promote_types(u.dtype, w.dtype)), u)  # noqa: E731
-        updates = _on_nonparticipating(call, zero, updates, params, masks, needs_params=True)
+
+        def zeroed(u, w):
+            return jnp.where(due, (-w).astype(u.dtype), u)
+
+        updates = _on_nonparticipating(call, zeroed, updates, params, masks, needs_params=True)
         return updates, ResetState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: ResetState(jnp.zeros((), jnp.int32)), update
-    )
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,26 +1,24 @@
-"""Optax transformations that treat non-participating weights in their own way, and the wrapper that
-holds the masks.
-
-Order matters. `rewire` is outermost and hands the masks that produced the gradient to the chain
-inside it. There, `scale_nonparticipating` and `sr_ste` act on gradients, before the optimizer;
-`decay_nonparticipating`, `reset_nonparticipating` and `fix_nonparticipating` act on updates, after
-it.
-"""
+"""The wrapper of an optimizer that holds the masks and renews them."""
 
 import functools
-from collections.abc import Sequence
+import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse._masks.masks import magnitude_masks, score_masks
-from jaxsparse._plan.patterns import integer
-from jaxsparse._plan.plan import Plan, check_plan, match
-from jaxsparse._training.forward import check_gradient
+from jaxsparse import _checks
+from jaxsparse._plan.plan import Plan, check_plan, map_planned, match
+from jaxsparse._training.renew import BY_MAGNITUDE, Renew
 from jaxsparse._training.schedules import Schedule
-from jaxsparse._training.scores import Score, as_score, score_tree
-from jaxsparse._training.state import Forward, RewireState, masks, packed
+from jaxsparse._training.state import (
+    Forward,
+    RewireState,
+    is_placeholder,
+    pack_masks,
+    unpack_masks,
+)
 
 __all__ = ["rewire"]
 
@@ -29,50 +27,43 @@ def rewire(
     inner: optax.GradientTransformation,
     plan: Plan,
     *,
+    renew: Renew = BY_MAGNITUDE,
     every: int = 1,
     begin: int = 0,
     until: int | None = None,
-    earlier: Sequence[tuple[Plan, int]] = (),
-    decay: Schedule | None = None,
-    gradient: str = "dense",
-    score: str | Score = "magnitude",
+    decay_factor: Schedule | None = None,
+    gradient: _checks.Gradient = "dense",
 ) -> optax.GradientTransformationExtraArgs:
-    """Holds the masks and recomputes them from the updated weights; the outermost wrapper of the
-    optimizer.
+    """Holds the masks and renews them from the updated weights; wraps the whole optimizer.
 
     The state after t updates holds the masks and the decay factor of forward pass t, the first
     being 0. Its masks are those of the weights at the last step that was `begin`, a number of times
-    `every` after it, or the end of an `earlier` plan. The chain inside receives them, as the extra
-    argument `masks`, with the gradient that they produced. Nothing may change the updates behind
-    it: the weights that they result in are those that the next masks are made of.
+    `every` after it, or one at which `renew` changes. The transformations inside receive them as
+    the extra argument `masks`, with the gradient that they produced. Nothing may transform the
+    updates after `rewire`: the next masks are computed from the weights those updates produce.
 
     Args:
-      inner: the optimizer, usually a chain with the transformations of this module.
+      inner: the optimizer, usually a chain with the transformations for non-participating weights.
       plan: which leaf follows which pattern.
+      renew: how masks are renewed, as `by_score` and `staged` make it.
       every: the updates between two rewirings (`r` in the paper).
       begin: the step before which every weight participates.
       until: the step from which on the masks stay; None for never.
-      earlier: the plans before `plan`, of the same sparse leaves, each with the step at which it
-        ends and the next begins.
-      decay: a function from the step to the decay factor D that scales non-participating weights in
-        the forward pass, such as `linear_decay` makes; None for 0.
+      decay_factor: a function from the step to the factor D that scales non-participating weights
+        in the forward pass, such as `linear_decay` makes; None for 0.
       gradient: what `effective_params` and `flax.intercept` take for this state: `"dense"` or
         `"masked"`.
-      score: what masks rank: `"magnitude"`; `"first_order"`, the magnitude of weight times
-        gradient; `"fisher"`, the squared weight times what `diagonal_fisher` gives, passed as
-        `update(..., fisher=...)`; `"random"`; or a function of (path, weights, gradient) to scores.
-        Weights are the updated ones. Before there is a gradient it is 1 everywhere.
 
     Returns:
       A transformation with state `RewireState`. Its `update` needs `params`.
 
     Raises:
-      TypeError: `plan` or one in `earlier` is no plan; in `update`, the state is none of `rewire`,
-        or of another recipe.
-      ValueError: no leaf of the plan is sparse, `every`, `begin`, `until` or an end in `earlier` is
-        out of range or not in order, an earlier plan has other sparse leaves, or `gradient` is
-        neither of the two; in `init` and `update`, the parameters or their gradients are not those
-        of the plan; in `update`, the parameters are missing.
+      TypeError: `plan` is not a plan, or `renew` is not a `Renew`; in `update`, the state was not
+        created by `rewire`, or by one with another kind of forward pass.
+      ValueError: no leaf of the plan is sparse; `every`, `begin`, `until` or a step at which
+        `renew` changes is out of range or not in order; `gradient` is not one of the two; in `init`
+        and `update`, the parameters or gradients are not those of the plan; in `update`, the
+        parameters or an extra argument of `renew` are missing, or the state is of another plan.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,147 +82,158 @@ def rewire(
     check_plan("rewire", plan)
     if not plan.sparse:
         raise ValueError(f"rewire: the plan keeps every leaf dense:\n{plan}")
-    _check_steps("rewire", every=every)
-    _check_steps("rewire", begin=begin, least=0)
-    if until is not None:
-        _check_steps("rewire", until=until, least=0)
-    plans, ends = [*(one for one, _ in earlier), plan], [end for _, end in earlier]
-    _check_earlier(plans, ends, begin, until)
-    check_gradient(gradient, "rewire")
+    if not isinstance(renew, Renew):
+        raise TypeError(
+            f'rewire: `renew` is {renew!r}. Pass jaxsparse.by_score("magnitude") or another Renew.'
+        )
+    _checks.choice("rewire", "gradient", gradient, _checks.Gradient)
+    _check_order(every, begin, until, renew.changes_at)
+    if renew.check is not None:
+        renew.check(plan)
     inner = optax.with_extra_args_support(inner)
-    scored = as_score(score, "rewire")
-    from_the_start = isinstance(begin, int) and begin == 0
-    every_step = from_the_start and until is None and isinstance(every, int) and every == 1
+    dense_start = not (isinstance(begin, int) and begin == 0)
+    every_step = not dense_start and until is None and isinstance(every, int) and every == 1
 
-    def ranked(stage, params, gradients, step):
-        if scored is None:
-            return packed(magnitude_masks(params, stage, step=step), plan)
-        return packed(
-            score_masks(score_tree(scored, params, gradients, plan, "rewire"), stage, step=step),
-            plan,
-        )
+    def renewed(params, gradients, masks, step, state, extra, like=None):
+        key = jax.random.fold_in(jax.random.key(renew.seed), step)
+        extra = extra if renew.init is None else {**extra, "state": state}
+        masks = renew.masks(plan, params, gradients, masks, step, key, extra)
+        return pack_masks(masks, plan, like)
 
-    def first(params):
-        masks = ranked(plans[0], params, jax.tree.map(jnp.ones_like, params), 0)
-        if from_the_start:
-            return masks
-        full = packed(_all_participate(params, plan), plan)
-        return jax.tree.map(lambda bits, ones: jnp.where(begin > 0, ones, bits), masks, full)
-
-    def renewed(params, gradients, step):
-        stages = [functools.partial(ranked, stage, params, gradients, step) for stage in plans]
-        return jax.lax.switch(sum(step >= end for end in ends), stages) if ends else stages[0]()
-
-    plain = decay is None and gradient == "dense"
-
-    def held(inner_state, step):
-        return (
-            inner_state
-            if plain
-            else Forward(
-                None if decay is None else jnp.asarray(decay(step), jnp.float32),
-                gradient,
-                inner_state,
-            )
-        )
+    def forward(step):
+        factor = None if decay_factor is None else jnp.asarray(decay_factor(step), jnp.float32)
+        return Forward(factor, gradient)
 
     def init(params):
+        count = jnp.zeros((), jnp.int32)
+        if is_placeholder(params):  # of optax.tree_utils.tree_map_params
+            state = None if renew.init is None else count
+            return RewireState(count, count, plan, forward(0), state, inner.init(params))
         match(plan, params, "rewire")
-        return RewireState(
-            jnp.zeros((), jnp.int32), first(params), plan, held(inner.init(params), 0)
-        )
+        state = None if renew.init is None else renew.init(plan, params)
+        masks = renewed(params, None, None, count, state, {})
+        if dense_start:
+            full = pack_masks(_all_participate(params, plan), plan)
+            masks = jax.tree.map(lambda bits, ones: jnp.where(begin > 0, ones, bits), masks, full)
+        return RewireState(count, masks, plan, forward(0), state, inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(
-                "rewire: `params` is missing. Masks rank weights: call update(grads, opt_state, "
-                "params)."
-            )
-        if not isinstance(state, RewireState):
-            raise TypeError(
-                f"rewire: this {type(state).__name__} is not a RewireState. Pass the optimizer "
-                "state that init returned."
-            )
-        if isinstance(state.inner_state, Forward) is plain:
-            raise TypeError(
-                "rewire: this RewireState is of another recipe. Pass the optimizer state that init "
-                "of this one returned."
-            )
+        _check_update(plan, gradient, decay_factor, state, params)
         match(plan, params, "rewire")
-        match(plan, updates, "rewire")
-        gradients = extra_args.pop("fisher", None) if score == "fisher" else updates
-        if gradients is None:
-            raise ValueError(
-                "rewire: `fisher` is missing. Pass update(grads, opt_state, params, "
-                "fisher=jaxsparse.diagonal_fisher(...))."
-            )
-        inner_state = state.inner_state if plain else state.inner_state.inner_state
-        updates, inner_state = inner.update(
-            updates, inner_state, params, masks=masks(state), **extra_args
-        )
+        match(plan, updates, "rewire", "gradients")
+        extra = {name: _extra(extra_args, name) for name in renew.extra_args}
+        masks, gradients = unpack_masks(state), updates
+        inner_args = {**_accepting_masks(extra_args), "masks": masks}
+        updates, inner_state = inner.update(gradients, state.inner_state, params, **inner_args)
         count = optax.safe_increment(state.count)
         updated = optax.apply_updates(params, updates)
-
+        remembered = state.renew_state
+        if renew.observe is not None:
+            remembered = renew.observe(plan, remembered, updated, gradients, extra)
+        arguments = (updated, gradients, masks, count, remembered, extra, state.masks)
+        new = functools.partial(renewed, *arguments)
         if every_step:
-            kept = renewed(updated, gradients, count)
+            words = new()
         else:
-            due = functools.reduce(
-                jnp.logical_or, (count == end for end in ends), (count - begin) % every == 0
-            )
+            due = (count - begin) % every == 0
+            due = functools.reduce(jnp.logical_or, (count == at for at in renew.changes_at), due)
             due &= (count >= begin) & (True if until is None else count < until)
-            kept = jax.lax.cond(
-                due, lambda: renewed(updated, gradients, count), lambda: state.packed
-            )
-        return updates, RewireState(count, kept, plan, held(inner_state, count))
+            words = jax.lax.cond(due, new, lambda: state.masks)
+        return updates, RewireState(count, words, plan, forward(count), remembered, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_earlier(plans, ends, begin, until):
-    *earlier, plan = plans
-    for stage in earlier:
-        check_plan("rewire", stage)
-        for path in sorted(plan.sparse.keys() | stage.sparse.keys()):
-            shapes = [
-                leaf.shape if leaf else "dense"
-                for leaf in (stage.sparse.get(path), plan.sparse.get(path))
-            ]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"rewire: {path} is {shapes[0]} in an earlier plan, but {shapes[1]} in the "
-                    "last. Make the same leaves sparse in all."
-                )
-    for end in ends:
-        _check_steps("rewire", end=end)
-    steps = [
-        int(step)
-        for step in (begin, *ends, until)
-        if step is not None and not isinstance(step, jax.Array)
-    ]
-    if steps != sorted(set(steps)) and steps != [0, 0]:
+def _check_order(every, begin, until, changes_at):
+    _checks.steps("rewire", "every", every)
+    _checks.steps("rewire", "begin", begin, least=0)
+    for step in changes_at:
+        _checks.steps("rewire", "end", step)
+    if until is not None:
+        _checks.steps("rewire", "until", until, least=0)
+    given = (begin, *changes_at, until)
+    order = [int(step) for step in given if step is not None and not isinstance(step, jax.Array)]
+    if order != sorted(set(order)) and order != [0, 0]:
         raise ValueError(
-            f"rewire: `begin`, the ends of earlier plans and `until` are {steps}, not in ascending "
-            "order. Sort them."
+            f"rewire: `begin`, the steps at which `renew` changes and `until` are {order}, not in "
+            "ascending order. Sort them."
         )
 
 
-def _all_participate(params, plan):
-    leaves, treedef = jax.tree.flatten(params)
-    planned = match(plan, params, "rewire")
-    return jax.tree.unflatten(
-        treedef,
-        [
-            jnp.ones(jnp.shape(w) if leaf else (), bool)
-            for w, leaf in zip(leaves, planned, strict=True)
-        ],
+def _check_update(plan, gradient, decay_factor, state, params):
+    if params is None:
+        raise ValueError(
+            "rewire: `params` is missing. Masks rank weights: call update(grads, opt_state, "
+            "params)."
+        )
+    if not isinstance(state, RewireState):
+        raise TypeError(
+            f"rewire: this {type(state).__name__} is not a RewireState. Pass the optimizer state "
+            "that init returned."
+        )
+    if state.plan != plan:
+        raise ValueError(
+            f"rewire: the state is of another plan: {_difference(state.plan, plan)}. Pass the "
+            "state that init of this transformation returned."
+        )
+    theirs = (state.forward.gradient, state.forward.decay_factor is None)
+    if theirs != (gradient, decay_factor is None):
+        raise TypeError(
+            "rewire: this RewireState is of another recipe. Pass the optimizer state that init of "
+            "this one returned."
+        )
+
+
+def _difference(theirs: Plan, ours: Plan) -> str:
+    """The first leaf in which two plans differ."""
+
+    def told(plan, path):
+        leaf = plan.sparse.get(path)
+        if leaf is None:
+            return "dense"
+        axes = ", ".join(map(str, leaf.pattern.axes or ()))
+        return f"{leaf.pattern}{f' along axis {axes}' if axes else ''} of shape {leaf.shape}"
+
+    paths = dict.fromkeys((*theirs.sparse, *ours.sparse))
+    differ = [path for path in paths if theirs.sparse.get(path) != ours.sparse.get(path)]
+    if not differ:
+        return "its dense leaves are others"
+    return f"there {differ[0]} is {told(theirs, differ[0])}, here {told(ours, differ[0])}"
+
+
+def _extra(extra_args: dict, name: str):
+    if extra_args.get(name) is None:
+        hint = "jaxsparse.diagonal_fisher(...)" if name == "fisher" else "..."
+        raise ValueError(
+            f"rewire: `{name}` is missing. Pass update(grads, opt_state, params, {name}={hint})."
+        )
+    return extra_args.pop(name)
+
+
+def _accepting_masks(extra_args: dict[str, Any]) -> dict[str, Any]:
+    """The extra arguments with a loss that takes `masks`, as line searches hand all on to it."""
+    loss = extra_args.get("value_fn")
+    if loss is None:
+        return extra_args
+    signature = inspect.signature(loss)
+    if "masks" in signature.parameters:
+        return extra_args
+
+    def value_fn(*args, masks=None, **kwargs):
+        return loss(*args, **kwargs)
+
+    extra = inspect.Parameter("masks", inspect.Parameter.KEYWORD_ONLY, default=None)
+    others = list(signature.parameters.values())
+    last = len(others) - any(one.kind is inspect.Parameter.VAR_KEYWORD for one in others)
+    value_fn.__signature__ = signature.replace(parameters=[*others[:last], extra, *others[last:]])
+    return {**extra_args, "value_fn": value_fn}
+
+
+def _all_participate(params, plan: Plan):
+    return map_planned(
+        lambda leaf, w: jnp.ones(jnp.shape(w), bool),
+        plan,
+        params,
+        call="rewire",
+        dense=lambda w: jnp.asarray(True),
     )
-
-
-def _check_steps(call, *, least=1, **steps):
-    ((name, value),) = steps.items()
-    if isinstance(value, jax.Array):  # as optax.inject_hyperparams passes it
-        return
-    if integer(value, f"{call}: `{name}`") < least:
-        raise ValueError(
-            f"{call}: {name}={value} is below {least}. Pass a number of optimizer steps."
-        )

@@ -1,53 +1,116 @@
-"""What masks rank: scores of a leaf's path, its weights and their gradient."""
+"""Scores: what masks rank, computed from a leaf's weights and, for some, its gradient."""
 
+import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxsparse._masks.ranking import wide
-from jaxsparse._plan.plan import Plan, leaf_paths
 
-__all__ = ["Score", "as_score", "diagonal_fisher", "random_score", "score_tree"]
+__all__ = ["SCORES", "Score", "as_score", "diagonal_fisher", "random_score", "running_mean"]
 
-Score = Callable[[str, jax.Array, jax.Array], jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What masks rank: the weights of highest score participate.
+
+    Args:
+      rank: a function of a leaf's path and its weights, and of its gradient if `needs_gradient`, to
+        an array of scores of the weights' shape. It receives the leaf's part of each of
+        `extra_args`, and of the state as `state`, as keyword arguments.
+      needs_gradient: whether `rank` and `observe` take the gradient.
+      extra_args: the names of the extra arguments of `update` that it takes, pytrees of the
+        structure of the parameters, as in `update(grads, opt_state, params, fisher=...)`.
+      init: a function of a leaf's path and its weights to the state that the score keeps for the
+        leaf; None where it keeps none.
+      observe: a function of a leaf's path, its state and what `rank` takes to the new state; called
+        at every update.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> away_from_zero = js.Score(lambda path, w: jnp.abs(w))
+      >>> squared_gradient = js.Score(lambda path, w, g: g**2, needs_gradient=True)
+      >>> renew = js.by_score(squared_gradient)
+
+    References:
+      Hoefler et al., Sparsity in Deep Learning, sections 3.2 to 3.5 (arXiv:2102.00554).
+    """
+
+    rank: Callable[..., jax.Array]
+    needs_gradient: bool = False
+    extra_args: tuple[str, ...] = ()
+    init: Callable[..., Any] | None = None
+    observe: Callable[..., Any] | None = None
 
 
 def random_score(seed: int) -> Score:
-    """Scores that say nothing, the same at every step: a random mask that stays, as a control.
+    """Scores that are random and the same at every step: a fixed random mask, as a control.
 
     Args:
       seed: another seed gives another mask.
 
     Returns:
-      A function of (path, weights, gradient) for the argument `score` of `rewire` and the recipes.
+      A score for `by_score`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxsparse as js
-      >>> js.random_score(0)("encoder/kernel", jnp.zeros((8, 2)), None).shape
+      >>> js.random_score(0).rank("encoder/kernel", jnp.zeros((8, 2))).shape
       (8, 2)
 
     References:
-      Hoefler et al., Sparsity in Deep Learning, section 3.2, where random selection is the control.
+      Hoefler et al., Sparsity in Deep Learning, section 3.2, where random selection is the control
+      (arXiv:2102.00554).
     """
+    return Score(functools.partial(_random, seed))
 
-    def score(path, w, g):
-        del g
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-        return jax.random.uniform(key, w.shape)
 
-    return score
+def running_mean(score: Score, decay: float) -> Score:
+    """The exponential running mean of a score, kept in the state of `rewire`.
+
+    Args:
+      score: a score without state of its own.
+      decay: the share of the mean that stays at each update, in [0, 1).
+
+    Returns:
+      A score for `by_score`.
+
+    Raises:
+      ValueError: `decay` is not in [0, 1), or `score` keeps state.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> squared_gradient = js.Score(lambda path, w, g: g**2, needs_gradient=True)
+      >>> renew = js.by_score(js.running_mean(squared_gradient, 0.99))
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"running_mean: decay={decay} is not in [0, 1). Pass a number in it.")
+    if score.init is not None:
+        raise ValueError("running_mean: `score` keeps a state of its own. Pass one that does not.")
+
+    def init(path, w):
+        return jnp.zeros(jnp.shape(w), jnp.float32)
+
+    def observe(path, state, *args, **kwargs):
+        return decay * state + (1 - decay) * score.rank(path, *args, **kwargs).astype(jnp.float32)
+
+    def rank(path, *args, state, **kwargs):
+        return state
+
+    return Score(rank, score.needs_gradient, score.extra_args, init, observe)
 
 
 def diagonal_fisher(loss: Callable[..., jax.Array], params, *batch):
-    """The diagonal of the empirical Fisher information: the mean over examples of their squared
-    gradients.
+    """The diagonal of the empirical Fisher information: the mean of squared per-example gradients.
 
     Not the square of the mean gradient, which vanishes where training has converged. Goes through
-    the examples one by one, so that it takes the memory of one gradient. For `score="fisher"`, pass
-    it to `update(..., fisher=...)`.
+    the examples one by one, so that it takes the memory of one gradient. For
+    `by_score("fisher")`, pass it to `update(..., fisher=...)`.
 
     Args:
       loss: function of (params, *example) to the scalar loss of one example.
@@ -60,78 +123,56 @@ def diagonal_fisher(loss: Callable[..., jax.Array], params, *batch):
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxsparse as js
-      >>> float(js.diagonal_fisher(lambda w, x: w * x, jnp.array(2.0), jnp.array([1.0, -3.0])))
+      >>> loss = lambda w, x: w * x
+      >>> float(js.diagonal_fisher(loss, jnp.array(2.0), jnp.array([1.0, -3.0])))
       5.0
 
     References:
-      Hoefler et al., Sparsity in Deep Learning, section 3.5.
+      Hoefler et al., Sparsity in Deep Learning, section 3.5 (arXiv:2102.00554).
     """
 
     def add(total, example):
-        return jax.tree.map(
-            lambda t, g: t + wide(g) ** 2, total, jax.grad(loss)(params, *example)
-        ), None
+        gradient = jax.grad(loss)(params, *example)
+        return jax.tree.map(lambda t, g: t + wide(g) ** 2, total, gradient), None
 
-    total, _ = jax.lax.scan(add, jax.tree.map(lambda w: jnp.zeros_like(wide(w)), params), batch)
+    total = jax.tree.map(lambda w: jnp.zeros_like(wide(w)), params)
+    total, _ = jax.lax.scan(add, total, batch)
     count = jax.tree.leaves(batch)[0].shape[0]
     return jax.tree.map(lambda t: t / count, total)
 
 
+def _random(seed, path, w):
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+    return jax.random.uniform(key, w.shape)
+
+
+def _magnitude(path, w):
+    return jnp.abs(wide(w))
+
+
 def _first_order(path, w, g):
-    del path
     return jnp.abs(wide(w) * wide(g))
 
 
-def _fisher(path, w, fisher):
-    del path
+def _fisher(path, w, *, fisher):
     return wide(w) ** 2 * wide(fisher)
 
 
-NAMED: dict[str, Score | None] = {
-    "magnitude": None,
-    "first_order": _first_order,
-    "fisher": _fisher,
+SCORES = {
+    "magnitude": Score(_magnitude),
+    "first_order": Score(_first_order, needs_gradient=True),
+    "fisher": Score(_fisher, extra_args=("fisher",)),
     "random": random_score(0),
 }
-BY_GRADIENT = ("first_order", "fisher")
 
 
-def as_score(score: str | Score, call: str) -> Score | None:
-    """The function of a named score; None for magnitude, whose masks need no scores; TypeError or
-    ValueError if it is none.
-    """
-    if isinstance(score, str):
-        if score not in NAMED:
-            raise ValueError(
-                f"{call}: there is no score {score!r}. Pass one of {tuple(NAMED)}, or a function "
-                "of (path, weights, gradient)."
-            )
-        return NAMED[score]
-    if not callable(score):
-        raise TypeError(
-            f"{call}: `score` is {score!r}. Pass one of {tuple(NAMED)}, or a function of (path, "
-            "weights, gradient)."
-        )
-    return score
-
-
-def score_tree(score: Score, params, gradients, plan: Plan, call: str):
-    """The scores of the sparse leaves; dense leaves stay as they are."""
-    leaves, treedef = jax.tree.flatten(params)
-
-    def one(path, w, g):
-        if path not in plan.sparse:
-            return w
-        found = score(path, w, g)
-        if jnp.shape(found) != jnp.shape(w):
-            raise ValueError(
-                f"{call}: the score of {path} has shape {jnp.shape(found)}, but its weights have "
-                f"{jnp.shape(w)}. Score each weight."
-            )
-        return found
-
-    scored = [
-        one(*each)
-        for each in zip(leaf_paths(params), leaves, jax.tree.leaves(gradients), strict=True)
-    ]
-    return jax.tree.unflatten(treedef, scored)
+def as_score(score: str | Score, call: str) -> Score:
+    """The score of a name; a score passes through."""
+    if isinstance(score, Score):
+        return score
+    if isinstance(score, str) and score in SCORES:
+        return SCORES[score]
+    what = f"there is no score {score!r}" if isinstance(score, str) else f"`score` is {score!r}"
+    raise (ValueError if isinstance(score, str) else TypeError)(
+        f"{call}: {what}. Pass one of {tuple(SCORES)}, or a jaxsparse.Score."
+    )

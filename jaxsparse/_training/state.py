@@ -2,37 +2,50 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import serialization
+from jax import export
 
+from jaxsparse._checks import Gradient
 from jaxsparse._masks.bits import pack, unpack
-from jaxsparse._plan.plan import Plan, leaf_paths
+from jaxsparse._plan.paths import is_box, leaf_paths
+from jaxsparse._plan.plan import Leaf, Plan
+from jaxsparse._registration import register_exported, register_saved, register_static
 
-__all__ = ["Forward", "RewireState", "forwards", "masks", "merged_masks", "packed", "rewire_states"]
+__all__ = [
+    "Forward",
+    "Masked",
+    "RewireState",
+    "is_placeholder",
+    "mask_words",
+    "masks",
+    "pack_masks",
+    "read_state",
+    "rewire_states",
+    "unpack_mask",
+    "unpack_masks",
+]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("decay", "inner_state"),
-    meta_fields=("gradient",),
+    jax.tree_util.register_dataclass, data_fields=("decay_factor",), meta_fields=("gradient",)
 )
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """How the next forward pass treats non-participating weights, around the inner state of a
-    `RewireState` where it is not this.
+    """How the next forward pass treats non-participating weights.
 
     Attributes:
-      decay: the decay factor D that they are scaled by, float32 scalar; None for 0.
+      decay_factor: the factor D that scales them, float32 scalar; None for 0.
       gradient: `"dense"` or `"masked"`, as for `effective_weight`, static.
-      inner_state: the state of the wrapped transformation.
     """
 
-    decay: jax.Array | None = None
-    gradient: str = "dense"
-    inner_state: Any = None
+    decay_factor: jax.Array | None = None
+    gradient: Gradient = "dense"
 
 
 class RewireState(NamedTuple):
@@ -40,17 +53,34 @@ class RewireState(NamedTuple):
 
     Attributes:
       count: updates so far, int32 scalar.
-      packed: the masks at one bit a weight, and the scalar True for dense leaves; `masks` makes
+      masks: the masks at one bit a weight, uint8, in the places of the sparse leaves; `masks` makes
         booleans of them.
       plan: the plan, static.
-      inner_state: the state of the wrapped transformation; inside a `Forward` if there is a decay
-        factor or the gradient is `"masked"`.
+      forward: how the next forward pass treats non-participating weights.
+      renew_state: what the renewal of masks remembers; empty for most.
+      inner_state: the state of the wrapped transformation.
     """
 
     count: jax.Array  # type: ignore[assignment]
-    packed: Any
+    masks: Any
     plan: Plan
+    forward: Forward
+    renew_state: Any
     inner_state: Any
+
+
+class Masked(NamedTuple):
+    """What an optimizer state, or a tree of masks, says of the next forward pass.
+
+    Attributes:
+      masks: the masks, a pytree of booleans.
+      forwards: for each sparse leaf, by path, how its non-participating weights are treated.
+      planned: the sparse leaves of the plans, by path; empty for bare masks.
+    """
+
+    masks: Any
+    forwards: dict[str, Forward]
+    planned: dict[str, Leaf]
 
 
 def rewire_states(opt_state) -> list[RewireState]:
@@ -64,6 +94,12 @@ def rewire_states(opt_state) -> list[RewireState]:
     return [node for node in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(node)]
 
 
+def is_placeholder(params) -> bool:
+    """Whether these are the stand-in parameters of `optax.tree_utils.tree_map_params`."""
+    container = isinstance(params, (dict, list, tuple)) or params is None
+    return not container and not jax.tree.leaves(params)
+
+
 def masks(opt_state):
     """The masks in an optimizer state, however deep the user nests it.
 
@@ -73,8 +109,8 @@ def masks(opt_state):
 
     Returns:
       A pytree of the structure of the parameters: boolean arrays where leaves are sparse (True =
-      participates), the scalar True where they are dense. Where `multi_transform` gives several
-      parts of the tree a `rewire` each, their masks are put together.
+      participates), the scalar True where they are dense. Where `multi_transform` or `masked` gives
+      several parts of the tree a recipe each, they are merged; a part that no recipe sees is True.
 
     Raises:
       ValueError: the state holds no masks.
@@ -88,83 +124,182 @@ def masks(opt_state):
       >>> js.masks(tx.init(params))
       {'w': Array([False,  True,  True, False], dtype=bool)}
     """
-    found = rewire_states(opt_state)
-    if not found:
+    states = rewire_states(opt_state)
+    if not states:
         raise ValueError(
             f"masks: this {type(opt_state).__name__} holds no masks. Wrap the optimizer in "
             "jaxsparse.rewire or a recipe of jaxsparse.recipes, and pass the state that its init "
             "returned."
         )
-    return functools.reduce(_fill_holes, map(_unpacked, found))
-
-
-def forwards(opt_state) -> dict[str, Forward]:
-    """How the next forward pass treats each sparse leaf, by path; bare masks say nothing of it."""
-
-    def held(state):
-        if not isinstance(state.inner_state, Forward):
-            return Forward()
-        decay = jax.tree.leaves(state.inner_state.decay)  # an nnx.Optimizer has it in a Variable
-        return Forward(decay[0] if decay else None, state.inner_state.gradient)
-
-    return {
-        path: held(state)
-        for state in reversed(rewire_states(opt_state))
-        for path in state.plan.sparse
-    }
-
-
-def packed(masks, plan: Plan):
-    """The masks as a `RewireState` keeps them."""
-    return _at_sparse(plan, masks, lambda mask, leaf, axis: pack(mask, axis))
-
-
-def _unpacked(state: RewireState):
-    return _at_sparse(
-        state.plan, state.packed, lambda words, leaf, axis: unpack(words, leaf.shape[axis], axis)
+    merged = functools.reduce(_fill_holes, map(unpack_masks, states))
+    return jax.tree.map(
+        lambda node: jnp.asarray(True) if _is_hole(node) else node, merged, is_leaf=_is_hole
     )
 
 
-def _at_sparse(plan: Plan, tree, f):
-    """The tree with `f(leaf, its plan, the axis along which its bits are packed)` in place of the
-    sparse leaves.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    planned = map(plan.sparse.get, leaf_paths(tree))
-    new = [
-        f(x, leaf, (leaf.pattern.axes or (-1,))[0]) if leaf and leaf.pattern else x
-        for x, leaf in zip(leaves, planned, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, new)
-
-
-def merged_masks(source, call: str):
-    """The masks of an optimizer state, or the tree of masks itself."""
-    if rewire_states(source):
-        return masks(source)
+def read_state(source, call: str) -> Masked:
+    """What an optimizer state, or a tree of masks, says of the next forward pass."""
+    states = rewire_states(source)
+    if states:
+        forwards, planned = {}, {}
+        for state in reversed(states):
+            factor = jax.tree.leaves(state.forward.decay_factor)  # nnx.Optimizer: in a Variable
+            forward = Forward(factor[0] if factor else None, state.forward.gradient)
+            forwards.update(dict.fromkeys(state.plan.sparse, forward))
+            planned.update(state.plan.sparse)
+        return Masked(masks(source), forwards, planned)
     leaves = jax.tree.leaves(source)
-    if not leaves or any(
-        not isinstance(leaf, bool) and getattr(leaf, "dtype", None) != jnp.dtype(bool)
-        for leaf in leaves
-    ):
+    booleans = (isinstance(x, bool) or getattr(x, "dtype", None) == jnp.dtype(bool) for x in leaves)
+    if not leaves or not all(booleans):
         raise ValueError(
             f"{call}: this {type(source).__name__} is neither masks nor an optimizer state that "
             "holds them. Wrap the optimizer in jaxsparse.rewire or a recipe of jaxsparse.recipes, "
             "or pass a pytree of boolean masks."
         )
-    return jax.tree.map(jnp.asarray, source)
+    return Masked(jax.tree.map(jnp.asarray, source), {}, {})
+
+
+# --- masks at one bit a weight
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class _Bits:
+    """The mask of a sparse leaf at one bit a weight, in the box of the leaf if it has one.
+
+    Its key in the tree names the pattern, so that a checkpoint of another pattern is refused even
+    where the shapes agree.
+    """
+
+    words: Any
+    pattern: str
+
+    def tree_flatten_with_keys(self):
+        return ((jax.tree_util.DictKey(self.pattern), self.words),), self.pattern
+
+    @classmethod
+    def tree_unflatten(cls, pattern, children):
+        return cls(children[0], pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dense:
+    """Stands for the mask of a dense leaf; `box` is the structure of the box around it, if any."""
+
+    box: tuple = ()
+
+
+def _bits_from_dict(bits: _Bits, state: dict) -> _Bits:
+    if state.keys() != {bits.pattern}:
+        raise ValueError(
+            f"RewireState: the saved masks are of {', '.join(state)}, but the plan says "
+            f"{bits.pattern}. Restore into the state of the recipe that was saved."
+        )
+    return _Bits(serialization.from_state_dict(bits.words, state[bits.pattern]), bits.pattern)
+
+
+register_static(_Dense, lambda dense: None, lambda _: _Dense())
+register_exported(_Bits, lambda pattern: pattern, lambda pattern: pattern)
+register_saved(
+    _Bits, lambda bits: {bits.pattern: serialization.to_state_dict(bits.words)}, _bits_from_dict
+)
+register_exported(Forward, list, tuple)
+register_saved(
+    Forward,
+    lambda forward: {"decay_factor": serialization.to_state_dict(forward.decay_factor)},
+    lambda forward, state: dataclasses.replace(
+        forward,
+        decay_factor=serialization.from_state_dict(forward.decay_factor, state["decay_factor"]),
+    ),
+)
+export.register_namedtuple_serialization(RewireState, serialized_name="jaxsparse.RewireState")
+
+
+def pack_masks(masks, plan: Plan, like=None):
+    """The masks as a `RewireState` keeps them, with the dense leaves of `like` if that is given.
+
+    NNX initialises with boxed parameters and updates with bare ones.
+    """
+    known = [] if like is None else jax.tree.leaves(like, is_leaf=_is_mask)
+
+    def packed(path, node, before=None):
+        leaf = plan.sparse.get(path)
+        if leaf is None:
+            return before or _Dense((jax.tree.structure(node),) if is_box(node) else ())
+        axis = _bit_axis(leaf)
+        return _Bits(jax.tree.map(lambda mask: pack(mask, axis), node), _label(leaf))
+
+    nodes, structure = jax.tree.flatten(masks, is_leaf=is_box)
+    paths = leaf_paths(masks)
+    return jax.tree.unflatten(structure, map(packed, paths, nodes, *([known] if known else [])))
+
+
+def unpack_masks(state: RewireState):
+    """The masks of a `RewireState` as booleans."""
+
+    nodes, structure = jax.tree.flatten(
+        state.masks, is_leaf=lambda node: _is_mask(node) or _is_hole(node)
+    )
+    paths = leaf_paths(jax.tree.unflatten(structure, [0] * len(nodes)))
+
+    def unpacked(path, node):
+        if _is_hole(node):
+            return node
+        if isinstance(node, _Dense):
+            true = jnp.asarray(True)
+            return jax.tree.unflatten(node.box[0], [true]) if node.box else true
+        leaf = state.plan.sparse[path]
+        return jax.tree.map(lambda words: unpack_mask(words, leaf), node.words)
+
+    return jax.tree.unflatten(structure, map(unpacked, paths, nodes))
+
+
+def mask_words(opt_state) -> dict[str, tuple[jax.Array, Leaf]]:
+    """The masks of an optimizer state as they are packed, by path, each with its planned leaf."""
+
+    found = {}
+    for state in rewire_states(opt_state):
+        nodes, structure = jax.tree.flatten(state.masks, is_leaf=_is_mask)
+        paths = leaf_paths(jax.tree.unflatten(structure, [0] * len(nodes)))
+        for path, node in zip(paths, nodes, strict=True):
+            if isinstance(node, _Bits):
+                (words,) = jax.tree.leaves(node.words)
+                found[path] = (words, state.plan.sparse[path])
+    return found
+
+
+def unpack_mask(words: jax.Array, leaf: Leaf) -> jax.Array:
+    """The boolean mask of one leaf."""
+    axis = _bit_axis(leaf)
+    return unpack(words, leaf.shape[axis], axis)
+
+
+def _bit_axis(leaf: Leaf) -> int:
+    """The axis along which eight neighbours share a byte: that of the groups, if there are any."""
+    return (leaf.pattern.axes or (-1,))[0] if leaf.pattern else -1
+
+
+def _label(leaf: Leaf) -> str:
+    axes = "".join(f" {axis}" for axis in (leaf.pattern and leaf.pattern.axes) or ())
+    return re.sub(r"[^\w-]+", "_", f"{leaf.pattern}{' along' if axes else ''}{axes}")
+
+
+def _is_mask(node) -> bool:
+    return isinstance(node, _Bits | _Dense)
+
+
+def _is_hole(node) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def _fill_holes(a, b):
-    """`a` with what `b` has where `a` has an `optax.MaskedNode`, which can stand for a leaf or for
-    a whole subtree.
-    """
-    if isinstance(b, optax.MaskedNode):
+    """`a`, with the parts of `b` in place of its `MaskedNode`s, which stand for leaves or trees."""
+    if _is_hole(b):
         return a
-    if isinstance(a, optax.MaskedNode):
+    if _is_hole(a):
         return b
-    children, treedef = jax.tree.flatten(a, is_leaf=lambda node: node is not a)
-    if jax.tree_util.treedef_is_leaf(treedef):
+    children, structure = jax.tree.flatten(a, is_leaf=lambda node: node is not a)
+    if jax.tree_util.treedef_is_leaf(structure):
         return a
     others = jax.tree.leaves(b, is_leaf=lambda node: node is not b)
-    return jax.tree.unflatten(treedef, map(_fill_holes, children, others))
+    return jax.tree.unflatten(structure, map(_fill_holes, children, others))

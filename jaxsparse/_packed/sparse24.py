@@ -1,0 +1,367 @@
+"""The compressed 2:4 weight."""
+
+import dataclasses
+import math
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._packed.layouts import Layout, convert, metadata_form
+from jaxsparse._registration import register_exported, register_saved
+
+__all__ = ["Sparse24", "decompress", "expand", "kept_values", "to_kept", "transposed"]
+
+_DATA = ("values", "metadata")
+_STATIC = ("contracting", "output", "axes", "layout", "transposable")
+_checked: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class Sparse24:
+    """A weight of which 2 of every 4 neighbours along the contraction are kept: values and their
+    places.
+
+    An ordinary pytree: `jit`, `grad` (with `allow_int=True`, or with respect to `values`),
+    checkpoints, sharding, donation and `lax.scan` over a stack of them work as for any other. Make
+    it with `compress`.
+
+    M is the product of the output axes, K that of the contracted ones, in the order in which they
+    stand in the dense weight. Leading axes (`...`) are stacks of weights, as `nn.scan` makes them;
+    a loop over the stack takes one from the front.
+
+    Attributes:
+      values: `[..., M, K/2]`, the kept weights in the order of the contraction.
+      metadata: the places of the kept weights, in the arrangement that `layout` names.
+      contracting: sizes of the axes that the matmul sums over, static.
+      output: sizes of the other axes of one weight, static.
+      axes: what each axis of the dense weight is, static: `"K"` contracted, `"O"` output, `"S"`
+        stack. A Flax kernel is `"KO"`, a scanned one `"SKO"`, one scanned along axis 1 `"KSO"`, a
+        kernel `[heads, inputs, width]` `"OKO"`. Stacks that are missing here stand in front, and
+        those that were taken off are the first. Empty means contracted before output axes.
+      layout: the arrangement of `metadata`, static. `"canonical"` is uint16 `[..., M, ceil(K/16)]`,
+        one nibble for each group of four, the lowest first, `first | second << 2` with the two
+        places in ascending order. `"mma16"` is uint32 `[..., 2*ceil(M/128), 2*ceil(K/128), 128]`,
+        the same words as the lanes of a sparse tensor core read them with 16-bit operands.
+      transposable: whether 2 of every 4 neighbours along the innermost output axis are kept, too,
+        static: then kernels can compute the gradient of the other operand of a product. Nothing
+        more is stored for it.
+
+    Raises:
+      TypeError: values or metadata are not arrays of a dtype that the format has.
+      ValueError: shapes, sizes, layout or places do not fit; see `check`.
+
+    References:
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
+    """
+
+    values: jax.Array
+    metadata: jax.Array
+    contracting: tuple[int, ...]
+    output: tuple[int, ...]
+    axes: str = ""
+    layout: Layout = "canonical"
+    transposable: bool = False
+
+    def __post_init__(self):
+        self.check("Sparse24")
+
+    def tree_flatten_with_keys(self):
+        keys = map(jax.tree_util.GetAttrKey, _DATA)
+        data = zip(keys, (self.values, self.metadata), strict=True)
+        return tuple(data), tuple(getattr(self, name) for name in _STATIC)
+
+    def tree_flatten(self):
+        return (self.values, self.metadata), tuple(getattr(self, name) for name in _STATIC)
+
+    @classmethod
+    def tree_unflatten(cls, static, data):
+        # unchecked, since JAX also builds trees of specs, gradients and placeholders
+        new = object.__new__(cls)
+        for name, value in zip((*_DATA, *_STATIC), (*data, *static), strict=True):
+            object.__setattr__(new, name, value)
+        return new
+
+    def check(self, call: str = "Sparse24.check") -> "Sparse24":
+        """Checks that values, metadata and sizes fit each other, and the places if they are known.
+
+        Making a `Sparse24` checks it. Call this for one that was restored by other means than
+        `flax.serialization`. Under `jit` only dtypes, shapes and the layout are checked.
+
+        Args:
+          call: the name that errors begin with.
+
+        Returns:
+          The weight itself.
+
+        Raises:
+          TypeError: values or metadata are not arrays of a dtype that the format has.
+          ValueError: shapes do not fit, there is no such layout, or the two places of a group are
+            equal or descending.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import jaxsparse as js
+          >>> values, metadata = jnp.array([[-4.0, 3.0]]), jnp.array([[0x4441]], jnp.uint16)
+          >>> js.Sparse24(values, metadata, contracting=(4,), output=(1,))
+          Traceback (most recent call last):
+            ...
+          ValueError: Sparse24: the places in group 0 of row (0,) are 1 and 0, ...
+        """
+        check_static(self, call)
+        check_places(self, call)
+        return self
+
+    @property
+    def kinds(self) -> str:
+        """What each axis of the dense weight is, as `axes` says, with exactly the stacks that are
+        there.
+        """
+        kinds = self.axes or "K" * len(self.contracting) + "O" * len(self.output)
+        surplus = kinds.count("S") - len(self.values.shape[:-2])
+        return kinds.replace("S", "", surplus) if surplus > 0 else "S" * -surplus + kinds
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        sizes = {
+            "S": iter(self.values.shape[:-2]),
+            "O": iter(self.output),
+            "K": iter(self.contracting),
+        }
+        return tuple(next(sizes[kind]) for kind in self.kinds)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the dense weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the dense weight."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self):
+        """The dtype of the weight."""
+        return self.values.dtype
+
+    @property
+    def axis(self) -> int:
+        """The axis of the dense weight along which groups run, counted from the end."""
+        return self.kinds.rindex("K") - len(self.kinds)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of values and metadata together."""
+        return self.values.nbytes + self.metadata.nbytes
+
+    def with_layout(self, layout: Layout) -> "Sparse24":
+        """The same weight with its metadata arranged in another way; exact in both directions.
+
+        Args:
+          layout: `"canonical"`, for files that any reader understands and for the dense fallback;
+            or `"mma16"`, for the kernels, with weights of 16 bits.
+
+        Returns:
+          A `Sparse24` of the same values.
+
+        Raises:
+          ValueError: there is no such layout, or the weight does not have 16 bits.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> values, metadata = jnp.ones((1, 2), jnp.bfloat16), jnp.array([[0x4449]], jnp.uint16)
+          >>> w = Sparse24(values, metadata, contracting=(4,), output=(1,))
+          >>> tiled = w.with_layout("mma16")
+          >>> tiled.metadata.shape, tiled.with_layout("canonical").metadata
+          ((2, 2, 128), Array([[17481]], dtype=uint16))
+        """
+        check_static(self, "Sparse24.with_layout")
+        metadata = convert(self.metadata, self.layout, layout, self.values)
+        if layout == self.layout:
+            return self
+        return _unchecked(self, metadata=metadata, layout=layout)
+
+
+def _unchecked(w: Sparse24, **changes) -> Sparse24:
+    """The weight with some fields changed; for what is known to fit."""
+    fields = {name: changes.get(name, getattr(w, name)) for name in (*_DATA, *_STATIC)}
+    return Sparse24.tree_unflatten(
+        [fields[name] for name in _STATIC], [fields[name] for name in _DATA]
+    )
+
+
+def check_static(w: Sparse24, call: str) -> None:
+    """Checks dtypes, shapes and the layout, which are known under `jit`, too."""
+    for name in _DATA:
+        array = getattr(w, name)
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{call}: `{name}` is a {type(array).__name__}, not an array.")
+    values, metadata = w.values, w.metadata
+    if not (
+        jnp.issubdtype(values.dtype, jnp.floating) or jnp.issubdtype(values.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            f"{call}: `values` are {values.dtype}. Pass weights of a floating or integer dtype."
+        )
+    m, k = math.prod(w.output), math.prod(w.contracting)
+    if values.shape[-2:] != (m, k // 2) or k % 4:
+        raise ValueError(
+            f"{call}: `values` of shape {values.shape} do not fit output={w.output} and "
+            f"contracting={w.contracting}. They hold [..., {m}, {k // 2}], and the contraction is "
+            f"a multiple of 4."
+        )
+    form = metadata_form(w.layout, values, call)
+    if metadata.dtype != form.dtype:
+        raise TypeError(
+            f"{call}: `metadata` are {metadata.dtype}, but the layout {w.layout!r} is {form.dtype}."
+        )
+    if metadata.shape != form.shape:
+        raise ValueError(
+            f"{call}: `metadata` have shape {metadata.shape}, but the layout {w.layout!r} of "
+            f"values of shape {values.shape} has {form.shape}."
+        )
+
+
+def check_places(w: Sparse24, call: str) -> None:
+    """Checks, once for each array outside of `jit`, that places of a group are ascending."""
+    metadata = w.metadata
+    if isinstance(metadata, jax.core.Tracer) or not isinstance(metadata, (jax.Array, np.ndarray)):
+        return
+    if _checked.get(id(metadata)) is metadata or not getattr(
+        metadata, "is_fully_addressable", True
+    ):
+        return
+    canonical = convert(metadata, w.layout, "canonical", w.values)
+    first, second = places(canonical, w.values.shape[-1] // 2)
+    wrong = np.argwhere(np.asarray(first >= second))
+    if len(wrong):
+        *row, group = wrong[0].tolist()
+        at = (*row, group)
+        raise ValueError(
+            f"{call}: the places in group {group} of row {tuple(row)} are {int(first[at])} and "
+            f"{int(second[at])}, but places ascend: a weight would be lost. The metadata are "
+            "damaged, or not in this layout."
+        )
+    if isinstance(metadata, jax.Array):
+        _checked[id(metadata)] = metadata
+
+
+def to_kept(w, mask):
+    """A weight `[..., M, K]` and its mask to values and canonical metadata."""
+    w0, w1, w2, w3 = (w[..., i::4] for i in range(4))
+    m0, m1, m2, m3 = (mask[..., i::4] for i in range(4))
+    first = jnp.where(m0, w0, jnp.where(m1, w1, w2))
+    second = jnp.where(m3, w3, jnp.where(m2, w2, w1))
+    places = jnp.where(m0, 0, jnp.where(m1, 1, 2)) | jnp.where(m3, 3, jnp.where(m2, 2, 1)) << 2
+    values = jnp.stack([first, second], -1).reshape(*w.shape[:-1], w.shape[-1] // 2)
+    return values, _to_words(places.astype(jnp.uint16))
+
+
+def _to_words(nibbles):
+    """uint16 `[..., G]` below 16 to uint16 `[..., ceil(G/4)]`, the lowest first; the last word is
+    filled up with places 0 and 1.
+    """
+    spare = -nibbles.shape[-1] % 4
+    nibbles = jnp.pad(nibbles, [(0, 0)] * (nibbles.ndim - 1) + [(0, spare)], constant_values=4)
+    nibbles = nibbles.reshape(*nibbles.shape[:-1], -1, 4)
+    return (nibbles << _along_last(range(0, 16, 4), nibbles)).sum(-1, dtype=jnp.uint16)
+
+
+def _along_last(numbers, like):
+    """Numbers along the last axis, with as many axes and the dtype of `like`."""
+    return jnp.array(numbers, like.dtype).reshape([1] * (like.ndim - 1) + [-1])
+
+
+def places(metadata, groups):
+    """Canonical metadata to the places of the first and the second kept weight of each group, uint8
+    `[..., M, groups]`.
+    """
+    words = metadata[..., None]
+    nibbles = (words >> _along_last(range(0, 16, 4), words)).astype(jnp.uint8)
+    nibbles = nibbles.reshape(*metadata.shape[:-1], -1)[..., :groups]
+    return nibbles & 3, nibbles >> 2 & 3
+
+
+def expand(values, metadata):
+    """Compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
+    pairs = values.reshape(*values.shape[:-1], -1, 2)
+    first, second = (kept[..., None] for kept in places(metadata, pairs.shape[-2]))
+    place = _along_last(range(4), first)
+    zero = jnp.zeros((), values.dtype)
+    dense = jnp.where(
+        place == first, pairs[..., :1], jnp.where(place == second, pairs[..., 1:], zero)
+    )
+    return dense.reshape(*values.shape[:-1], -1)
+
+
+def kept_values(dense, metadata):
+    """What `[..., M, K]` holds at the kept places, `[..., M, K/2]`: the transpose of `expand`."""
+    groups = dense.reshape(*dense.shape[:-1], -1, 4)
+    both = [kept[..., None] for kept in places(metadata, groups.shape[-2])]
+    picked = [
+        jnp.where(_along_last(range(4), kept) == kept, groups, jnp.zeros((), dense.dtype)).sum(-1)
+        for kept in both
+    ]
+    return jnp.stack(picked, -1).reshape(*dense.shape[:-1], -1)
+
+
+def transposed(values, metadata):
+    """Values `[..., M, K/2]` and metadata of a transposable weight to those of its transpose,
+    `[..., K, M/2]`.
+    """
+    mask = expand(jnp.ones_like(values, bool), metadata)
+    return to_kept(expand(values, metadata).swapaxes(-1, -2), mask.swapaxes(-1, -2))
+
+
+def decompress(packed):
+    """Gives back the masked weight of every `Sparse24` in a pytree, exactly; other leaves stay as
+    they are.
+
+    Args:
+      packed: a `Sparse24`, or a pytree with some.
+
+    Returns:
+      The pytree with arrays in their place, of the shape and dtype that they were compressed from.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> values, metadata = jnp.array([[-4.0, 3.0]]), jnp.array([[0x4449]], jnp.uint16)
+      >>> w = js.Sparse24(values, metadata, contracting=(4,), output=())
+      >>> js.decompress(w)
+      Array([ 0., -4.,  3.,  0.], dtype=float32)
+    """
+
+    def dense(leaf):
+        if not isinstance(leaf, Sparse24):
+            return leaf
+        check_static(leaf, "decompress")
+        w = expand(leaf.values, leaf.with_layout("canonical").metadata)
+        kinds = leaf.kinds
+        order = [i for kind in "SOK" for i, one in enumerate(kinds) if one == kind]
+        w = w.reshape(*(leaf.shape[i] for i in order))
+        return w.transpose(sorted(range(len(order)), key=order.__getitem__))
+
+    return jax.tree.map(dense, packed, is_leaf=lambda leaf: isinstance(leaf, Sparse24))
+
+
+def _to_dict(w: Sparse24) -> dict:
+    return {"values": w.values, "metadata": w.with_layout("canonical").metadata}
+
+
+def _from_dict(w: Sparse24, state: dict) -> Sparse24:
+    loaded = dataclasses.replace(w, **state, layout="canonical")
+    return loaded.with_layout(w.layout)
+
+
+def _tupled(static: list) -> tuple:
+    contracting, output, *rest = static
+    return (tuple(contracting), tuple(output), *rest)
+
+
+register_exported(Sparse24, list, _tupled)
+register_saved(Sparse24, _to_dict, _from_dict)

@@ -1,0 +1,60 @@
+"""The paths of the leaves of a tree, by which parameters, masks and plans are joined."""
+
+import collections
+import threading
+from typing import Any
+
+import jax
+
+__all__ = ["by_path", "is_box", "leaf_paths"]
+
+_VALUE = jax.tree_util.GetAttrKey("value")
+_MOST = 256  # structures of trees whose paths are remembered
+_known: dict[Any, tuple[str, ...]] = {}
+_lock = threading.Lock()
+
+
+def leaf_paths(tree) -> tuple[str, ...]:
+    """The path of every leaf in tree order, such as `"encoder/kernel"`.
+
+    A leading `params/` is dropped, and boxes around leaves, as Flax makes them, add nothing.
+    """
+    structure = jax.tree.structure(tree)
+    try:
+        paths = _known.get(structure)
+    except TypeError:  # a node has metadata that cannot be hashed
+        return _paths(tree)
+    if paths is None:
+        paths = _paths(tree)
+        with _lock:
+            if len(_known) >= _MOST:
+                _known.clear()
+            _known[structure] = paths
+    return paths
+
+
+def by_path(tree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, in tree order."""
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def is_box(node) -> bool:
+    """Whether a node is a box that Flax puts around a leaf, such as `nn.Partitioned`."""
+    if isinstance(node, (dict, list, tuple)) or node is None:
+        return False
+    children = jax.tree.leaves_with_path(node)
+    return len(children) == 1 and bool(children[0][0]) and set(children[0][0]) == {_VALUE}
+
+
+def _paths(tree) -> tuple[str, ...]:
+    paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
+    children = collections.defaultdict(set)
+    for path in paths:
+        for i, key in enumerate(path):
+            children[path[:i]].add(key)
+
+    def unboxed(path):  # out of nnx.Variable, nn.Partitioned, whose one child is `value`
+        return unboxed(path[:-1]) if path and children[path[:-1]] == {_VALUE} else path
+
+    texts = (jax.tree_util.keystr(unboxed(path), simple=True, separator="/") for path in paths)
+    return tuple(text.removeprefix("params/") for text in texts)

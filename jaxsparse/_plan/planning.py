@@ -1,0 +1,290 @@
+"""Rules to a plan, whose axes are named or learnt from the program."""
+
+import collections
+import fnmatch
+import re
+import warnings
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse._plan.paths import leaf_paths
+from jaxsparse._plan.pattern import Pattern, axes_in, why_not
+from jaxsparse._plan.patterns import as_pattern
+from jaxsparse._plan.plan import Leaf, Plan
+from jaxsparse._program.arguments import is_traceable
+from jaxsparse._program.uses import Use, uses
+
+__all__ = ["learned_plan", "plan", "traced"]
+
+
+def plan(
+    params, rules: Mapping[str, Pattern | str | None], fn: Callable | None = None, *args, **kwargs
+) -> Plan:
+    """Plans the sparsity of any pytree of parameters.
+
+    With a function, the axis of each weight is learnt from `fn(params, *args, **kwargs)`, which is
+    traced once, abstractly: no arithmetic, no device memory. What the traced program does with a
+    leaf decides. A weight is grouped along the innermost axis that its matrix product sums over
+    (for a convolution the input channels), and by `TransposableNM` and `Block` along the innermost
+    output axis too (for a convolution the output channels). It is followed to that product through
+    casts, reshapes, transpositions, slices, concatenations, through scaling, normalisation and
+    standardisation along the summed axis, and through `jit`, `vmap`, `scan`, `while_loop`, `cond`,
+    `remat`, `shard_map` and custom derivatives. In a stack every weight is masked for itself,
+    unless all take the same input, as under `vmap(..., in_axes=(None, 0))`: then they are one
+    weight.
+
+    Without a function every rule names its axes.
+
+    Args:
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      rules: from a path, or a pattern of paths with `*`, `?` and `[...]` as in file names (`*` also
+        crosses `/`), to a pattern, or to None for dense. The first rule that matches a leaf
+        decides. A leaf that no rule matches stays dense. A pattern with its axes, as in `NM(2, 4,
+        axis=0)`, is checked against the program, and taken at its word where the program cannot
+        tell.
+      fn: the model, a function of (params, *args, **kwargs), such as `model.apply`. Use
+        `functools.partial` to bind arguments that are not arrays.
+      *args: what else `fn` takes, arrays or `jax.ShapeDtypeStruct`.
+      **kwargs: its keyword arguments, likewise.
+
+    Returns:
+      The plan. A leaf that cannot follow its rule stays dense, with the reason in the report
+      (`print` the plan): tables that rows are looked up in, kernels of grouped convolutions and
+      everything that is not an operand of a product, unless their rule names the axis.
+
+    Raises:
+      TypeError: a rule gives something that is not a pattern, or an argument of `fn` is not an
+        array.
+      ValueError: a rule matches no leaf; names an axis that is not the one that the program sums
+        over; names a leaf exactly that cannot follow it; or, without `fn`, names no axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.zeros((2, 8)), "b": jnp.zeros(2)}
+      >>> model = lambda params, x: x @ params["w"].T + params["b"]
+      >>> print(js.plan(params, {"w": "2:4"}, model, jnp.zeros((1, 8))))
+      leaf    layer    shape      axis  pattern      density  note
+      ------  -------  -------  ------  ---------  ---------  ---------------
+      b                2                dense            1    no rule matches
+      w                2x8          -1  2:4              0.5
+      1 of 2 leaves are sparse, with 16 of 18 weights; 10 weights participate (density 0.556).
+      >>> js.plan(params, {"w": js.NM(2, 4, axis=1)}).sparse["w"].pattern.axis
+      -1
+
+    References:
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to
+      prune.
+    """
+    if fn is None:
+        if args or kwargs:
+            raise TypeError(
+                "plan: there are arguments but no function. Pass `fn`, the function that takes "
+                "them."
+            )
+        return _named_plan(params, rules)
+    return learned_plan("plan", params, rules, traced("plan", fn, params, *args, **kwargs))
+
+
+def _named_plan(params, rules) -> Plan:
+    """The plan of rules that name their axes."""
+    ranks = collections.defaultdict(set)
+
+    def decide(path, leaf, rule, pattern):
+        if pattern.axes is None:
+            raise ValueError(
+                f"plan: rule {rule!r} gives {pattern} without an axis for {path} of shape "
+                f"{jnp.shape(leaf)}; the axis is never guessed from a shape. {pattern.hint} Or "
+                "pass the function that uses the parameters, as in plan(params, rules, fn, *args)."
+            )
+        decided = _at_its_word("plan", path, leaf, rule, pattern, "")
+        if decided.pattern is not None and decided.pattern.axes and len(decided.shape) > 1:
+            ranks[rule].add(len(decided.shape))
+        return decided
+
+    made = apply_rules("plan", params, rules, decide)
+    for rule, counts in ranks.items():
+        if len(counts) > 1:
+            warnings.warn(
+                f"plan: rule {rule!r} names one axis for weights of "
+                f"{' and '.join(map(str, sorted(counts)))} axes, whose products may sum over "
+                "different ones. Pass the function that uses the parameters, as in plan(params, "
+                "rules, fn, *args), which tells, or one rule for each kind.",
+                stacklevel=3,
+            )
+    return made
+
+
+def _at_its_word(call: str, path: str, leaf, rule: str, pattern: Pattern, note: str) -> Leaf:
+    """A leaf that follows the axes that its rule names."""
+    shape = jnp.shape(leaf)
+    reason = why_not(pattern, shape, jnp.result_type(leaf))
+    if reason and rule.removeprefix("params/") == path:
+        raise ValueError(
+            f"{call}: {path} of shape {shape} cannot be {pattern}: {reason}. Choose another axis "
+            "or pattern, pad it, or leave it dense."
+        )
+    if reason:
+        return Leaf(path, shape, None, reason=reason)
+    return Leaf(
+        path,
+        shape,
+        pattern.along(tuple(axis - len(shape) for axis in axes_in(pattern, len(shape)))),
+        reason=note,
+    )
+
+
+def traced(call: str, fn: Callable, params, *args, **kwargs) -> list[set[Use]]:
+    """How `fn(params, *args, **kwargs)` uses each leaf of `params`."""
+    for path, leaf in jax.tree.leaves_with_path((args, kwargs)):
+        if not is_traceable(leaf):
+            raise TypeError(
+                f"{call}: argument {jax.tree_util.keystr(path)} of `fn` is a "
+                f"{type(leaf).__name__}, not an array. Bind it with functools.partial, as in "
+                "functools.partial(model.apply, method=...)."
+            )
+    names: list[tuple[str, int]] = []
+    while True:
+        try:
+            program = jax.make_jaxpr(fn, axis_env=names or None)(params, *args, **kwargs)
+            break
+        except (
+            NameError
+        ) as error:  # a named axis, of vmap or a mesh, that is bound where the model is trained
+            unbound = re.search(r"unbound axis name: (\w+)", str(error))
+            if unbound is None or unbound[1] in dict(names):
+                raise
+            names.append((unbound[1], 1))
+        except jax.errors.ConcretizationTypeError as error:
+            error.add_note(
+                f"{call}: the arguments of `fn` are traced. Use functools.partial to bind those "
+                "that it branches on."
+            )
+            raise
+    return uses(program.jaxpr, [jnp.shape(leaf) for leaf in jax.tree.leaves(params)])
+
+
+def learned_plan(
+    call: str, params, rules: Mapping[str, Pattern | str | None], used: list[set[Use]]
+) -> Plan:
+    """Plans by rules whose axes the program tells; `used` says how it uses each leaf."""
+    known = dict(zip(leaf_paths(params), used, strict=True))
+
+    def decide(path, leaf, rule, pattern):
+        return _decide(call, path, leaf, rule, pattern, known[path])
+
+    return apply_rules(call, params, rules, decide)
+
+
+def _decide(call: str, path: str, leaf, rule: str, pattern: Pattern, used: set[Use]) -> Leaf:
+    shape = jnp.shape(leaf)
+    ndim, count = len(shape), len(pattern.multiples)
+    products = [use for use in used if not use.reason]
+    axes = {tuple(axis - ndim for axis in _innermost(use, shape)[:count]) for use in products}
+    against = [use for use in used if use.reason and (use.decides or not products)]
+    reason = min(against, key=lambda use: (not use.decides, use.reason)).reason if against else ""
+    if not used:
+        reason = "not used by the function when it is called with these arguments"
+    elif not reason and len(axes) > 1:
+        reason = (
+            f"shared by products that sum over different axes {sorted({one[0] for one in axes})}"
+        )
+    elif not reason and any(len(one) < count for one in axes):
+        reason = "the product has no output axis of its own"
+    if reason:
+        if pattern.axes:
+            return _at_its_word(call, path, leaf, rule, pattern, f"axis as named: {reason}")
+        return Leaf(path, shape, None, reason=reason)
+    (learned,) = axes
+    if (
+        pattern.axes is not None
+        and tuple(axis - ndim if axis >= 0 else axis for axis in pattern.axes) != learned
+    ):
+        named, told = (", ".join(map(str, one)) for one in (pattern.axes, learned))
+        raise ValueError(
+            f"{call}: rule {rule!r} names axis {named} for {path} of shape {shape}, but the "
+            f"program sums over axis {told}. "
+            f'Leave the axis out, as in "{pattern.along(None)}".'
+        )
+    pattern = pattern.along(learned)
+    cannot = why_not(pattern, shape, jnp.result_type(leaf))
+    if cannot:
+        return Leaf(path, shape, None, reason=cannot)
+    stack = tuple(sorted({axis - ndim for use in products for axis in use.stack}))
+    return Leaf(path, shape, pattern, _summed_by_all(products, ndim), stack)
+
+
+def _innermost(use: Use, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The innermost axis that a product sums over, and the innermost of those it keeps, if there is
+    one.
+    """
+    kept = [
+        axis
+        for axis, n in enumerate(shape)
+        if axis not in use.summed and axis not in use.stack and n != 1
+    ]
+    return (use.summed[-1], *kept[-1:])
+
+
+def _summed_by_all(products: list[Use], ndim: int) -> tuple[int, ...]:
+    """The axes that every product of a weight sums over, the one along which groups run last."""
+    common = set.intersection(*(set(use.summed) for use in products))
+    *others, last = (axis for axis in products[0].summed if axis in common)
+    # a convolution whose window comes after its channels: a sum of products, one a place
+    if others and max(others) > last:
+        others = []
+    return tuple(axis - ndim for axis in (*others, last))
+
+
+def apply_rules(
+    call: str, params, rules: Mapping[str, Pattern | str | None], decide: Callable[..., Leaf]
+) -> Plan:
+    """The plan in which `decide(path, leaf, rule, pattern)` settles every leaf that a rule makes
+    sparse.
+    """
+    if not isinstance(rules, Mapping):
+        raise TypeError(
+            f'{call}: `rules` must map paths to patterns, as in {{"*/kernel": "2:4"}}, not '
+            f"{rules!r}."
+        )
+    for rule in rules:
+        if not isinstance(rule, str):
+            raise TypeError(
+                f'{call}: rule {rule!r} is not a path. Write it as text, as in "encoder/kernel" or '
+                '"*/kernel".'
+            )
+    patterns = {
+        rule: None if spec is None else as_pattern(spec, f"{call}: rule {rule!r}")
+        for rule, spec in rules.items()
+    }
+    matched = dict.fromkeys(patterns, False)
+
+    def settle(path, leaf):
+        rules = [
+            rule
+            for rule in patterns
+            if path == rule or fnmatch.fnmatchcase(path, rule.removeprefix("params/"))
+        ]
+        matched.update(dict.fromkeys(rules, True))
+        if not rules:
+            return Leaf(path, jnp.shape(leaf), None, reason="no rule matches")
+        if patterns[rules[0]] is None:
+            return Leaf(path, jnp.shape(leaf), None, reason=f"rule {rules[0]!r} says dense")
+        return decide(path, leaf, rules[0], patterns[rules[0]])
+
+    paths = leaf_paths(params)
+    for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
+        if not is_traceable(leaf):
+            raise TypeError(
+                f"{call}: {path} is a {type(leaf).__name__}, not an array. Pass arrays or "
+                "jax.ShapeDtypeStruct."
+            )
+    leaves = tuple(map(settle, paths, jax.tree.leaves(params)))
+    idle = [rule for rule, used in matched.items() if not used]
+    if idle:
+        raise ValueError(
+            f"{call}: rule {idle[0]!r} matches no leaf. The leaves are: {', '.join(paths)}."
+        )
+    return Plan(leaves)

@@ -1,0 +1,94 @@
+"""Gradual pruning: the density falls to the one planned."""
+
+import optax
+
+from jaxsparse._plan.plan import Plan
+from jaxsparse._training.phases import phases, with_patterns
+from jaxsparse._training.renew import BY_MAGNITUDE, Renew, staged
+from jaxsparse._training.rewire import rewire
+from jaxsparse._training.schedules import gradual_density
+
+__all__ = ["gradual"]
+
+
+def gradual(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    total_steps: int,
+    initial: float = 1.0,
+    dense_until: int | float = 0.05,
+    fine_tune_from: int | float = 0.7,
+    every: int = 1,
+    renew: Renew = BY_MAGNITUDE,
+) -> optax.GradientTransformationExtraArgs:
+    """Gradual pruning: the density of `Unstructured` and `Block` falls along a cubic to the one
+    planned, where masks then stay.
+
+    The gradient is masked: weights that do not participate are not updated, beyond what the
+    optimizer's own momentum and weight decay do.
+
+    Args:
+      inner: the optimizer, any of optax.
+      plan: which leaf follows which pattern in the end.
+      total_steps: the optimizer steps of the whole run.
+      initial: the density at `dense_until`.
+      dense_until: the step up to which every weight participates.
+      fine_tune_from: the step at which the planned density is reached; the masks of that step stay.
+      every: the steps between two changes of the masks, counted from `dense_until`; the paper takes
+        100 to 1000.
+      renew: how masks are renewed, as for `rewire`.
+
+    Returns:
+      The transformation to use in place of `inner`; `masks` finds its masks.
+
+    Raises:
+      TypeError: `plan` is no plan, or an argument is no number.
+      ValueError: no leaf of the plan is sparse, a leaf is planned under another pattern or already
+        under a schedule, an argument is out of range, or a phase has no step.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.arange(100.0)}
+      >>> plan = js.plan(params, {"w": js.Unstructured(0.1)})
+      >>> tx = js.recipes.gradual(
+      ...     optax.sgd(0.0), plan, total_steps=6, dense_until=1, fine_tune_from=4
+      ... )
+      >>> state = tx.init(params)
+      >>> for step in range(6):
+      ...     print(int(js.masks(state)["w"].sum()), end=" ")
+      ...     _, state = tx.update(params, state, params)
+      100 100 37 13 10 10
+
+    References:
+      Zhu and Gupta, To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model
+      Compression.
+    """
+    call = "recipes.gradual"
+    begin, end = phases(call, total_steps, dense_until, fine_tune_from)
+
+    def falling(leaf, pattern):
+        if not pattern.adjustable:
+            raise ValueError(
+                f"{call}: {leaf.path} is planned {pattern}, which has no density to change. Use "
+                "recipes.sdgf."
+            )
+        if pattern.schedule is not None:
+            raise ValueError(
+                f"{call}: the density of {leaf.path} follows a schedule. Plan it with the number "
+                "to end at."
+            )
+        if initial < pattern.density:
+            raise ValueError(
+                f"{call}: initial={initial} is below {pattern.density}, the density planned for "
+                f"{leaf.path}. Pass more."
+            )
+        density = gradual_density(pattern.density, begin=begin, end=end, initial=initial)
+        return pattern.with_density(density)
+
+    renew = staged(renew, [(with_patterns(call, plan, falling), end)])
+    return rewire(
+        inner, plan, renew=renew, every=every, begin=begin, until=end + 1, gradient="masked"
+    )

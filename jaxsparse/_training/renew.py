@@ -1,0 +1,218 @@
+"""How masks are renewed: by a score, in stages, or by a rule of one's own."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse._plan.masks import magnitude_masks, score_masks
+from jaxsparse._plan.plan import Plan, check_plan, map_planned
+from jaxsparse._training.scores import SCORES, Score, as_score
+
+__all__ = ["BY_MAGNITUDE", "Renew", "by_score", "staged"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Renew:
+    """How `rewire` renews the masks.
+
+    Args:
+      masks: a function `(plan, params, gradients, masks, step, key, extra)` to new masks, a pytree
+        as `magnitude_masks` returns it. `params` are the updated weights; `gradients` those that
+        `update` received; `masks` the present ones; `step` the number of updates so far, int32;
+        `key` a random key for this step; `extra` a dict of the extra arguments by name, with the
+        state under `"state"` if there is one. When the optimizer is initialised, `gradients` and
+        `masks` are None and `extra` holds no extra arguments.
+      needs_gradient: whether it takes the gradients, which are not there at first.
+      extra_args: the names of the extra arguments of `update` that it takes.
+      changes_at: steps at which masks are renewed besides every `every`.
+      init: a function `(plan, params)` to the state that it keeps; None where it keeps none.
+      observe: a function `(plan, state, params, gradients, extra)` to the new state; called at
+        every update.
+      check: a function of the plan that raises an error where the two do not go together.
+      seed: of the random keys.
+
+    Example:
+      >>> import jax
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> def shuffled(plan, params, gradients, masks, step, key, extra):
+      ...     scores = {"w": jax.random.uniform(key, params["w"].shape)}
+      ...     return js.score_masks(scores, plan)
+      >>> params = {"w": jax.numpy.arange(4.0)}
+      >>> plan = js.plan(params, {"w": js.NM(2, 4, axis=0)})
+      >>> tx = js.rewire(optax.sgd(0.1), plan, renew=js.Renew(shuffled))
+      >>> int(js.masks(tx.init(params))["w"].sum())
+      2
+    """
+
+    masks: Callable[..., Any]
+    needs_gradient: bool = False
+    extra_args: tuple[str, ...] = ()
+    changes_at: tuple[int, ...] = ()
+    init: Callable[..., Any] | None = None
+    observe: Callable[..., Any] | None = None
+    check: Callable[[Plan], None] | None = None
+    seed: int = 0
+
+
+def by_score(score: str | Score = "magnitude") -> Renew:
+    """Renews masks so that the weights of highest score participate.
+
+    Until there is a gradient, scores that need one, or an extra argument, are replaced by the
+    magnitude.
+
+    Args:
+      score: `"magnitude"`; `"first_order"`, the magnitude of weight times gradient; `"fisher"`, the
+        squared weight times what `diagonal_fisher` gives, passed as `update(..., fisher=...)`;
+        `"random"`, a fixed random mask; or a `Score`.
+
+    Returns:
+      The argument `renew` of `rewire` and the recipes.
+
+    Raises:
+      TypeError: `score` is neither a name nor a `Score`.
+      ValueError: there is no score of that name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}
+      >>> plan = js.plan(params, {"w": js.NM(2, 4, axis=0)})
+      >>> tx = js.rewire(optax.sgd(0.0), plan, renew=js.by_score("first_order"))
+      >>> grads = {"w": jnp.array([9.0, 0.0, 0.0, 1.0])}
+      >>> _, state = tx.update(grads, tx.init(params), params)
+      >>> js.masks(state)["w"]
+      Array([ True, False, False,  True], dtype=bool)
+
+    References:
+      Hoefler et al., Sparsity in Deep Learning, sections 3.2 to 3.5 (arXiv:2102.00554).
+    """
+    score = as_score(score, "by_score")
+    late = score.needs_gradient or bool(score.extra_args)
+
+    def arguments(trees):
+        """The gradient, if it is needed, as positional and the rest as keyword arguments."""
+        positional = trees[: int(score.needs_gradient)]
+        return positional, dict(zip(score.extra_args, trees[len(positional) :], strict=False))
+
+    def asked(gradients, extra):
+        taken = [gradients] if score.needs_gradient else []
+        return taken + [extra[name] for name in score.extra_args]
+
+    def masks(plan, params, gradients, masks, step, key, extra):
+        if score is SCORES["magnitude"] or (late and gradients is None):
+            return magnitude_masks(params, plan, step=step)
+
+        def scored(leaf, w, *trees):
+            gs, kwargs = arguments(trees)
+            if score.init is not None:
+                kwargs["state"] = extra["state"][leaf.path]
+            scores = score.rank(leaf.path, w, *gs, **kwargs)
+            if jnp.shape(scores) != jnp.shape(w):
+                raise ValueError(
+                    f"rewire: the score of {leaf.path} has shape {jnp.shape(scores)}, but its "
+                    f"weights have {jnp.shape(w)}. Score each weight."
+                )
+            return scores
+
+        scores = map_planned(scored, plan, params, *asked(gradients, extra), call="rewire")
+        return score_masks(scores, plan, step=step)
+
+    def init(plan, params):
+        states = {}
+
+        def first(leaf, w):
+            states[leaf.path] = score.init(leaf.path, w)
+            return w
+
+        map_planned(first, plan, params, call="rewire")
+        return states
+
+    def observe(plan, state, params, gradients, extra):
+        states = dict(state)
+
+        def seen(leaf, w, *trees):
+            gs, kwargs = arguments(trees)
+            states[leaf.path] = score.observe(leaf.path, state[leaf.path], w, *gs, **kwargs)
+            return w
+
+        map_planned(seen, plan, params, *asked(gradients, extra), call="rewire")
+        return states
+
+    return Renew(
+        masks,
+        score.needs_gradient,
+        score.extra_args,
+        init=init if score.init else None,
+        observe=observe if score.observe else None,
+    )
+
+
+BY_MAGNITUDE = by_score("magnitude")
+
+
+def staged(renew: Renew, earlier: Sequence[tuple[Plan, int]]) -> Renew:
+    """Renews masks under earlier plans first, each up to a step, and then under the last.
+
+    Args:
+      renew: how the masks of each stage are renewed.
+      earlier: the plans before the last, of the same sparse leaves, each with the step at which it
+        ends and the next begins.
+
+    Returns:
+      The argument `renew` of `rewire`, whose own plan is the last.
+
+    Raises:
+      TypeError: a plan is not a plan, or an end is not an integer.
+      ValueError: the ends are not in ascending order; in `rewire`, an earlier plan has other sparse
+        leaves than the last.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}
+      >>> first, last = (js.plan(params, {"w": js.NM(n, 4, axis=0)}) for n in (3, 2))
+      >>> tx = js.rewire(optax.sgd(0.0), last, renew=js.staged(js.by_score(), [(first, 1)]))
+      >>> state = tx.init(params)
+      >>> _, after = tx.update(params, state, params)
+      >>> int(js.masks(state)["w"].sum()), int(js.masks(after)["w"].sum())
+      (3, 2)
+
+    References:
+      Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers,
+      section 3, for structure decay (arXiv:2402.04744).
+    """
+    for plan, _ in earlier:
+        check_plan("staged", plan)
+    plans, ends = [plan for plan, _ in earlier], tuple(end for _, end in earlier)
+
+    def masks(plan, params, gradients, masks, step, key, extra):
+        def under(stage):
+            return lambda: renew.masks(stage, params, gradients, masks, step, key, extra)
+
+        stage = sum((jnp.asarray(step >= end, jnp.int32) for end in ends), jnp.int32(0))
+        return jax.lax.switch(stage, [under(stage) for stage in (*plans, plan)])
+
+    def check(plan):
+        if renew.check is not None:
+            renew.check(plan)
+        for stage in plans:
+            for path in sorted(plan.sparse.keys() | stage.sparse.keys()):
+                before, last = (
+                    one.sparse[path].shape if path in one.sparse else "dense"
+                    for one in (stage, plan)
+                )
+                if before != last:
+                    raise ValueError(
+                        f"rewire: {path} is {before} in an earlier plan, but {last} in the last. "
+                        "Make the same leaves sparse in all."
+                    )
+
+    return dataclasses.replace(
+        renew, masks=masks, changes_at=(*renew.changes_at, *ends), check=check
+    )

@@ -1,0 +1,73 @@
+"""SR-STE: a sparse-refined straight-through estimator."""
+
+import optax
+
+from jaxsparse._plan.plan import Plan, check_plan
+from jaxsparse._training.phases import as_step
+from jaxsparse._training.pieces import add_decayed_nonparticipating
+from jaxsparse._training.renew import BY_MAGNITUDE, Renew
+from jaxsparse._training.rewire import rewire
+
+__all__ = ["sr_ste"]
+
+
+def sr_ste(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    weight_decay: float = 2e-4,
+    dense_until: int | float = 0,
+    total_steps: int | None = None,
+    every: int = 1,
+    renew: Renew = BY_MAGNITUDE,
+) -> optax.GradientTransformationExtraArgs:
+    """SR-STE: the dense gradient, and for non-participating weights a pull towards zero, `g + decay
+    * w`, before the optimizer.
+
+    Args:
+      inner: the optimizer, any of optax.
+      plan: which leaf follows which pattern.
+      weight_decay: the pull (`lambda` in the paper).
+      dense_until: the step up to which every weight participates.
+      total_steps: the optimizer steps of the whole run; needed where `dense_until` is a fraction.
+      every: the steps between two rewirings, counted from `dense_until`.
+      renew: how masks are renewed, as for `rewire`.
+
+    Returns:
+      The transformation to use in place of `inner`; `masks` finds its masks.
+
+    Raises:
+      TypeError: `plan` is no plan, or an argument is no number.
+      ValueError: no leaf of the plan is sparse, an argument is out of range, or no step is left for
+        the sparse phase.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import jaxsparse as js
+      >>> params = {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}
+      >>> plan = js.plan(params, {"w": js.NM(2, 4, axis=0)})
+      >>> tx = js.recipes.sr_ste(optax.sgd(1.0), plan, weight_decay=0.25)
+      >>> updates, _ = tx.update({"w": jnp.zeros(4)}, tx.init(params), params)
+      >>> updates["w"]
+      Array([-0.25, -0.  , -0.  , -0.5 ], dtype=float32)
+
+    References:
+      Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch; the
+      dense phase as in Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity
+      Training in Transformers, table 12.
+    """
+    check_plan("recipes.sr_ste", plan)
+    begin = as_step("recipes.sr_ste", "dense_until", dense_until, total_steps)
+    if begin == total_steps:
+        raise ValueError(
+            f"recipes.sr_ste: the sparse phase has no step: dense_until is step {begin} of "
+            f"{total_steps}. Begin it earlier."
+        )
+    return rewire(
+        optax.chain(add_decayed_nonparticipating(weight_decay), inner),
+        plan,
+        every=every,
+        begin=begin,
+        renew=renew,
+    )
