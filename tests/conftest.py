@@ -6,13 +6,31 @@ os.environ.setdefault("NPROC", "16")
 
 import jax
 import jaxtyping
+import optax
+import promotion
 import pytest
 
-# signatures with shapes hold at run time
-jaxtyping.install_import_hook("jaxsparse", "beartype.beartype")
+# signatures, with the shapes in them, are held at run time
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("jaxsparse", CHECKER)
 
 # for the tests of sharding; the others run on the first
 jax.config.update("jax_num_cpu_devices", 8)
+# the library promotes nothing silently, so that programs which forbid it can use it
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# of Adam, which raises a float to an integer step
+optax.tree.bias_correction = promotion.promoting(optax.tree.bias_correction)
+
+
+@pytest.fixture(autouse=True)
+def _promotion(request):
+    """Lets a test promote whose marker says what needs it that is not the library's."""
+    if request.node.get_closest_marker("promotes") is None:
+        yield
+    else:
+        with promotion.allowed():
+            yield
 
 
 @pytest.fixture

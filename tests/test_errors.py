@@ -796,6 +796,7 @@ def test_no_row_is_there_twice():
     assert len(set(IDS)) == len(IDS)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("kind", "call", "name", "says"), [row[:4] for row in TABLE], ids=IDS)
 def test_bad_input(kind, call, name, says):
     with pytest.raises((ValueError, TypeError)) as caught:

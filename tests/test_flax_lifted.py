@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from promotion import promoting
 
 import jaxsparse as js
 
@@ -209,7 +210,7 @@ NAMED = {
     "scaled along the sum": (
         lambda x, w: x @ (w * x[0][:, None]),
         js.NM(2, 4, axis=0),
-        "axis as named: combined, before its product",
+        "axis as named: combined before its product",
     ),
     "shared": (
         lambda x, w: x @ w + x @ w.T,
@@ -231,7 +232,8 @@ def test_a_rule_that_names_its_axis_is_checked_and_where_nothing_tells_taken_at_
     class One(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return use(x, self.param("kernel", nn.initializers.normal(), (16, 16)))
+            kernel = self.param("kernel", nn.initializers.normal(), (16, 16))
+            return promoting(use)(x, kernel)
 
     if outcome is ValueError:
         with pytest.raises(

@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from promotion import promoting
 
 import jaxsparse as js
 
@@ -270,7 +271,7 @@ def prepared(name):
 
 
 def call(name):
-    return lambda params, x: FUNCTIONS[name][1](params["w"], x)
+    return promoting(lambda params, x: FUNCTIONS[name][1](params["w"], x))
 
 
 def products(fn, *args):
@@ -374,7 +375,7 @@ def test_around_shard_map_it_decompresses_and_says_so():
     fn = jax.shard_map(call("x @ w"), mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"))
     close(jax.jit(js.sparsify(fn))(packed, X), call("x @ w")(masked, X))
     (row,) = js.sparsify(fn).report(packed, X).products
-    assert row.reason == "handed to shard_map"
+    assert row.reason == "passed to shard_map"
 
 
 def test_export_for_every_platform_and_back():
@@ -488,7 +489,7 @@ def test_kernels_that_are_concatenated_and_two_weights_in_one_product():
         ("q", ""),
         ("v", ""),
         ("v", "multiplied by another compressed weight"),
-        ("q", "the product sums over other axes than those that the weight is compressed along"),
+        ("q", "the product does not sum over exactly the axes that the weight is compressed along"),
     ]
     assert "3 of 5 uses run compressed" in str(report)
 
@@ -503,7 +504,7 @@ def test_the_report_says_what_runs_where_and_why_not_without_running_anything():
     packed, _, _, _ = prepared("scaled along the sum")
     sparse = js.sparsify(call("scaled along the sum"))
     abstract = jax.eval_shape(lambda: (packed, X))
-    reason = "scaled by what varies along the axis that the product sums over"
+    reason = "scaled by values that vary along the axis that the product sums over"
     rule = ["-" * length for length in (6, 18, len(reason), 16)]
     assert str(sparse.report(*abstract)).splitlines() == [
         f"leaf    product             {'runs':<{len(reason)}}  implementation",
@@ -552,6 +553,7 @@ def test_bias_and_activation_go_into_the_product_where_a_kernel_may_run(activati
     params = {"w": weight(*shape, dtype=jnp.bfloat16), "b": weight(5, 3, dtype=jnp.bfloat16)}
     x = X.astype(jnp.bfloat16)
 
+    @promoting
     def fn(params, x):
         y = jnp.einsum("bi,aci->bac" if first else "bi,iac->bac", x, params["w"]) + params["b"]
         return act(y) * 2
@@ -586,7 +588,9 @@ def test_layers_of_a_stack_are_decompressed_one_at_a_time():
     params = {"w": weight(8, 256, 256)}
 
     def fn(params, x):  # decompressed at its product, inside the loop
-        return lax.scan(lambda x, w: (jnp.tanh(x @ (w - w.mean(0))), None), x, params["w"])[0]
+        return lax.scan(
+            lambda x, w: (jnp.tanh(x @ (w - w.mean(0, keepdims=True))), None), x, params["w"]
+        )[0]
 
     x = jnp.ones((4, 256))
     plan = js.plan(params, {"w": "2:4"}, fn, x)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, ArrayLike, Float, UInt32
 
 from jaxsparse._kernels import ACTIVATIONS
 from jaxsparse._kernels.mosaic import (
@@ -232,10 +232,10 @@ def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, op
 
 
 def matmul(
-    x: Float[Array, "N K"],
-    values: Float[Array, "M K//2"],
-    metadata: UInt32[Array, "2*((M+127)//128) 2*((K+127)//128) 128"],
-    bias: Float[Array, " M"] | None = None,
+    x: Float[ArrayLike, "N K"],
+    values: Float[ArrayLike, "M K//2"],
+    metadata: UInt32[ArrayLike, "2*((M+127)//128) 2*((K+127)//128) 128"],
+    bias: Float[ArrayLike, " M"] | None = None,
     *,
     activation: str | None = None,
     config: Config | None = None,

@@ -6,7 +6,7 @@ from typing import SupportsIndex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Int, Real
+from jaxtyping import Array, ArrayLike, Bool, Integer, Real
 
 from jaxsparse import _checks
 from jaxsparse._masks.groups import mask_groups
@@ -17,7 +17,7 @@ __all__ = ["mask_of_magnitudes", "mask_of_scores", "nm_mask"]
 
 def nm_mask(
     scores: Real[ArrayLike, "*shape"],
-    n: Int[ArrayLike, ""],
+    n: Integer[ArrayLike, ""],
     m: SupportsIndex,
     *,
     axis: SupportsIndex,
@@ -118,7 +118,7 @@ def _identity(keys):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def mask_of_scores(
-    scores: Real[Array, "*shape"], n: int, m: int, axis: int
+    scores: Real[ArrayLike, "*shape"], n: int, m: int, axis: int
 ) -> Bool[Array, "*shape"]:
     """The mask of the n highest scores of each group; `axis` is not negative."""
     return _mask(scores, order_keys, n, m, axis)
@@ -126,7 +126,7 @@ def mask_of_scores(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def mask_of_magnitudes(
-    weights: Real[Array, "*shape"], n: int, m: int, axis: int
+    weights: Real[ArrayLike, "*shape"], n: int, m: int, axis: int
 ) -> Bool[Array, "*shape"]:
     """The mask of the n largest magnitudes of each group; `axis` is not negative."""
     return _mask(weights, magnitude_keys, n, m, axis)

@@ -95,7 +95,7 @@ def check_supported(call: str, n, m) -> tuple[int, int]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("magnitude",))
 def transposable_mask(
-    scores: Real[Array, "*shape"], n: int, axes: tuple[int, ...], *, magnitude: bool = False
+    scores: Real[ArrayLike, "*shape"], n: int, axes: tuple[int, ...], *, magnitude: bool = False
 ) -> Bool[Array, "*shape"]:
     """The mask of `scores`, or of their magnitudes; sizes along `axes` are multiples of 4."""
     scores = lax.stop_gradient(scores)

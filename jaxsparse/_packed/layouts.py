@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt16, UInt32
+from jaxtyping import Array, ArrayLike, UInt16, UInt32
 
 __all__ = ["FILLER", "Layout", "convert", "metadata_form", "preferred_layout", "tile", "untile"]
 
@@ -46,7 +46,9 @@ def convert(metadata, old: str, new: str, values):
     return untile(metadata, values.shape[-2], -(-values.shape[-1] // 8))
 
 
-def tile(words: UInt16[Array, "*stack M C"]) -> UInt32[Array, "*stack row_tiles column_tiles 128"]:
+def tile(
+    words: UInt16[ArrayLike, "*stack M C"],
+) -> UInt32[Array, "*stack row_tiles column_tiles 128"]:
     """Canonical uint16 `[..., M, C]` to uint32 `[..., 2*ceil(M/128), 2*ceil(C/8), 128]`.
 
     One last axis holds 64 rows by 64 columns of the dense weight. Word `32*w + 4*g + p` is the
@@ -66,7 +68,7 @@ def tile(words: UInt16[Array, "*stack M C"]) -> UInt32[Array, "*stack row_tiles 
 
 
 def untile(
-    lanes: UInt32[Array, "*stack row_tiles column_tiles 128"], rows: int, columns: int
+    lanes: UInt32[ArrayLike, "*stack row_tiles column_tiles 128"], rows: int, columns: int
 ) -> UInt16[Array, "*stack {rows} {columns}"]:
     """The inverse of `tile`, cut to canonical `[..., rows, columns]`."""
     *stack, row_tiles, column_tiles, _ = lanes.shape

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsparse import _checks
 from jaxsparse._plan.paths import by_path
@@ -14,7 +14,7 @@ __all__ = ["apply_masks", "effective_params", "effective_weight", "map_masked", 
 def effective_weight(
     w: Float[ArrayLike, "*shape"],
     mask: Bool[ArrayLike, "*shape"] | Bool[ArrayLike, ""],
-    decay_factor: Float[ArrayLike, ""] | int = 0.0,
+    decay_factor: Real[ArrayLike, ""] = 0.0,
     *,
     gradient: _checks.Gradient = "dense",
 ) -> Float[Array, "*shape"]:

@@ -28,9 +28,9 @@ def rewire(
     plan: Plan,
     *,
     renew: Renew = BY_MAGNITUDE,
-    every: int = 1,
-    begin: int = 0,
-    until: int | None = None,
+    every: int | jax.Array = 1,
+    begin: int | jax.Array = 0,
+    until: int | jax.Array | None = None,
     decay_factor: Schedule | None = None,
     gradient: _checks.Gradient = "dense",
 ) -> optax.GradientTransformationExtraArgs:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import serialization
 from jax import export
+from jaxtyping import Array, ArrayLike, Bool, UInt8
 
 from jaxsparse._checks import Gradient
 from jaxsparse._masks.bits import pack, unpack
@@ -44,7 +45,7 @@ class Forward:
       gradient: `"dense"` or `"masked"`, as for `effective_weight`, static.
     """
 
-    decay_factor: jax.Array | None = None
+    decay_factor: Any = None
     gradient: Gradient = "dense"
 
 
@@ -268,7 +269,7 @@ def mask_words(opt_state) -> dict[str, tuple[jax.Array, Leaf]]:
     return found
 
 
-def unpack_mask(words: jax.Array, leaf: Leaf) -> jax.Array:
+def unpack_mask(words: UInt8[ArrayLike, "..."], leaf: Leaf) -> Bool[Array, "..."]:
     """The boolean mask of one leaf."""
     axis = _bit_axis(leaf)
     return unpack(words, leaf.shape[axis], axis)
