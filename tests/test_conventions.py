@@ -11,7 +11,7 @@ import pytest
 
 import jaxsparse as js
 
-PARAMS = {"a": {"w": jnp.arange(1.0, 33.0).reshape(8, 4) * jnp.array([1.0, -1.0, 1.0, -1.0])}}
+PARAMS = {"a": {"w": jnp.arange(1.0, 33.0).reshape(8, 4) * jnp.array([[1.0, -1.0, 1.0, -1.0]])}}
 PARAMS["b"] = jnp.ones(3)
 PLAN = js.plan(PARAMS, {"a/w": js.NM(2, 4, axis=0)})
 FREE = js.plan(PARAMS, {"a/w": js.Unstructured(0.5)})
@@ -69,6 +69,7 @@ def transformation(name, inner=None):
 EVERY = pytest.mark.parametrize("name", [*WRAPPERS, *PIECES])
 
 
+@pytest.mark.promotes("optax.apply_updates, of narrow updates")
 @EVERY
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_updates_keep_the_dtype_of_the_gradients_and_the_state_its_form(name, dtype):
@@ -83,6 +84,7 @@ def test_updates_keep_the_dtype_of_the_gradients_and_the_state_its_form(name, dt
         params = optax.apply_updates(params, updates)
 
 
+@pytest.mark.promotes("apply_if_finite")
 @EVERY
 def test_apply_if_finite(name):
     tx = optax.apply_if_finite(transformation(name, optax.sgd(0.1)), 2)
@@ -107,6 +109,7 @@ def test_unknown_extra_arguments_pass_and_reach_the_optimizer(name):
     assert seen == [{"value", "other", "masks"}]
 
 
+@pytest.mark.promotes("MultiSteps")
 @EVERY
 def test_multi_steps(name):
     tx = optax.MultiSteps(transformation(name), 2)
@@ -118,6 +121,7 @@ def test_multi_steps(name):
     assert js.masks(state)["a"]["w"].shape == (8, 4)
 
 
+@pytest.mark.promotes("optax.contrib.sam")
 @EVERY
 def test_sharpness_aware_minimization(name):
     tx = optax.contrib.sam(transformation(name), optax.sgd(0.05), sync_period=2)
@@ -183,6 +187,7 @@ def test_a_flattened_optimizer_belongs_inside():
         piece.update(grads(), piece.init(PARAMS), PARAMS)
 
 
+@pytest.mark.promotes("optax.apply_updates, of narrow updates")
 @pytest.mark.parametrize(
     "numbers",
     [

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,9 +193,9 @@ def record(
             )
 
         new_samples = {}
-        for path, take in samplers(
-            optax.apply_updates(params, updates), gradients, churn, inner_state
-        ).items():
+        with jax.numpy_dtype_promotion("standard"):  # as optax adds, whatever the dtypes
+            updated = optax.apply_updates(params, updates)
+        for path, take in samplers(updated, gradients, churn, inner_state).items():
             none = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state.samples[path])
             # one cond for each leaf, so that their temporary arrays do not coexist
             new_samples[path] = jax.lax.cond(due, take, lambda none=none: none)
@@ -258,7 +258,7 @@ def _places(leaf: Leaf, count: int) -> tuple[np.ndarray, ...]:
     return np.unravel_index(np.sort(indices), leaf.shape)
 
 
-def _flips(before: tuple[jax.Array, Leaf], after: tuple[jax.Array, Leaf]) -> jax.Array:
+def _flips(before: tuple[Any, Leaf], after: tuple[Any, Leaf]) -> jax.Array:
     """The fraction of weights of a leaf whose mask differs, computed from the packed masks."""
     changed = jax.lax.population_count(before[0] ^ after[0])
     size = math.prod(before[1].shape)

@@ -95,10 +95,11 @@ def of_one_dtype(arrays) -> list:
     dtypes = {array.dtype for array in arrays}
     if len(dtypes) == 1:
         return arrays
-    # 8-bit floats promote to no other type by themselves
-    dtype = functools.reduce(
-        jnp.promote_types, (wide(a).dtype if a.dtype.itemsize == 1 else a.dtype for a in arrays)
-    )
+    with jax.numpy_dtype_promotion("standard"):  # explicit, whatever the program forbids
+        # 8-bit floats promote to no other type by themselves
+        dtype = functools.reduce(
+            jnp.promote_types, (wide(a).dtype if a.dtype.itemsize == 1 else a.dtype for a in arrays)
+        )
     return [array.astype(dtype) for array in arrays]
 
 

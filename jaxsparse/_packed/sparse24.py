@@ -58,8 +58,8 @@ class Sparse24:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
     """
 
-    values: jax.Array
-    metadata: jax.Array
+    values: jax.Array | np.ndarray | jax.ShapeDtypeStruct
+    metadata: jax.Array | np.ndarray | jax.ShapeDtypeStruct
     contracting: tuple[int, ...]
     output: tuple[int, ...]
     axes: str = ""

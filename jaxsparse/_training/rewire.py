@@ -126,7 +126,8 @@ def rewire(
         inner_args = {**_accepting_masks(extra_args), "masks": masks}
         updates, inner_state = inner.update(gradients, state.inner_state, params, **inner_args)
         count = optax.safe_increment(state.count)
-        updated = optax.apply_updates(params, updates)
+        with jax.numpy_dtype_promotion("standard"):  # as optax adds, whatever the dtypes
+            updated = optax.apply_updates(params, updates)
         remembered = state.renew_state
         if renew.observe is not None:
             remembered = renew.observe(plan, remembered, updated, gradients, extra)

@@ -255,7 +255,7 @@ def unpack_masks(state: RewireState):
     return jax.tree.unflatten(structure, map(unpacked, paths, nodes))
 
 
-def mask_words(opt_state) -> dict[str, tuple[jax.Array, Leaf]]:
+def mask_words(opt_state) -> dict[str, tuple[Any, Leaf]]:
     """The masks of an optimizer state as they are packed, by path, each with its planned leaf."""
 
     found = {}
