@@ -1,4 +1,4 @@
-"""Masks at one bit a weight, as the optimizer state keeps them."""
+"""Masks packed at one bit a weight, as the optimizer state keeps them."""
 
 import functools
 
@@ -10,9 +10,7 @@ __all__ = ["pack", "unpack"]
 
 @functools.partial(jax.jit, static_argnames="axis")
 def pack(mask, axis: int) -> jax.Array:
-    """The bits of a boolean mask: uint8, of which each holds eight neighbours along `axis`, the
-    lowest bit first.
-    """
+    """Packs a boolean mask into uint8: eight neighbours along `axis` a byte, lowest bit first."""
     axis %= mask.ndim
     size = mask.shape[axis]
     spare = [(0, -size % 8 if i == axis else 0) for i in range(mask.ndim)]
@@ -24,7 +22,7 @@ def pack(mask, axis: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("size", "axis"))
 def unpack(words, size: int, axis: int) -> jax.Array:
-    """The boolean mask, of `size` along `axis`."""
+    """Unpacks a boolean mask that has `size` along `axis`."""
     axis %= words.ndim
     eights = jnp.expand_dims(words, axis + 1) >> _places(words.ndim, axis) & 1 == 1
     whole = eights.reshape(*words.shape[:axis], 8 * words.shape[axis], *words.shape[axis + 1 :])
