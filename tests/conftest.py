@@ -5,6 +5,24 @@ import os
 os.environ.setdefault("NPROC", "16")
 
 import jax
+import optax
+import promotion
+import pytest
 
 # for the tests of sharding; the others run on the first
 jax.config.update("jax_num_cpu_devices", 8)
+# the library promotes nothing silently, so that programs which forbid it can use it
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# of Adam, which raises a float to an integer step
+optax.tree.bias_correction = promotion.promoting(optax.tree.bias_correction)
+
+
+@pytest.fixture(autouse=True)
+def _promotion(request):
+    """Lets a test promote whose marker says what needs it that is not the library's."""
+    if request.node.get_closest_marker("promotes") is None:
+        yield
+    else:
+        with promotion.allowed():
+            yield

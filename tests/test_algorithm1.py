@@ -56,7 +56,7 @@ class AdamW:
 
 def gradients(effective, x, y):
     """Of the mean squared error of `x @ w + b`, by hand, with respect to the effective weights."""
-    error = x @ effective["w"] + effective["b"] - y
+    error = x @ effective["w"] + effective["b"][None] - y
     return {"w": 2 * x.T @ error / error.size, "b": 2 * error.sum(0) / error.size}
 
 
@@ -99,7 +99,7 @@ def library(params, batches, optimizer, **recipe):
 
     def loss(params, state, x, y):
         effective = js.effective_params(params, state)
-        return jnp.mean((x @ effective["w"] + effective["b"] - y) ** 2)
+        return jnp.mean((x @ effective["w"] + effective["b"][None] - y) ** 2)
 
     @jax.jit
     def step(params, state, x, y):

@@ -173,6 +173,7 @@ def test_masks_of_different_parameters_are_refused():
         analysis.retained_magnitude({"w": jnp.ones(8)}, {"w": jnp.ones(4, bool)})
 
 
+@pytest.mark.promotes("optax.MultiSteps divides by an integer")
 def test_the_second_moment_is_found_however_deep():
     params = {"a": jnp.ones((4, 2)), "b": jnp.ones(3)}
     plan = js.plan(params, {"a": js.NM(2, 4, axis=0)})

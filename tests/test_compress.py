@@ -180,8 +180,9 @@ def test_bytes_saved(dtype, saved):
 def test_worked_nibbles():
     marks = {"TTFF": 4, "TFTF": 8, "FTTF": 9, "TFFT": 12, "FTFT": 13, "FFTT": 14}
     mask = jnp.array([[letter == "T" for letter in word] for word in marks])
-    plan = js.plan({"w": mask * 1.0}, {"w": js.NM(2, 4, axis=1)})
-    packed = js.compress({"w": mask * 1.0}, {"w": mask}, plan)["w"]
+    params = {"w": mask.astype(jnp.float32)}
+    plan = js.plan(params, {"w": js.NM(2, 4, axis=1)})
+    packed = js.compress(params, {"w": mask}, plan)["w"]
     assert [int(word) & 15 for word in packed.metadata[:, 0]] == list(marks.values())
 
 

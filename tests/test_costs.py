@@ -104,7 +104,10 @@ def test_an_mlp_by_hand():
     params = {"a": spec(16, 32), "b": spec(32, 8), "bias": spec(8)}
     plan = js.plan(params, {"a": js.NM(1, 4, axis=0), "b": js.NM(2, 4, axis=0)})
     cost = js.analysis.costs(
-        lambda p, x: jnp.maximum(x @ p["a"], 0) @ p["b"] + p["bias"], plan, params, spec(5, 16)
+        lambda p, x: jnp.maximum(x @ p["a"], 0) @ p["b"] + p["bias"][None],
+        plan,
+        params,
+        spec(5, 16),
     )
     a, b = 2 * 5 * 16 * 32, 2 * 5 * 32 * 8
     assert flops(cost) == {"a": (a, a), "b": (b, 2 * b), "": (0, a + b)}  # x needs no gradient

@@ -4,6 +4,8 @@ import pytest
 
 from jaxsparse.examples import char_lm
 
+pytestmark = pytest.mark.promotes("the example adds positions to a batch")
+
 
 def run(tmp_path, capsys, *args):
     text = tmp_path / "text.txt"

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import promotion
 import pytest
 from flax import linen as nn
 
@@ -129,6 +130,7 @@ ZOO = {
     "list of weights": (ListOfWeights(), X),
     "sequence": (Sequence(), X),
 }
+PROMOTING = ("Dense with weights in bfloat16",)
 RULES = {"*[kK]ernel": "2:4", "*matrix*": "2:4"}
 
 
@@ -162,7 +164,11 @@ def as_numbers(y):
 
 @pytest.mark.parametrize(
     "name, gradient",
-    [*((name, "dense") for name in ZOO), ("attention", "masked"), ("own weights", "masked")],
+    promotion.marked(
+        [*((name, "dense") for name in ZOO), ("attention", "masked"), ("own weights", "masked")],
+        PROMOTING,
+        "flax promotes to the dtype of the input",
+    ),
 )
 def test_intercepted_outputs_and_gradients_equal_those_of_sparse_params(name, gradient):
     model, x, params, _, masks = prepared(name)
@@ -206,7 +212,9 @@ def test_init_under_it_gives_the_usual_parameters(name):
     assert_equal(jax.jit(init)(jax.random.key(0), x), jax.jit(model.init)(jax.random.key(0), x))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name", promotion.marked(ZOO, PROMOTING, "flax promotes to the dtype of the input")
+)
 def test_compressed_execution_equals_the_masked_forward(name):
     model, x, params, plan, masks = prepared(name)
     packed = js.compress(params, masks, plan)
@@ -358,10 +366,12 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(
+    "dtypes", promotion.marked(DTYPES, ["promoted"], "flax promotes to the dtype of the input")
+)
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 def test_the_bias_is_added_as_flax_does_or_before_rounding_where_a_kernel_may_run(layer, dtypes):
-    (make, shape), (x_dtype, options, out_dtype) = layer, dtypes
+    (make, shape), (x_dtype, options, out_dtype) = layer, DTYPES[dtypes]
     # integers: sums are exact in float32 and are rounded in 16 bits
     random = np.random.default_rng(0)
     x = jnp.asarray(random.integers(-40, 41, shape), x_dtype)
@@ -380,8 +390,9 @@ def test_the_bias_is_added_as_flax_does_or_before_rounding_where_a_kernel_may_ru
 
     kernel, bias = (np.asarray(masked["params"][name], np.float64) for name in ("kernel", "bias"))
     exact = np.asarray(x, np.float64).reshape(4, -1) @ kernel.reshape(16, 24)
-    once = jnp.asarray(exact + bias.reshape(24)).astype(out_dtype)
-    twice = jnp.asarray(exact).astype(out_dtype) + jnp.asarray(bias.reshape(24)).astype(out_dtype)
+    bias = bias.reshape(1, 24)
+    once = jnp.asarray(exact + bias).astype(out_dtype)
+    twice = jnp.asarray(exact).astype(out_dtype) + jnp.asarray(bias).astype(out_dtype)
     assert (once != twice).any() == (out_dtype != jnp.float32)
     as_flax = model.apply(masked, x)
     np.testing.assert_array_equal(as_flax.reshape(4, 24), twice)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from promotion import promoting
 
 import jaxsparse as js
 
@@ -231,7 +232,8 @@ def test_a_rule_that_names_its_axis_is_checked_and_where_nothing_tells_taken_at_
     class One(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return use(x, self.param("kernel", nn.initializers.normal(), (16, 16)))
+            kernel = self.param("kernel", nn.initializers.normal(), (16, 16))
+            return promoting(use)(x, kernel)
 
     if outcome is ValueError:
         with pytest.raises(

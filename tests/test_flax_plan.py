@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from planning import planned, spec
+from promotion import promoting
 
 import jaxsparse as js
 
@@ -30,7 +31,7 @@ class Custom(nn.Module):
         self.w = self.param("w", nn.initializers.normal(), self.shape)
 
     def __call__(self, x):
-        return self.use(x, self.w)
+        return promoting(self.use)(x, self.w)
 
 
 def custom(shape, use, x):

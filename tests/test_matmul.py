@@ -2,6 +2,7 @@
 transformations.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -124,9 +125,49 @@ def test_a_stack_multiplies_each_with_its_own(rows):
 def test_dtypes_promote_as_in_a_dense_product(x_dtype, w_dtype):
     w, dense = make(dtype=w_dtype, integers=True)
     x = make_x((3, 24), x_dtype, integers=True)
-    y = js.sparse_matmul(x, w)
-    assert y.dtype == jnp.promote_types(x_dtype, w_dtype)
+    with jax.numpy_dtype_promotion("strict"), pytest.raises(jax.dtypes.TypePromotionError):
+        js.sparse_matmul(x, w)
+    with jax.numpy_dtype_promotion("standard"):
+        y = js.sparse_matmul(x, w)
+        assert y.dtype == jnp.promote_types(x_dtype, w_dtype)
     close(y, jnp.asarray(dense_product(x, dense)).astype(y.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("w_dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_products_of_8_bit_floats_are_summed_in_float32(w_dtype, x_dtype):
+    w = jax.random.randint(jax.random.key(0), (64, 6), -8, 9).astype(w_dtype)
+    plan = js.plan({"w": w}, {"w": js.NM(2, 4, axis=0)})
+    masks = js.magnitude_masks({"w": w}, plan)
+    packed = js.compress({"w": w}, masks, plan)["w"]
+    assert packed.dtype == w_dtype
+    x = make_x((3, 64), x_dtype or w_dtype, integers=True)
+    dense = np.where(masks["w"], np.asarray(w, np.float64), 0)
+    exact = jnp.asarray(dense_product(x, dense), jnp.float32)
+    y = js.sparse_matmul(x, packed)
+    assert y.dtype == (jnp.float32 if x_dtype else w_dtype)
+    np.testing.assert_array_equal(y.astype(jnp.float32), exact.astype(y.dtype).astype(jnp.float32))
+    wide = js.sparse_matmul(x, packed, preferred_element_type=jnp.float32)
+    np.testing.assert_array_equal(wide, exact)
+    gradient = jax.grad(lambda x: js.sparse_matmul(x, packed).astype(jnp.float32).sum())(x)
+    assert gradient.dtype == x.dtype
+    expected = jnp.asarray(np.tile(dense.sum(1), (3, 1)), jnp.float32).astype(x.dtype)
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_without_jit_the_product_and_its_transformations_are_the_same():
+    w, _ = make()
+    x = make_x((5, 24))
+
+    def loss(x, values):
+        return js.sparse_matmul(x, dataclasses.replace(w, values=values), activation="silu").sum()
+
+    expected = jax.value_and_grad(loss, (0, 1))(x, w.values)
+    with jax.disable_jit():
+        found = jax.value_and_grad(loss, (0, 1))(x, w.values)
+        rows = jax.vmap(js.sparse_matmul, (0, None))(x, w)
+    jax.tree.map(close, found, expected)
+    close(rows, js.sparse_matmul(x, w))
 
 
 def test_sixteen_bit_sums_are_taken_in_float32():

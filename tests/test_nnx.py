@@ -277,7 +277,7 @@ def test_a_vmapped_ensemble_runs_under_masks_of_its_own():
     for i in range(3):
         np.testing.assert_allclose(
             found[i],
-            x[i] @ js.effective_weight(kernel[i], masks["kernel"][...][i]) + bias[i],
+            x[i] @ js.effective_weight(kernel[i], masks["kernel"][...][i]) + bias[i][None],
             rtol=1e-5,
             atol=1e-5,
         )
@@ -488,6 +488,7 @@ def test_a_trained_model_runs_compressed_with_its_statistics_and_gradients():
     assert ran == {"block/linear/kernel", "head/kernel", "stack/linear/kernel"}
 
 
+@pytest.mark.promotes("the example adds positions to a batch")
 def test_the_character_model_trains_as_in_linen():
     random = np.random.default_rng(0)
     tokens = random.integers(0, 11, (5, 2, char_lm.CONTEXT + 1))

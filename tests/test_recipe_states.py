@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import promotion
 import pytest
 from flax import linen as nn
 from flax import nnx, serialization
@@ -122,7 +123,9 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize(
+    "name", promotion.marked(WRAPPED, ["MultiSteps"], "optax.MultiSteps divides by an integer")
+)
 def test_each_leaf_has_the_factor_of_its_own_state(name):
     tx, factors = WRAPPED[name]
     params, once = make_params(), counted(make_step(tx))
@@ -411,7 +414,7 @@ def test_static_holds_zeros_under_any_optimizer_and_sees_a_smaller_model():
     plan, mask = planned("a"), np.asarray(js.magnitude_masks(make_params(), planned("a"))["a"])
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-1, weight_decay=0.1))
     tx = js.recipes.static(inner, plan)
-    small = {**params, "a": params["a"] * mask}
+    small = {**params, "a": jnp.where(mask, params["a"], 0)}
     state, small_state = tx.init(params), inner.init(small)
 
     def loss(params):
@@ -424,7 +427,9 @@ def test_static_holds_zeros_under_any_optimizer_and_sees_a_smaller_model():
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         grads = jax.grad(loss)(small)
-        updates, small_state = inner.update({**grads, "a": grads["a"] * mask}, small_state, small)
+        updates, small_state = inner.update(
+            {**grads, "a": jnp.where(mask, grads["a"], 0)}, small_state, small
+        )
         small = optax.apply_updates(small, updates)
         np.testing.assert_array_equal(params["a"] == 0, ~mask)
         jax.tree.map(

@@ -241,7 +241,7 @@ def trainer(case, optimizer):
 
     def loss(params, state, x, y):
         effective = js.effective_params(params, state)
-        return jnp.mean((x @ effective["w"] + effective["b"] - y) ** 2)
+        return jnp.mean((x @ effective["w"] + effective["b"][None] - y) ** 2)
 
     @counted
     def step(params, state, x, y):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import promotion
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -29,7 +30,7 @@ NOISE = np.random.default_rng(0).normal(size=(32, 20, 4)).astype(np.float32)
 
 def gradient(params, t):
     return jax.tree.map(
-        lambda p: p + jnp.asarray(NOISE)[t].ravel()[: p.size].reshape(p.shape), params
+        lambda p: p + jnp.asarray(NOISE, p.dtype)[t].ravel()[: p.size].reshape(p.shape), params
     )
 
 
@@ -252,7 +253,10 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize(
+    "name",
+    promotion.marked(WRAPPED, ["MultiSteps outside"], "optax.MultiSteps divides by an integer"),
+)
 def test_recordings_and_masks_are_found_however_deep(name):
     _, state, _ = run(WRAPPED[name](), 12)
     found = analysis.recordings(state)
@@ -306,6 +310,7 @@ def test_low_precision_weights_are_recorded_as_float32():
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(found[1:]))
 
 
+@pytest.mark.promotes("optax.add_noise raises an integer step to a float")
 def test_what_is_no_array_of_numbers_may_be_in_the_state():
     tx = recorded(
         recipe(optax.chain(optax.add_noise(0.01, 0.55, key=jax.random.key(0)), optax.sgd(0.1)))

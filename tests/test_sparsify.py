@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from promotion import promoting
 
 import jaxsparse as js
 
@@ -270,7 +271,7 @@ def prepared(name):
 
 
 def call(name):
-    return lambda params, x: FUNCTIONS[name][1](params["w"], x)
+    return promoting(lambda params, x: FUNCTIONS[name][1](params["w"], x))
 
 
 def products(fn, *args):
@@ -552,6 +553,7 @@ def test_bias_and_activation_go_into_the_product_where_a_kernel_may_run(activati
     params = {"w": weight(*shape, dtype=jnp.bfloat16), "b": weight(5, 3, dtype=jnp.bfloat16)}
     x = X.astype(jnp.bfloat16)
 
+    @promoting
     def fn(params, x):
         y = jnp.einsum("bi,aci->bac" if first else "bi,iac->bac", x, params["w"]) + params["b"]
         return act(y) * 2
@@ -586,7 +588,9 @@ def test_layers_of_a_stack_are_decompressed_one_at_a_time():
     params = {"w": weight(8, 256, 256)}
 
     def fn(params, x):  # decompressed at its product, inside the loop
-        return lax.scan(lambda x, w: (jnp.tanh(x @ (w - w.mean(0))), None), x, params["w"])[0]
+        return lax.scan(
+            lambda x, w: (jnp.tanh(x @ (w - w.mean(0, keepdims=True))), None), x, params["w"]
+        )[0]
 
     x = jnp.ones((4, 256))
     plan = js.plan(params, {"w": "2:4"}, fn, x)

@@ -33,7 +33,7 @@ def batch(t):
 
 def loss(params, state, x):
     params = js.effective_params(params, state)
-    return ((x @ params["w"] + params["b"] - x[:, :4]) ** 2).mean()
+    return ((x @ params["w"] + params["b"][None] - x[:, :4]) ** 2).mean()
 
 
 def train_step(params, state, x):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import promotion
 import pytest
 from flax import nnx
 
@@ -196,7 +197,14 @@ def layout(tree):
     ]
 
 
-@pytest.mark.parametrize("name, optimizer, dtype", CASES)
+@pytest.mark.parametrize(
+    "name, optimizer, dtype",
+    promotion.marked(
+        CASES,
+        ["MultiSteps inside", "MultiSteps outside"],
+        "optax.MultiSteps divides by an integer",
+    ),
+)
 def test_masks_are_found_and_the_state_is_stable(name, optimizer, dtype):
     tx, params = WRAPPED[name](OPTIMIZERS[optimizer]()), make_params(dtype)
     kept = KEPT.get(name, {"a/w": 2, "c/w": 2})

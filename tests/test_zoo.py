@@ -13,6 +13,8 @@ from zoo.functions import WEIGHTS
 
 import jaxsparse as js
 
+pytestmark = pytest.mark.promotes("models are written as their originals are")
+
 # for what takes long to compile
 ONE_OF_EACH_KIND = [
     "Gemma, scan of remat",

@@ -121,7 +121,7 @@ def _sparse_masks(source, call):
 
 def _share(mask):
     # a sum in float32 would stop counting at 2^24
-    return jnp.sum(mask, dtype=jnp.int32) / jnp.float32(mask.size)
+    return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32) / jnp.float32(mask.size)
 
 
 def _retained(w, mask):

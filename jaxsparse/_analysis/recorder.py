@@ -261,7 +261,8 @@ def _places(leaf: Leaf, count: int) -> tuple[np.ndarray, ...]:
 def _flips(before: tuple[jax.Array, Leaf], after: tuple[jax.Array, Leaf]) -> jax.Array:
     """The fraction of weights of a leaf whose mask differs, computed from the packed masks."""
     changed = jax.lax.population_count(before[0] ^ after[0])
-    return jnp.sum(changed, dtype=jnp.int32) / jnp.float32(math.prod(before[1].shape))
+    size = math.prod(before[1].shape)
+    return jnp.sum(changed, dtype=jnp.int32).astype(jnp.float32) / jnp.float32(size)
 
 
 def _sample(place, path, w, gradient, moment, masked, churn) -> dict[str, jax.Array]:

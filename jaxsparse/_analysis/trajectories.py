@@ -41,9 +41,9 @@ def autocorrelation(series) -> jax.Array:
 @jax.jit
 def _autocorrelation(series):
     series = series.astype(jnp.float32)
-    series = series - series[0]
+    series = series - series[:1]
     # scaled so that squares neither underflow nor overflow; NaN where the series is constant
-    series = series / jnp.abs(series).max(0)
+    series = series / jnp.abs(series).max(0, keepdims=True)
     steps = jnp.arange(len(series)).reshape(-1, *[1] * (series.ndim - 1))
 
     def correlation(lag):
@@ -55,9 +55,10 @@ def _autocorrelation(series):
 
 
 def _centred(x, where):
-    """`x` less its mean over the samples in `where`, 0 elsewhere; exactly 0 if `x` is constant."""
-    x = jnp.where(where, x - x[0], 0)
-    return jnp.where(where, x - x.sum(0) / where.sum(0), 0)
+    """`x` less its mean over the samples in `where`, 0 elsewhere; exactly 0 where constant."""
+    x = jnp.where(where, x - x[:1], 0)
+    count = where.sum(0, keepdims=True).astype(x.dtype)
+    return jnp.where(where, x - x.sum(0, keepdims=True) / count, 0)
 
 
 def decorrelation_time(series) -> jax.Array:

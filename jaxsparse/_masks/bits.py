@@ -17,17 +17,21 @@ def pack(mask, axis: int) -> jax.Array:
     eights = jnp.pad(mask, spare).reshape(
         *mask.shape[:axis], -(-size // 8), 8, *mask.shape[axis + 1 :]
     )
-    return (eights.astype(jnp.uint8) << _places(mask.ndim, axis)).sum(axis + 1, dtype=jnp.uint8)
+    return (eights.astype(jnp.uint8) << _places(eights, axis + 1)).sum(axis + 1, dtype=jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "axis"))
 def unpack(words, size: int, axis: int) -> jax.Array:
     """Unpacks a boolean mask that has `size` along `axis`."""
     axis %= words.ndim
-    eights = jnp.expand_dims(words, axis + 1) >> _places(words.ndim, axis) & 1 == 1
+    repeated = jnp.expand_dims(words, axis + 1)
+    eights = repeated >> _places(repeated, axis + 1) & 1 == 1
     whole = eights.reshape(*words.shape[:axis], 8 * words.shape[axis], *words.shape[axis + 1 :])
     return jax.lax.slice_in_dim(whole, 0, size, axis=axis)
 
 
-def _places(ndim, axis):
-    return jnp.arange(8, dtype=jnp.uint8).reshape(8, *[1] * (ndim - axis - 1))
+def _places(eights, axis):
+    """The places of eight bits along an axis of `eights`, 1 along the others."""
+    return jnp.arange(8, dtype=jnp.uint8).reshape(
+        [8 if i == axis else 1 for i in range(eights.ndim)]
+    )

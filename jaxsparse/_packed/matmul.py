@@ -173,7 +173,13 @@ def common_dtype(a, b):
     ]
     if not narrow:
         return jnp.promote_types(a, b)
-    return jnp.result_type(jnp.float32, *(dtype for dtype in (a, b) if dtype not in narrow))
+    return _wider(jnp.float32, *(dtype for dtype in (a, b) if dtype not in narrow))
+
+
+def _wider(*dtypes):
+    """The promoted dtype of what the library itself widens, whatever promotion JAX allows."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def check_implementation(implementation, call):
@@ -241,7 +247,8 @@ def _jitted(**params):
 
 @sparse_matmul_p.def_impl
 def _impl(*operands, **params):
-    return _jitted(**params)(*operands)
+    with jax.disable_jit(False):  # it is jit that lowers the primitive
+        return _jitted(**params)(*operands)
 
 
 def _dense(x, values, metadata, *bias, activation, layout, precision, transposed, out_dtype, **_):
@@ -267,7 +274,7 @@ def _canonical(values, metadata, layout):
 
 
 def _sum_dtype(dtype):
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return _wider(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _contract(a, b, a_axis, b_axis, precision, wanted=None):
@@ -278,7 +285,7 @@ def _contract(a, b, a_axis, b_axis, precision, wanted=None):
     sums = (((a.ndim + a_axis,), (b.ndim + b_axis,)), (stack, stack))
     dtype = _sum_dtype(a.dtype)
     if wanted is not None and jnp.dtype(wanted).itemsize > 1:
-        dtype = jnp.promote_types(dtype, wanted)
+        dtype = _wider(dtype, wanted)
     return lax.dot_general(a, b, sums, precision=precision, preferred_element_type=dtype)
 
 
@@ -394,6 +401,7 @@ def _jvp(primals, tangents, **params):
 def _transpose(ct, x, values, metadata, *, transposed, **params):
     if type(ct) is ad.Zero:
         return None, None, None
+    ct = ct.astype(common_dtype(ct.dtype, ct.dtype))
     if ad.is_undefined_primal(x):
         params["out_dtype"] = x.aval.dtype
         return (

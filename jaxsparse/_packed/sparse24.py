@@ -268,14 +268,20 @@ def _to_words(nibbles):
     spare = -nibbles.shape[-1] % 4
     nibbles = jnp.pad(nibbles, [(0, 0)] * (nibbles.ndim - 1) + [(0, spare)], constant_values=4)
     nibbles = nibbles.reshape(*nibbles.shape[:-1], -1, 4)
-    return (nibbles << jnp.arange(0, 16, 4, dtype=jnp.uint16)).sum(-1, dtype=jnp.uint16)
+    return (nibbles << _along_last(range(0, 16, 4), nibbles)).sum(-1, dtype=jnp.uint16)
+
+
+def _along_last(numbers, like):
+    """Numbers along the last axis, with as many axes and the dtype of `like`."""
+    return jnp.array(numbers, like.dtype).reshape([1] * (like.ndim - 1) + [-1])
 
 
 def places(metadata, groups):
     """Canonical metadata to the places of the first and the second kept weight of each group, uint8
     `[..., M, groups]`.
     """
-    nibbles = (metadata[..., None] >> jnp.arange(0, 16, 4, dtype=jnp.uint16)).astype(jnp.uint8)
+    words = metadata[..., None]
+    nibbles = (words >> _along_last(range(0, 16, 4), words)).astype(jnp.uint8)
     nibbles = nibbles.reshape(*metadata.shape[:-1], -1)[..., :groups]
     return nibbles & 3, nibbles >> 2 & 3
 
@@ -283,13 +289,11 @@ def places(metadata, groups):
 def expand(values, metadata):
     """Compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
     pairs = values.reshape(*values.shape[:-1], -1, 2)
-    first, second = places(metadata, pairs.shape[-2])
-    place = jnp.arange(4, dtype=jnp.uint8)
+    first, second = (kept[..., None] for kept in places(metadata, pairs.shape[-2]))
+    place = _along_last(range(4), first)
     zero = jnp.zeros((), values.dtype)
     dense = jnp.where(
-        place == first[..., None],
-        pairs[..., :1],
-        jnp.where(place == second[..., None], pairs[..., 1:], zero),
+        place == first, pairs[..., :1], jnp.where(place == second, pairs[..., 1:], zero)
     )
     return dense.reshape(*values.shape[:-1], -1)
 
@@ -297,10 +301,10 @@ def expand(values, metadata):
 def kept_values(dense, metadata):
     """What `[..., M, K]` holds at the kept places, `[..., M, K/2]`: the transpose of `expand`."""
     groups = dense.reshape(*dense.shape[:-1], -1, 4)
-    place = jnp.arange(4, dtype=jnp.uint8)
+    both = [kept[..., None] for kept in places(metadata, groups.shape[-2])]
     picked = [
-        jnp.where(place == kept[..., None], groups, jnp.zeros((), dense.dtype)).sum(-1)
-        for kept in places(metadata, groups.shape[-2])
+        jnp.where(_along_last(range(4), kept) == kept, groups, jnp.zeros((), dense.dtype)).sum(-1)
+        for kept in both
     ]
     return jnp.stack(picked, -1).reshape(*dense.shape[:-1], -1)
 
