@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises an error that names the call, what is wrong and what to do."""
+"""Checks of arguments: each raises an error that names the call, the problem and the remedy."""
 
 import math
 import operator
@@ -37,7 +37,7 @@ StageKind = Literal["stepwise", "geometric"]
 
 
 def choice(call: str, name: str, value, words) -> None:
-    """Checks that a word is one of those of a `Literal`, or of a tuple."""
+    """Checks that a value is one of the strings of a `Literal` or of a tuple."""
     allowed = words if isinstance(words, tuple) else get_args(words)
     if value not in allowed:
         listed = ", ".join(map(repr, allowed))
@@ -45,7 +45,7 @@ def choice(call: str, name: str, value, words) -> None:
 
 
 def integer(value, what: str) -> int:
-    """The value as an int."""
+    """Returns the value as an int."""
     try:
         return operator.index(value)
     except TypeError:
@@ -53,7 +53,7 @@ def integer(value, what: str) -> int:
 
 
 def integers(values, what: str) -> tuple[int, ...]:
-    """The values as a tuple of ints."""
+    """Returns the values as a tuple of ints."""
     try:
         values = tuple(values)
     except TypeError:
@@ -62,7 +62,7 @@ def integers(values, what: str) -> tuple[int, ...]:
 
 
 def array(value, what: str) -> jax.Array:
-    """The value as an array."""
+    """Returns the value as an array."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -73,12 +73,12 @@ def array(value, what: str) -> jax.Array:
 
 
 def rankable(dtype) -> bool:
-    """Whether values of a dtype have an order."""
+    """Whether values of a dtype can be ranked."""
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def counts(call: str, n, m) -> tuple[int, int]:
-    """`n` and `m` as ints with `1 <= n <= m`."""
+    """Returns `n` and `m` as ints with `1 <= n <= m`."""
     n, m = integer(n, f"{call}: `n`"), integer(m, f"{call}: `m`")
     if not 1 <= n <= m:
         raise ValueError(
@@ -88,7 +88,7 @@ def counts(call: str, n, m) -> tuple[int, int]:
 
 
 def two_axes(axes, what: str) -> tuple[int, ...]:
-    """Two different axes."""
+    """Returns two different axes as ints."""
     axes = integers(axes, what)
     if len(set(axes)) != 2 or len(axes) != 2:
         raise ValueError(f"{what} are {axes}, not two different axes. Pass two, as in axes=(0, 1).")
@@ -96,7 +96,7 @@ def two_axes(axes, what: str) -> tuple[int, ...]:
 
 
 def shape_of_block(call: str, shape) -> tuple[int, ...]:
-    """The two sizes of a block."""
+    """Returns the two sizes of a block as ints."""
     sizes = integers(shape, f"{call}: `shape`")
     if len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(
@@ -107,7 +107,7 @@ def shape_of_block(call: str, shape) -> tuple[int, ...]:
 
 
 def density(call: str, value) -> float:
-    """A density in (0, 1] as a float."""
+    """Returns a density in (0, 1] as a float."""
     try:
         fraction = float(value)
     except (TypeError, ValueError):
@@ -120,16 +120,16 @@ def density(call: str, value) -> float:
 
 
 def steps(call: str, name: str, value, *, least: int = 1) -> None:
-    """Checks a number of optimizer steps; an array passes, as `inject_hyperparams` hands it in."""
+    """Checks a number of optimizer steps; accepts arrays, which `inject_hyperparams` passes."""
     if not isinstance(value, jax.Array) and integer(value, f"{call}: `{name}`") < least:
         raise ValueError(f"{call}: {name}={value} is below {least}. Pass a number of steps.")
 
 
 def factor(call: str, name: str, value, *, most: float = math.inf) -> None:
-    """Checks a factor of 0 or more; an array passes, as `inject_hyperparams` hands it in."""
+    """Checks a factor of 0 or more; accepts arrays, which `inject_hyperparams` passes."""
     if not isinstance(value, jax.Array) and (not 0 <= value <= most or math.isinf(value)):
         end = f"{most:g}]" if math.isfinite(most) else "inf)"
-        raise ValueError(f"{call}: {name}={value} is not in [0, {end}. Pass a number in it.")
+        raise ValueError(f"{call}: {name}={value} is not in [0, {end}. Pass one in this range.")
 
 
 def misfit(
@@ -137,7 +137,7 @@ def misfit(
 ) -> str | None:
     """Why an array cannot be grouped in `multiples` along `axes`, or None if it can."""
     if not rankable(dtype):
-        return f"{getattr(dtype, 'name', dtype)} has no order to rank by"
+        return f"{getattr(dtype, 'name', dtype)} cannot be ranked"
     if 0 in shape:
         return "it is empty"
     if not shape:
@@ -146,7 +146,7 @@ def misfit(
         if not -len(shape) <= axis < len(shape):
             return f"axis {axis} is out of range for {len(shape)} axes"
     if len({axis % len(shape) for axis in axes}) < len(axes):
-        return f"axes {axes} of {len(shape)} axes are the same one"
+        return f"axes {axes} name the same axis twice"
     for axis, m in zip(axes, multiples, strict=True):
         if shape[axis] % m:
             return f"axis {axis} has size {shape[axis]}, not a multiple of m={m}"

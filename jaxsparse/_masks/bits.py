@@ -1,4 +1,4 @@
-"""Masks at one bit a weight, as the optimizer state keeps them."""
+"""Masks packed at one bit a weight, as the optimizer state keeps them."""
 
 import functools
 
@@ -11,9 +11,7 @@ __all__ = ["pack", "unpack"]
 
 @functools.partial(jax.jit, static_argnames="axis")
 def pack(mask: Bool[ArrayLike, "..."], axis: int) -> UInt8[Array, "..."]:
-    """The bits of a boolean mask: uint8, of which each holds eight neighbours along `axis`, the
-    lowest bit first.
-    """
+    """Packs a boolean mask into uint8: eight neighbours along `axis` a byte, lowest bit first."""
     axis %= mask.ndim
     size = mask.shape[axis]
     spare = [(0, -size % 8 if i == axis else 0) for i in range(mask.ndim)]
@@ -25,7 +23,7 @@ def pack(mask: Bool[ArrayLike, "..."], axis: int) -> UInt8[Array, "..."]:
 
 @functools.partial(jax.jit, static_argnames=("size", "axis"))
 def unpack(words: UInt8[ArrayLike, "..."], size: int, axis: int) -> Bool[Array, "..."]:
-    """The boolean mask, of `size` along `axis`."""
+    """Unpacks a boolean mask that has `size` along `axis`."""
     axis %= words.ndim
     repeated = jnp.expand_dims(words, axis + 1)
     eights = repeated >> _places(repeated, axis + 1) & 1 == 1

@@ -1,4 +1,4 @@
-"""The masks of a plan: from weights by magnitude, or from scores."""
+"""The masks of a plan, from weights by magnitude or from scores."""
 
 import jax.numpy as jnp
 
@@ -10,23 +10,23 @@ __all__ = ["magnitude_masks", "score_masks"]
 
 
 def magnitude_masks(params, plan: Plan, *, step=0):
-    """Masks for every leaf of `params` by magnitude, each under its pattern in `plan`.
+    """Computes masks by magnitude for every leaf of `params`, following a plan.
 
-    Under a pattern of global scope all leaves that share it are ranked together, equal weights by
-    the order of the leaves.
+    Under a pattern of global scope, all leaves that share it are ranked together; among equal
+    weights, earlier leaves come first.
 
     Args:
       params: pytree of weights.
-      plan: which leaf follows which pattern, from `jaxsparse.plan` or `jaxsparse.flax.plan`.
+      plan: which leaf follows which pattern, from `jaxsparse.plan`, `flax.plan` or `nnx.plan`.
       step: the optimizer step, an int or traced, for patterns whose density follows a schedule.
 
     Returns:
-      A pytree of the structure of `params`: a boolean array of the leaf's shape where it is sparse,
-      and the scalar True where it is dense, so that `jax.tree.map` and broadcasting go on working
-      and a dense leaf costs one byte.
+      A pytree of the structure of `params`: a boolean array of the leaf's shape for a sparse leaf,
+      and the scalar True for a dense leaf, so that `jax.tree.map` and broadcasting work and a dense
+      leaf costs one byte.
 
     Raises:
-      ValueError: `params` lacks a leaf that the plan makes sparse, or has it in another shape.
+      ValueError: `params` lacks a leaf that the plan makes sparse, or has it with another shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,13 +43,13 @@ def magnitude_masks(params, plan: Plan, *, step=0):
 
 
 def score_masks(scores, plan: Plan, *, step=0):
-    """Masks for every leaf by scores, each under its pattern in `plan`.
+    """Computes masks by scores for every leaf, following a plan.
 
-    As `magnitude_masks`, but the highest scores participate, whatever their sign.
+    This is `magnitude_masks`, except that the highest scores participate, whatever their sign.
 
     Args:
-      scores: pytree of the structure of the parameters, with a score for each weight; the scores
-        of dense leaves do not matter.
+      scores: pytree of the structure of the parameters, with a score for each weight; the scores of
+        dense leaves do not matter.
       plan: which leaf follows which pattern.
       step: the optimizer step, an int or traced, for patterns whose density follows a schedule.
 
@@ -57,7 +57,7 @@ def score_masks(scores, plan: Plan, *, step=0):
       A pytree of masks, as `magnitude_masks` returns it.
 
     Raises:
-      ValueError: `scores` lacks a leaf that the plan makes sparse, or has it in another shape.
+      ValueError: `scores` lacks a leaf that the plan makes sparse, or has it with another shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,16 +72,21 @@ def score_masks(scores, plan: Plan, *, step=0):
 def _masks(tree, plan, step, call, *, magnitude):
     match(plan, tree, call)
     values = by_path(tree)
-    together: dict = {}  # leaves of a global scope are ranked with all of an equal pattern
+    # under a global scope, all leaves with an equal pattern are ranked together
+    together: dict = {}
     for path, leaf in plan.sparse.items():
         pattern = leaf.pattern
         key = pattern.along(None) if pattern.scope == "global" else path
         together.setdefault(key, []).append(leaf)
-    found: dict = {}
+    masks_by_path: dict = {}
     for leaves in together.values():
-        found.update(_ranked_together(leaves, values, step, magnitude))
+        masks_by_path.update(_ranked_together(leaves, values, step, magnitude))
     return map_planned(
-        lambda leaf, _: found[leaf.path], plan, tree, call=call, dense=lambda _: jnp.asarray(True)
+        lambda leaf, _: masks_by_path[leaf.path],
+        plan,
+        tree,
+        call=call,
+        dense=lambda _: jnp.asarray(True),
     )
 
 

@@ -1,4 +1,4 @@
-"""The paths of the leaves of a tree, by which parameters, masks and plans are joined."""
+"""Paths of the leaves of a tree, which connect parameters, masks and plans."""
 
 import collections
 import threading
@@ -9,7 +9,7 @@ import jax
 __all__ = ["by_path", "is_box", "leaf_paths"]
 
 _VALUE = jax.tree_util.GetAttrKey("value")
-_MOST = 256  # structures of trees whose paths are remembered
+_MOST = 256  # the number of tree structures whose paths are cached
 _known: dict[Any, tuple[str, ...]] = {}
 _lock = threading.Lock()
 
@@ -17,12 +17,12 @@ _lock = threading.Lock()
 def leaf_paths(tree) -> tuple[str, ...]:
     """The path of every leaf in tree order, such as `"encoder/kernel"`.
 
-    A leading `params/` is dropped, and boxes around leaves, as Flax makes them, add nothing.
+    A leading `params/` is dropped; boxes around leaves, such as those of Flax, add nothing.
     """
     structure = jax.tree.structure(tree)
     try:
         paths = _known.get(structure)
-    except TypeError:  # a node has metadata that cannot be hashed
+    except TypeError:  # a node has unhashable metadata
         return _paths(tree)
     if paths is None:
         paths = _paths(tree)
@@ -53,7 +53,7 @@ def _paths(tree) -> tuple[str, ...]:
         for i, key in enumerate(path):
             children[path[:i]].add(key)
 
-    def unboxed(path):  # out of nnx.Variable, nn.Partitioned, whose one child is `value`
+    def unboxed(path):  # drops nnx.Variable, nn.Partitioned, whose only child is `value`
         return unboxed(path[:-1]) if path and children[path[:-1]] == {_VALUE} else path
 
     texts = (jax.tree_util.keystr(unboxed(path), simple=True, separator="/") for path in paths)

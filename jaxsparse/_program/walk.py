@@ -97,7 +97,7 @@ def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]
 # --- programs that equations call
 
 
-def open_program(program) -> Jaxpr:
+def open_program(program) -> Any:
     """Returns a program without its constants."""
     return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
