@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from jaxsparse import _checks
 from jaxsparse._analysis.metrics import mask_density, retained_magnitude, second_moments
@@ -148,7 +149,7 @@ def record(
     def init(params):
         if is_placeholder(params):  # called by optax.tree_utils.tree_map_params
             zero = jnp.zeros((), jnp.int32)
-            return RecordState(zero, zero, zero, zero, inner.init(params))
+            return RecordState(zero, zero, zero, zero, inner.init(params))  # type: ignore[arg-type]
         match(plan, params, "record")
         inner_state = inner.init(params)
         churn = {
@@ -206,7 +207,7 @@ def record(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def recordings(opt_state) -> Recordings:
+def recordings(opt_state: PyTree) -> Recordings:
     """Reads what `record` has recorded so far from an optimizer state, however deep it is nested.
 
     Args:
@@ -265,7 +266,9 @@ def _flips(before: tuple[Any, Leaf], after: tuple[Any, Leaf]) -> jax.Array:
     return jnp.sum(changed, dtype=jnp.int32).astype(jnp.float32) / jnp.float32(size)
 
 
-def _sample(place, path, w, gradient, moment, masked, churn) -> dict[str, jax.Array]:
+def _sample(
+    place: Any, path: str, w: Any, gradient: Any, moment: Any, masked: Any, churn: Any
+) -> dict[str, jax.Array]:
     """The fields of `Recordings` for one leaf at one time, by name."""
     sample = {
         "weights": w[place].astype(jnp.float32),

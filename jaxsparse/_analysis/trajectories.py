@@ -91,10 +91,10 @@ def decorrelation_time(series: Real[ArrayLike, " T *weights"]) -> Float[Array, "
     References:
       Advances in Sparse Neural Model Training, section 2.
     """
-    series = _checked(series, "decorrelation_time")
-    rho = _autocorrelation(series)
+    samples = _checked(series, "decorrelation_time")
+    rho = _autocorrelation(samples)
     decorrelated = ~(rho > 0)  # rho is NaN where one of the two windows is constant
-    first = jnp.where(decorrelated.any(0), decorrelated.argmax(0), len(series)).astype(jnp.float32)
+    first = jnp.where(decorrelated.any(0), decorrelated.argmax(0), len(samples)).astype(jnp.float32)
     return jnp.where(jnp.isnan(rho[0]), jnp.nan, first)
 
 
@@ -130,19 +130,20 @@ def decorrelation_by_magnitude(
     References:
       Advances in Sparse Neural Model Training, section 2, figure 1.
     """
-    series = _checked(series, "decorrelation_by_magnitude")
-    series = series.reshape(len(series), -1)
-    if not 1 <= _checks.integer(bins, "decorrelation_by_magnitude: `bins`") <= series.shape[1]:
+    samples = _checked(series, "decorrelation_by_magnitude")
+    samples = samples.reshape(len(samples), -1)
+    count = _checks.integer(bins, "decorrelation_by_magnitude: `bins`")
+    if not 1 <= count <= samples.shape[1]:
         raise ValueError(
-            f"decorrelation_by_magnitude: bins={bins} is not in 1..{series.shape[1]}, the number "
+            f"decorrelation_by_magnitude: bins={count} is not in 1..{samples.shape[1]}, the number "
             "of weights."
         )
-    magnitude = jnp.abs(series[-1].astype(jnp.float32))
+    magnitude = jnp.abs(samples[-1].astype(jnp.float32))
     order = jnp.argsort(magnitude)
-    delta = decorrelation_time(series) / len(series)
+    delta = decorrelation_time(samples) / len(samples)
     columns = (magnitude, jnp.median), (delta, jnp.nanmedian)
     magnitudes, deltas = (
-        jnp.stack([middle(part) for part in jnp.array_split(x[order], bins)])
+        jnp.stack([middle(part) for part in jnp.array_split(x[order], count)])
         for x, middle in columns
     )
     return magnitudes, deltas

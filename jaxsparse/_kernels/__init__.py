@@ -59,7 +59,7 @@ class Kernel:
         """The file with its `Config` and `matmul`."""
         return importlib.import_module(f"jaxsparse._kernels.{self.name}")
 
-    def misfit(self, n, dtype) -> str | None:
+    def misfit(self, n: Any, dtype: Any) -> str | None:
         """Why it cannot compute a product of n rows on any device, or None."""
         if jnp.dtype(dtype).name not in self.dtypes:
             return f"it takes {' and '.join(self.dtypes)}, and these are {dtype}"
@@ -177,7 +177,9 @@ def may_run(implementation: str | None, layout: str) -> bool:
     return implementation in KERNELS
 
 
-def preferred(n, m: int, k: int, dtype, layout: str, capability: tuple[int, int] | None) -> str:
+def preferred(
+    n: Any, m: int, k: int, dtype: Any, layout: str, capability: tuple[int, int] | None
+) -> str:
     """The kernel that is measured to beat the dense product on a device, or `"dense"`.
 
     A kernel that would have to copy the weight, its metadata or the result is not chosen.

@@ -1,7 +1,7 @@
 """Masks of whole blocks of weights."""
 
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import jax.numpy as jnp
 from jax import lax
@@ -79,15 +79,15 @@ def block_mask(
 
 
 def block_masks(
-    arrays,
-    axes,
+    arrays: Any,
+    axes: Any,
     shape: tuple[int, ...],
-    density,
+    density: Any,
     pool: str,
     *,
     magnitude: bool = False,
     stack: tuple[int, ...] = (),
-):
+) -> Any:
     """The masks of arrays whose blocks are ranked together; `axes` has a pair for each array."""
     arrays = [lax.stop_gradient(array) for array in of_one_dtype(arrays)]
     keys = [

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Integer, Real
 
 from jaxsparse import _checks
+from jaxsparse._checks import AnArray
 from jaxsparse._masks.groups import mask_groups
 from jaxsparse._masks.ranking import magnitude_keys, once, order_keys
 
@@ -118,7 +119,7 @@ def _identity(keys):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def mask_of_scores(
-    scores: Real[ArrayLike, "*shape"], n: int, m: int, axis: int
+    scores: Real[AnArray, "*shape"], n: int, m: int, axis: int
 ) -> Bool[Array, "*shape"]:
     """The mask of the n highest scores of each group; `axis` is not negative."""
     return _mask(scores, order_keys, n, m, axis)
@@ -126,7 +127,7 @@ def mask_of_scores(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def mask_of_magnitudes(
-    weights: Real[ArrayLike, "*shape"], n: int, m: int, axis: int
+    weights: Real[AnArray, "*shape"], n: int, m: int, axis: int
 ) -> Bool[Array, "*shape"]:
     """The mask of the n largest magnitudes of each group; `axis` is not negative."""
     return _mask(weights, magnitude_keys, n, m, axis)

@@ -8,7 +8,7 @@ poor the other candidates are.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def topk_mask(
     return ranked_masks([scores], checked_density("topk_mask", density))[0]
 
 
-def checked_density(call: str, value):
+def checked_density(call: str, value: Any) -> Any:
     """Returns a density as a float; a traced scalar passes through."""
     if not isinstance(value, jax.core.Tracer):
         return _checks.density(call, value)
@@ -73,7 +73,9 @@ def checked_density(call: str, value):
     return value
 
 
-def ranked_masks(arrays, density, *, magnitude: bool = False, stack: tuple[int, ...] = ()):
+def ranked_masks(
+    arrays: Any, density: Any, *, magnitude: bool = False, stack: tuple[int, ...] = ()
+) -> Any:
     """The masks, of the given density, of arrays ranked together by their values or magnitudes.
 
     All arrays have the axes `stack`; along these, each position is ranked separately.
@@ -89,7 +91,7 @@ def ranked_masks(arrays, density, *, magnitude: bool = False, stack: tuple[int, 
     return top(*arrays)
 
 
-def of_one_dtype(arrays) -> list:
+def of_one_dtype(arrays: Any) -> list:
     """Converts arrays to one dtype that holds all of their values, to rank them together."""
     dtypes = {array.dtype for array in arrays}
     if len(dtypes) == 1:
@@ -115,7 +117,7 @@ class _Interval(NamedTuple):
     above_high: object
 
 
-def _how_many(density, size: int):
+def _how_many(density: Any, size: int) -> Any:
     """`density * size`, rounded half up, at least 1: an int for a float, else an int32 scalar."""
     if isinstance(density, float):
         return min(max(math.floor(density * size + 0.5), 1), size)

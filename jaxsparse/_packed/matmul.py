@@ -3,6 +3,7 @@
 import functools
 import importlib
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +197,7 @@ def check_implementation(implementation, call):
         )
 
 
-def chosen(implementation: str | None, rows: int, w: Sparse24, dtype, out_dtype) -> str:
+def chosen(implementation: str | None, rows: int, w: Sparse24, dtype: Any, out_dtype: Any) -> str:
     """What computes a product on the default device: `"dense"` or the name of a kernel."""
     if implementation is not None:
         return implementation

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Shaped, UInt16
+from jaxtyping import Array, Bool, Shaped, UInt16
 
+from jaxsparse._checks import AnArray
 from jaxsparse._packed.layouts import Layout, convert, metadata_form
 from jaxsparse._registration import register_exported, register_saved
 
@@ -58,8 +60,8 @@ class Sparse24:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
     """
 
-    values: jax.Array | np.ndarray | jax.ShapeDtypeStruct
-    metadata: jax.Array | np.ndarray | jax.ShapeDtypeStruct
+    values: Any
+    metadata: Any
     contracting: tuple[int, ...]
     output: tuple[int, ...]
     axes: str = ""
@@ -187,7 +189,7 @@ class Sparse24:
         return _unchecked(self, metadata=metadata, layout=layout)
 
 
-def _unchecked(w: Sparse24, **changes) -> Sparse24:
+def _unchecked(w: Sparse24, **changes: Any) -> Sparse24:
     """The weight with some fields changed; for what is known to fit."""
     fields = {name: changes.get(name, getattr(w, name)) for name in (*_DATA, *_STATIC)}
     return Sparse24.tree_unflatten(
@@ -252,7 +254,7 @@ def check_places(w: Sparse24, call: str) -> None:
 
 
 def to_kept(
-    w: Shaped[ArrayLike, "*stack M K"], mask: Bool[ArrayLike, "*stack M K"]
+    w: Shaped[AnArray, "*stack M K"], mask: Bool[AnArray, "*stack M K"]
 ) -> tuple[Shaped[Array, "*stack M K//2"], UInt16[Array, "*stack M C"]]:
     """A weight `[..., M, K]` and its mask to values and canonical metadata."""
     w0, w1, w2, w3 = (w[..., i::4] for i in range(4))
@@ -290,7 +292,7 @@ def places(metadata, groups):
 
 
 def expand(
-    values: Shaped[ArrayLike, "*stack M H"], metadata: UInt16[ArrayLike, "*stack M C"]
+    values: Shaped[AnArray, "*stack M H"], metadata: UInt16[AnArray, "*stack M C"]
 ) -> Shaped[Array, "*stack M 2*H"]:
     """Compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
     pairs = values.reshape(*values.shape[:-1], -1, 2)
@@ -304,7 +306,7 @@ def expand(
 
 
 def kept_values(
-    dense: Shaped[ArrayLike, "*stack M K"], metadata: UInt16[ArrayLike, "*stack M C"]
+    dense: Shaped[AnArray, "*stack M K"], metadata: UInt16[AnArray, "*stack M C"]
 ) -> Shaped[Array, "*stack M K//2"]:
     """What `[..., M, K]` holds at the kept places, `[..., M, K/2]`: the transpose of `expand`."""
     groups = dense.reshape(*dense.shape[:-1], -1, 4)
@@ -317,7 +319,7 @@ def kept_values(
 
 
 def transposed(
-    values: Shaped[ArrayLike, "*stack M H"], metadata: UInt16[ArrayLike, "*stack M C"]
+    values: Shaped[AnArray, "*stack M H"], metadata: UInt16[AnArray, "*stack M C"]
 ) -> tuple[Shaped[Array, "*stack 2*H M//2"], UInt16[Array, "*stack 2*H D"]]:
     """Values `[..., M, K/2]` and metadata of a transposable weight to those of its transpose,
     `[..., K, M/2]`.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from jaxsparse import _checks
 from jaxsparse._plan.plan import Plan, check_plan, map_planned, match
@@ -204,7 +205,7 @@ def _difference(theirs: Plan, ours: Plan) -> str:
     return f"{path} is {described(theirs, path)} there, and {described(ours, path)} here"
 
 
-def _extra(extra_args: dict, name: str):
+def _extra(extra_args: dict, name: str) -> Any:
     if extra_args.get(name) is None:
         hint = "jaxsparse.diagonal_fisher(...)" if name == "fisher" else "..."
         raise ValueError(
@@ -228,11 +229,15 @@ def _accepting_masks(extra_args: dict[str, Any]) -> dict[str, Any]:
     extra = inspect.Parameter("masks", inspect.Parameter.KEYWORD_ONLY, default=None)
     others = list(signature.parameters.values())
     last = len(others) - any(one.kind is inspect.Parameter.VAR_KEYWORD for one in others)
-    value_fn.__signature__ = signature.replace(parameters=[*others[:last], extra, *others[last:]])
+    setattr(
+        value_fn,
+        "__signature__",
+        signature.replace(parameters=[*others[:last], extra, *others[last:]]),
+    )
     return {**extra_args, "value_fn": value_fn}
 
 
-def _all_participate(params, plan: Plan):
+def _all_participate(params: PyTree, plan: Plan) -> Any:
     return map_planned(
         lambda leaf, w: jnp.ones(jnp.shape(w), bool),
         plan,
