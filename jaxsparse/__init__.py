@@ -95,7 +95,7 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name in ("flax", "nnx"):  # imported on first use: only users of Flax pay for it
+    if name in ("flax", "nnx"):  # imported on first use, so that only users of Flax pay for it
         return importlib.import_module(f"jaxsparse.{name}")
     raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")
 

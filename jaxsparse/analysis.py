@@ -1,6 +1,4 @@
-"""Analysis: what sparse training does to weights, masks and gradients, and what a sparse model
-costs.
-"""
+"""Analysis of sparse training (weights, masks, gradients) and of the costs of a sparse model."""
 
 from jaxsparse._analysis.costs import Costs as Costs
 from jaxsparse._analysis.costs import LeafCosts as LeafCosts

@@ -1,4 +1,4 @@
-"""Flax Linen: plans that learn their axes from the model; a context for sparse forward passes."""
+"""Flax Linen: plans that learn axes from the model, and a context for sparse forward passes."""
 
 import contextlib
 import dataclasses
@@ -31,30 +31,29 @@ __all__ = ["intercept", "plan"]
 def plan(
     model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args, **init_kwargs
 ) -> Plan:
-    """Plans the sparsity of a Flax Linen model; the axis of each kernel is the one that the model
-    sums over.
+    """Plans the sparsity of a Flax Linen model; axes are those that the model sums over.
 
-    This is `jaxsparse.plan` with the function `model.apply` and the parameters that `model.init`
-    makes, both traced abstractly: no arithmetic, no device memory. Kernels of Dense, DenseGeneral,
-    attention, Einsum, Conv, recurrent cells or modules of your own are followed alike, whether or
-    not `nn.scan`, `nn.vmap` or `nn.remat` stacks or wraps them, and however many submodules share
-    them. The report says which kind of module owns each leaf.
+    This is `jaxsparse.plan` with the function `model.apply` and the parameters of `model.init`,
+    both traced abstractly: no arithmetic, no device memory. It follows the kernels of Dense,
+    DenseGeneral, attention, Einsum, Conv, recurrent cells and custom modules, also where `nn.scan`,
+    `nn.vmap` or `nn.remat` stacks or wraps them, and where several submodules share them. The
+    report names the kind of module that owns each leaf.
 
     Args:
       model: an unbound module.
       rules: as for `jaxsparse.plan`. Paths are those of the `params` collection, as in
         `"encoder/layers_0/kernel"`.
       *init_args: the arguments of `model.init` after the key: arrays, `jax.ShapeDtypeStruct`, or
-        what the model does not compute with, such as booleans.
-      **init_kwargs: its keyword arguments, likewise; `rngs`, a key or a dict of keys, is for
-        `model.init` and `model.apply` themselves, and so is `method`.
+        static values such as booleans.
+      **init_kwargs: its keyword arguments, likewise. `rngs`, a key or a dict of keys, and `method`
+        are passed to `model.init` and `model.apply`.
 
     Returns:
-      The plan. A leaf that cannot follow its rule stays dense; `print` the plan to see why.
+      The plan. A leaf that cannot follow its rule stays dense; `print` the plan for the reasons.
 
     Raises:
-      TypeError: a rule gives something that is not a pattern, or `model` is not a module.
-      ValueError: a rule matches no leaf, or names an axis that is not the one the model sums over.
+      TypeError: the value of a rule is not a pattern, or `model` is not a module.
+      ValueError: a rule matches no leaf, or names a different axis than the model sums over.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,8 +69,8 @@ def plan(
       1 of 4 leaves are sparse, with 16 of 74 weights; 66 weights participate (density 0.892).
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to
-      prune.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for the choice of layers
+      (arXiv:2104.08378).
     """  # noqa: E501
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -79,19 +78,17 @@ def plan(
             "jaxsparse.plan for functions and other frameworks."
         )
     params, layers, used = _trace(model, init_args, init_kwargs)
-    made = learned_plan("flax.plan", params, rules, used)
+    leaf_plan = learned_plan("flax.plan", params, rules, used)
     return Plan(
         tuple(
             dataclasses.replace(leaf, layer=layer)
-            for leaf, layer in zip(made.leaves, layers, strict=True)
+            for leaf, layer in zip(leaf_plan.leaves, layers, strict=True)
         )
     )
 
 
 def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
-    """The shapes of the parameters, and for each leaf the kind of its module and how the model uses
-    it.
-    """
+    """Traces a model: its parameter shapes, and the kind of module and the uses of each leaf."""
     key = jax.random.key(0)
     rngs = kwargs.pop("rngs", None)
     rngs = {
@@ -128,14 +125,16 @@ def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
 
 # --- the context
 
-_FLAG = "jaxsparse"  # on the scopes of models that run under the context
-# part of the key of jit's caches: what was traced under other masks is traced anew
+_FLAG = "jaxsparse"  # set on the scopes of models that run under the context
+# part of the key of jit's caches, so that functions are traced again for other masks
 _token = jax.make_user_context(None)
 
 
 class _Token:
-    """What tells one set of masks from another for jit's caches, which keep it: no arrays, only
-    whether a module ran under it.
+    """Identifies a set of masks in the key of jit's caches.
+
+    The caches keep it alive, so it holds weak references to the arrays. It also records whether a
+    module ran under it.
     """
 
     def __init__(self, leaves):
@@ -147,8 +146,9 @@ _tokens: "weakref.WeakValueDictionary[tuple, _Token]" = weakref.WeakValueDiction
 
 
 def _token_of(opt_state, gradient, implementation) -> _Token:
-    """The token of these masks; the same as before if they are the same arrays, so that nothing is
-    traced anew.
+    """The token of these masks.
+
+    It is the same one as long as the arrays are the same, so that functions are not traced again.
     """
     sources = [(state.masks, state.forward) for state in rewire_states(opt_state)]
     leaves = jax.tree.leaves(sources or opt_state)
@@ -165,13 +165,13 @@ def _token_of(opt_state, gradient, implementation) -> _Token:
 
 @dataclasses.dataclass(eq=False)
 class _Sparse:
-    """How models run while the context lasts."""
+    """How models run inside one context."""
 
     token: _Token
     masked: Masked | None
     gradient: str | None
     implementation: str | None
-    inside: bool = False  # of a model that runs sparse: what it applies itself is left alone
+    inside: bool = False  # while a model runs sparse: models that it applies are left alone
 
     def effective(self, variables):
         """The variables with effective parameters."""
@@ -182,8 +182,9 @@ class _Sparse:
         return {**variables, "params": params}
 
     def apply(self, run, variables, mutable, args, kwargs):
-        """What `core.apply` returns, from effective or from compressed parameters; the parameters
-        that it returns are those given.
+        """Runs `core.apply` from effective or compressed parameters.
+
+        If it returns parameters, these are replaced by the original ones.
         """
         effective = self.effective(variables)
         returns = mutable is not False and "params" in variables
@@ -199,7 +200,7 @@ class _Sparse:
             return out
         if packed:
             return _with_params(out, lambda params: variables["params"])
-        given = dict(
+        dense_leaves = dict(
             zip(
                 map(id, jax.tree.leaves(effective["params"])),
                 jax.tree.leaves(variables["params"]),
@@ -207,28 +208,28 @@ class _Sparse:
             )
         )
         return _with_params(
-            out, lambda params: jax.tree.map(lambda leaf: given.get(id(leaf), leaf), params)
+            out, lambda params: jax.tree.map(lambda leaf: dense_leaves.get(id(leaf), leaf), params)
         )
 
     def compressed(self, run, variables, returns, args, kwargs):
-        """What `core.apply` returns, from compressed parameters, without these."""
+        """Runs `core.apply` from compressed parameters; the output leaves the parameters out."""
         arrays, rebuild = split_arrays((args, kwargs), _is_packed)
-        structure: list = []
+        restore_output: list = []
 
         def called(variables, arrays):
             args, kwargs = rebuild(arrays)
             out = run(variables, *args, **kwargs)
             out = _with_params(out, lambda params: None) if returns else out
-            found, restore = split_arrays(out)
-            structure[:] = [restore]
-            return found
+            arrays_out, restore = split_arrays(out)
+            restore_output[:] = [restore]
+            return arrays_out
 
-        found = sparsify(called, implementation=self.implementation)(variables, arrays)
-        return structure[0](found)
+        arrays_out = sparsify(called, implementation=self.implementation)(variables, arrays)
+        return restore_output[0](arrays_out)
 
 
 class _Active(threading.local):
-    """The contexts that a thread is in, the innermost last."""
+    """The contexts that a thread is in, innermost last."""
 
     def __init__(self):
         self.contexts: list[_Sparse] = []
@@ -249,7 +250,7 @@ def _plainly(run, variables, returns, args, kwargs):
 
 
 def _with_params(out, change):
-    """What a mutating `apply` returned, with the parameters among the variables changed."""
+    """Changes the parameters among the variables that a mutating `apply` returned."""
     y, variables = out
     return (
         (y, {**variables, "params": change(variables["params"])}) if "params" in variables else out
@@ -262,7 +263,7 @@ def _current() -> _Sparse | None:
 
 
 def _apply(fn, mutable=False, flags=None):
-    """In place of `flax.core.apply`, through which every `apply` goes."""
+    """Replaces `flax.core.apply`, through which every `apply` goes."""
 
     @functools.wraps(fn)
     def wrapper(variables, *args, **kwargs):
@@ -276,7 +277,7 @@ def _apply(fn, mutable=False, flags=None):
 
 
 def _bind(variables, rngs=None, mutable=False, flags=None):
-    """In place of `flax.core.bind`, through which `Module.bind` goes."""
+    """Replaces `flax.core.bind`, through which `Module.bind` goes."""
     sparse = _current()
     if sparse is None:
         return _core_bind(variables, rngs=rngs, mutable=mutable, flags=flags)
@@ -290,8 +291,10 @@ def _bind(variables, rngs=None, mutable=False, flags=None):
 
 @contextlib.contextmanager
 def _installed() -> Iterator[None]:
-    """Flax has no interceptor around `apply`, only around methods, which come too late where the
-    outermost class is lifted.
+    """Replaces the functions of Flax while any context is active.
+
+    Flax can intercept methods, but not `apply`, and methods are too late where the outermost class
+    is lifted.
     """
     global _entered
     with _lock:
@@ -310,41 +313,40 @@ def _installed() -> Iterator[None]:
 def intercept(
     opt_state=None, *, gradient: str | None = None, implementation: str | None = None
 ) -> Iterator[None]:
-    """Makes Flax Linen models run with sparse weights while the context lasts, without a change to
-    their code.
+    """Runs Flax Linen models with sparse weights inside the context, without changing their code.
 
     With an optimizer state or masks, every `model.apply` and `model.bind` inside sees the effective
-    parameters, as `effective_params` computes them, whatever lifts or wraps the model. Compressed
-    leaves (`Sparse24`, from `compress`) run as under `sparsify`, by which `model.apply` is called;
-    `model.bind` decompresses them. `model.init` is left alone, and so is what a model applies
-    inside itself. Of nested contexts the innermost counts: `intercept(None)` runs dense models
-    dense.
+    parameters, as `effective_params` computes them, whatever lifts or wraps the model.
+    `model.apply` runs compressed leaves (`Sparse24`, from `compress`) as under `sparsify`;
+    `model.bind` decompresses them. The context does not affect `model.init`, nor models that a
+    model applies itself. Of nested contexts, the innermost applies: under `intercept(None)` dense
+    models run dense.
 
-    Masks may change at every step: enter the context inside the function that is compiled, with the
-    state among its arguments.
+    Masks may change at every step, so enter the context inside the compiled function, with the
+    state among its arguments:
 
         @jax.jit
         def loss(params, opt_state, x):
             with jaxsparse.flax.intercept(opt_state):
                 return model.apply(params, x).mean()
 
-    Around a compiled function it works, too, since it is part of the key of jit's caches: the
-    function is traced anew for each set of masks, which become constants of the program.
+    It also works around a compiled function, because it is part of the key of jit's caches: the
+    function is traced again for each set of masks, which become constants of the program.
 
-    A context counts for its own thread alone. Every model in it whose parameters fit the masks runs
-    masked, a target network as well: where only one of two is to be sparse, leave the other outside
-    of the context, or use `effective_params` instead.
+    A context applies to its own thread only. Every model in it whose parameters fit the masks runs
+    masked, including target networks. If only one of two such models is to be sparse, run the other
+    outside of the context, or use `effective_params` instead.
 
     Args:
-      opt_state: an optimizer state that holds masks, or a pytree of masks; None for compressed
-        leaves alone.
+      opt_state: an optimizer state that holds masks, or a pytree of masks; None if there are only
+        compressed leaves.
       gradient: `"dense"` or `"masked"`, as for `effective_params`.
-      implementation: of every product with a compressed weight, as for `sparse_matmul`.
+      implementation: what computes every product with a compressed weight, as for `sparse_matmul`.
 
     Raises:
-      ValueError: there are no masks in `opt_state`, or there is no such implementation; when a
+      ValueError: there are no masks in `opt_state`, or the implementation does not exist; when a
         model runs, the masks were made for other parameters, or the model was bound outside of the
-        context; at the end, no Flax module ran inside.
+        context; on exit, no Flax module ran inside.
 
     Example:
       >>> import jax.numpy as jnp
@@ -370,7 +372,7 @@ def intercept(
     def check(next_fun, args, kwargs, context):
         module, here = context.module, _active.contexts[-1] is sparse and not sparse.inside
         token.ran |= here
-        # and not what a lifted class wraps around
+        # excludes the methods of a class that only wraps a lifted one
         bound = module.scope is not None and hasattr(type(module), context.method_name)
         if (
             here
@@ -379,9 +381,9 @@ def intercept(
             and module.scope.get_flag(_FLAG, None) is not token
         ):
             raise ValueError(
-                f"flax.intercept: a {type(module).__name__} runs that was bound, or wrapped by "
-                "nn.apply, before the context was entered, so it would run dense. Call "
-                "model.apply, model.bind or nn.apply inside the context."
+                f"flax.intercept: a {type(module).__name__} was bound, or wrapped by nn.apply, "
+                "before the context was entered, so it would run dense. Call model.apply, "
+                "model.bind or nn.apply inside the context."
             )
         return next_fun(*args, **kwargs)
 

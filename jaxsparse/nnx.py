@@ -1,8 +1,7 @@
-"""Flax NNX: plans that learn the axes from the model, and a context in which its Params hold the
-effective weights.
+"""Flax NNX: plans that learn axes from the model, and a context for sparse forward passes.
 
 A trained model runs compressed through `jaxsparse.sparsify`: merge the Params that
-`jaxsparse.compress` returns into a model, and call that by
+`jaxsparse.compress` returns into a model, and call it with
 `nnx.jit(jaxsparse.sparsify(Model.__call__))`.
 """
 
@@ -30,19 +29,18 @@ def plan(
     method: str = "__call__",
     **kwargs,
 ) -> Plan:
-    """Plans the sparsity of a Flax NNX model; the axis of each Param is the one that the model sums
-    over.
+    """Plans the sparsity of a Flax NNX model; axes are those that the model sums over.
 
     This is `jaxsparse.plan` with the call of the model as the function, traced abstractly on a copy
-    of its state: random counts, batch statistics and caches stay as they are. The report says which
-    kind of Module owns each Param.
+    of its state: random counts, batch statistics and caches do not change. The report names the
+    kind of Module that owns each Param.
 
     Args:
       model: a Module, or an abstract one from `nnx.eval_shape`.
       rules: as for `jaxsparse.plan`. Paths are those of `nnx.state(model, nnx.Param)`, as in
         `"blocks/0/attn/query/kernel"`.
-      *args: what the model is called with: arrays, `jax.ShapeDtypeStruct`, or what it does not
-        compute with, such as booleans.
+      *args: the arguments of the call: arrays, `jax.ShapeDtypeStruct`, or static values such as
+        booleans.
       method: the name of the method to call.
       **kwargs: the keyword arguments of the call, likewise.
 
@@ -51,8 +49,8 @@ def plan(
       Param that several Modules share is one leaf, under its first path.
 
     Raises:
-      TypeError: a rule gives something that is not a pattern, or `model` is not a Module.
-      ValueError: a rule matches no leaf, or names an axis that is not the one the model sums over.
+      TypeError: the value of a rule is not a pattern, or `model` is not a Module.
+      ValueError: a rule matches no leaf, or names a different axis than the model sums over.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,8 +67,8 @@ def plan(
       1 of 4 leaves are sparse, with 16 of 74 weights; 66 weights participate (density 0.892).
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to
-      prune.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for the choice of layers
+      (arXiv:2104.08378).
     """  # noqa: E501
     _check_module(model, "nnx.plan")
     graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
@@ -80,7 +78,9 @@ def plan(
         args, kwargs = rebuild(arrays)
         return split_arrays(getattr(nnx.merge(graphdef, params, *rest), method)(*args, **kwargs))[0]
 
-    made = learned_plan("nnx.plan", params, rules, traced("nnx.plan", call, params, rest, arrays))
+    leaf_plan = learned_plan(
+        "nnx.plan", params, rules, traced("nnx.plan", call, params, rest, arrays)
+    )
     kinds: dict[tuple, str] = {
         path: type(node).__name__ for path, node in nnx.iter_graph(model) if _is_layer(node)
     }
@@ -95,7 +95,7 @@ def plan(
     return Plan(
         tuple(
             dataclasses.replace(leaf, layer=owner)
-            for leaf, owner in zip(made.leaves, owners, strict=True)
+            for leaf, owner in zip(leaf_plan.leaves, owners, strict=True)
         )
     )
 
@@ -111,16 +111,17 @@ def _check_module(model, call: str):
 
 @contextlib.contextmanager
 def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> Iterator[None]:
-    """Puts the effective weights into the Params of a Flax NNX model while the context lasts.
+    """Puts the effective weights into the Params of a Flax NNX model inside the context.
 
-    They are what `effective_params` computes, with the masks, the decay factor and the kind of
-    gradient that the optimizer state holds for the next forward pass. After the context, even if it
-    raises, the Params hold the dense weights again. All other Variables, such as batch statistics,
-    random counts, caches and intermediate values, are left alone and keep their updates.
+    They are what `effective_params` computes, with the masks, the decay factor and the gradient
+    that the optimizer state holds for the next forward pass. On leaving the context, also through
+    an exception, the Params hold the dense weights again. All other Variables, such as batch
+    statistics, random counts, caches and intermediate values, are left alone and keep their
+    updates.
 
-    Enter it inside the function that is differentiated, with the model among its arguments: then
-    the gradient is that of the dense weights. Update the model after the context, since what is
-    written to a masked Param inside it is lost.
+    Enter it inside the function that is differentiated, with the model among its arguments, so that
+    the gradient is that of the dense weights. Update the model after the context: values written to
+    a masked Param inside it are lost.
 
         @nnx.jit
         def step(model, optimizer, x, y):
@@ -131,15 +132,14 @@ def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> I
             optimizer.update(model, nnx.grad(loss)(model))
 
     Args:
-      model: the Module for whose Params the masks were made.
+      model: the Module whose Params the masks were made for.
       opt_state: an `nnx.Optimizer` or an optimizer state that holds masks, or a pytree of masks.
       gradient: `"dense"` or `"masked"`, as for `effective_params`.
 
     Raises:
       TypeError: `model` is not a Module, or a masked Param is not floating.
       ValueError: there are no masks in `opt_state`, or they were made for other Params.
-      flax.errors.TraceContextError: the model comes from outside of the function that is being
-      traced.
+      flax.errors.TraceContextError: the model comes from outside of the function that is traced.
 
     Example:
       >>> import jax.numpy as jnp
@@ -176,7 +176,7 @@ def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> I
         except errors.TraceContextError as error:
             raise errors.TraceContextError(
                 "nnx.intercept: `model` comes from outside of the function that is being traced, "
-                "so its Params cannot be exchanged here. Pass the model as an argument of that "
+                "so its Params cannot be replaced here. Pass the model as an argument of that "
                 "function."
             ) from error
         yield

@@ -1,8 +1,8 @@
 """The papers' recipes as optax transformations, one call each.
 
-In each, step t is the forward pass and the update t, the first being 0. A boundary between two
-phases is the first step of the second: an int is an optimizer step, a float in [0, 1] the fraction
-of `total_steps`, rounded to the nearest step.
+In each recipe, step t is forward pass t and the update that follows it, starting from 0. A boundary
+between two phases is the first step of the second phase: an int is an optimizer step, a float in
+[0, 1] is a fraction of `total_steps`, rounded to the nearest step.
 """
 
 from jaxsparse._training.explore_exploit import explore_exploit

@@ -259,7 +259,7 @@ def test_a_context_in_which_no_module_runs_is_an_error():
 def test_a_model_that_was_bound_outside_is_an_error_and_not_dense():
     bound = MODEL.bind({**PARAMS, **REST})
     with (
-        pytest.raises(ValueError, match=r"flax\.intercept: a Net runs that was bound, or wrapped"),
+        pytest.raises(ValueError, match=r"flax\.intercept: a Net was bound, or wrapped"),
         js.flax.intercept(MASKS),
     ):
         bound.encode(X)

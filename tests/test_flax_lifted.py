@@ -210,7 +210,7 @@ NAMED = {
     "scaled along the sum": (
         lambda x, w: x @ (w * x[0][:, None]),
         js.NM(2, 4, axis=0),
-        "axis as named: combined, before its product",
+        "axis as named: combined before its product",
     ),
     "shared": (
         lambda x, w: x @ w + x @ w.T,

@@ -14,10 +14,10 @@ from promotion import promoting
 import jaxsparse as js
 
 TABLE = "an embedding table: its rows are looked up"
-VARIES = "combined, before its product, with values that vary along the summed axis"
-RESHAPED = "reshaped before its matrix product, so that its axes cannot be told"
-CHANGED = "another value each time, or in each branch, of a "
-REPEATED = "the same for every row of its matrix product"
+VARIES = "combined before its product with values that vary along the summed axis"
+RESHAPED = "reshaped before its matrix product, so its axes cannot be identified"
+CHANGED = "differs between the steps or branches of a "
+REPEATED = "broadcast, so that all outputs of its matrix product are equal"
 GROUPED = "the kernel of a grouped convolution, which sums over some input channels only"
 
 
@@ -120,7 +120,7 @@ def test_layers(model, x, expected):
         (
             (16, 12),
             lambda x, w: x @ w.reshape(2, 8, 12)[0],
-            "reshaped before its matrix product, so that its axes cannot be told",
+            "reshaped before its matrix product, so its axes cannot be identified",
         ),
         ((12,), lambda x, w: x[:, :1] @ w.reshape(1, 12), "an operand of an outer product"),
         ((8, 12), lambda x, w: x @ jnp.concatenate([w, w], 1), (-2, 1, ())),
@@ -205,7 +205,7 @@ def test_layers(model, x, expected):
         (
             (64,),
             lambda x, w: x @ w.reshape(8, 8),
-            "reshaped before its matrix product, so that its axes cannot be told",
+            "reshaped before its matrix product, so its axes cannot be identified",
         ),
         ((2, 8), lambda x, w: w[jnp.zeros(2, int)], TABLE),
         ((8, 8), lambda x, w: x, "not used by the function when it is called with these arguments"),

@@ -375,7 +375,7 @@ def test_around_shard_map_it_decompresses_and_says_so():
     fn = jax.shard_map(call("x @ w"), mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"))
     close(jax.jit(js.sparsify(fn))(packed, X), call("x @ w")(masked, X))
     (row,) = js.sparsify(fn).report(packed, X).products
-    assert row.reason == "handed to shard_map"
+    assert row.reason == "passed to shard_map"
 
 
 def test_export_for_every_platform_and_back():
@@ -489,7 +489,7 @@ def test_kernels_that_are_concatenated_and_two_weights_in_one_product():
         ("q", ""),
         ("v", ""),
         ("v", "multiplied by another compressed weight"),
-        ("q", "the product sums over other axes than those that the weight is compressed along"),
+        ("q", "the product does not sum over exactly the axes that the weight is compressed along"),
     ]
     assert "3 of 5 uses run compressed" in str(report)
 
@@ -504,7 +504,7 @@ def test_the_report_says_what_runs_where_and_why_not_without_running_anything():
     packed, _, _, _ = prepared("scaled along the sum")
     sparse = js.sparsify(call("scaled along the sum"))
     abstract = jax.eval_shape(lambda: (packed, X))
-    reason = "scaled by what varies along the axis that the product sums over"
+    reason = "scaled by values that vary along the axis that the product sums over"
     rule = ["-" * length for length in (6, 18, len(reason), 16)]
     assert str(sparse.report(*abstract)).splitlines() == [
         f"leaf    product             {'runs':<{len(reason)}}  implementation",

@@ -1,6 +1,4 @@
-"""A traced program to what it costs: floating-point operations of its products, and bytes of its
-weights, dense and sparse.
-"""
+"""Costs of a traced program: FLOPs of its products and bytes of its weights, dense and sparse."""
 
 import collections
 import dataclasses
@@ -23,15 +21,15 @@ __all__ = ["Costs", "LeafCosts", "costs"]
 
 
 class LeafCosts(NamedTuple):
-    """What the products that take one weight cost, and its bytes.
+    """The costs of one weight: the FLOPs of its products, and its bytes.
 
     Attributes:
       path: the path of the weight; empty for the rest of the program and of the parameters.
-      shape: the shape of the weight; of the rest, the number of its parameters.
-      pattern: the pattern that it follows, None where it is dense.
-      forward: the FLOPs of its products in inference, dense.
-      both: the FLOPs of its products in training, forward and backward, dense.
-      nbytes: its bytes, dense.
+      shape: the shape of the weight; for the rest, the number of parameters.
+      pattern: the pattern of the weight; None where it is dense.
+      forward: the FLOPs of its products in inference, if it were dense.
+      both: the FLOPs of its products in training, forward and backward, if it were dense.
+      nbytes: its bytes, if it were dense.
     """
 
     path: str
@@ -70,12 +68,12 @@ class LeafCosts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a model costs, weight by weight and in all. `print` it for a table.
+    """The costs of a model, by weight and in total; `print` them for a table.
 
     Attributes:
-      leaves: one `LeafCosts` for each weight that a product takes or that is sparse, in tree order,
-        and at last the rest: the products that take no weight, which in training include those that
-        give the gradients of weights, and the bytes of the other parameters.
+      leaves: one `LeafCosts` for each weight that is sparse or used by a product, in tree order,
+        and one for the rest: the products without a weight (in training also those that compute the
+        gradients of weights) and the bytes of the other parameters.
     """
 
     leaves: tuple[LeafCosts, ...]
@@ -106,7 +104,7 @@ class Costs:
         return Costs(tuple(leaf._replace(pattern=None) for leaf in self.leaves))
 
     def __str__(self):
-        import tabulate  # only those who print it pay for it
+        import tabulate  # here, so that only printing pays for the import
 
         def numbers(cost):
             flops, dense = (
@@ -142,42 +140,44 @@ class Costs:
 
 
 def costs(fn: Callable, plan: Plan, params, *args) -> Costs:
-    """The FLOPs and bytes of a model in inference and in training, dense and under a plan.
+    """Counts the FLOPs and bytes of a model in inference and training, dense and under a plan.
 
-    The program of `fn` and that of its gradient with respect to the parameters are traced,
-    abstractly, and their matrix products and convolutions counted, two FLOPs for a multiplication
-    with its addition: under `scan` as often as it runs, under `remat` again where it is computed
-    again, of a `cond` the costlier branch. The window of a convolution counts whole, as is
-    customary, also where it lies on padding; zeros that dilate an input do not count. Products with
-    a sparse weight, forward and backward, count at its density, whether or not there is hardware
-    that skips the others. The gradients of weights count in full, for all weights learn. Nothing
-    else counts: no elementwise operation, no mask, no optimizer.
+    The programs of `fn` and of its gradient with respect to the parameters are traced abstractly.
+    Their matrix products and convolutions are counted, with two FLOPs for each multiply-add: under
+    `scan` once for each iteration, under `remat` again where they are recomputed, and in a `cond`
+    those of the costlier branch. The window of a convolution counts in full, as is customary, even
+    where it covers padding; zeros that dilate an input do not count. Products with a sparse weight,
+    forward and backward, count at its density, whether or not hardware skips the other weights.
+    Gradients of weights count in full, since all weights learn. Elementwise operations, masks and
+    the optimizer are not counted.
 
-    In inference a sparse weight takes its participating values and their places: for `NM` and
-    `TransposableNM` the bits that tell one of m places, for each value, which for 2:4 is what
-    `Sparse24` holds, but for the filling of its last words; for `Unstructured` one bit a weight,
-    for `Block` one bit a block. In training it takes all values and one bit of mask each. Gradients
-    and the optimizer's state are those of the dense model and are left out.
+    In inference a sparse weight takes its participating values and their places. `NM` and
+    `TransposableNM` need, for each value, the bits that select one of m places; for 2:4 that is the
+    size of `Sparse24` without the filler in its last words. `Unstructured` needs one bit a weight,
+    and `Block` one bit a block. In training a sparse weight takes all of its values and one bit of
+    mask for each. Gradients and the optimizer state are the same as in the dense model and are left
+    out.
 
     Args:
-      fn: the model, a function of (params, *args): `model.apply` of Flax, or your own. Its output
-        is any pytree; the gradient is that of its sum. It may mask its weights, by
-        `effective_weight` or `jnp.where`, and costs the same. Bind what is no array with
-        `functools.partial`.
-      plan: which leaf follows which pattern; of a density that follows a schedule its last value.
+      fn: the model, a function of (params, *args), such as `model.apply` of Flax. Its output is any
+        pytree; the gradient is that of the sum of its elements. It may mask its weights with
+        `effective_weight` or `jnp.where`; that does not change the costs. Use `functools.partial`
+        to bind non-array arguments.
+      plan: which leaf follows which pattern. A density that follows a schedule counts with its last
+        value.
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      *args: what else `fn` takes, arrays or `jax.ShapeDtypeStruct`.
+      *args: the other arguments of `fn`, arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      The costs, weight by weight. A product is of the weight that it takes through casts, reshapes,
-      transpositions, slices and masks; a sparse weight which is used in another way shows 0. Of two
-      weights in one product it is of the sparser.
+      The costs, by weight. A product belongs to the weight that reaches it through casts, reshapes,
+      transpositions, slices and masks, and to the sparser of two weights. A sparse weight that is
+      used in any other way shows 0.
 
     Raises:
-      TypeError: `plan` is no plan.
-      ValueError: `params` are not those of the plan; or there are products in the program that
-        cannot be counted: in a `while` loop, whose length is not known, a `shard_map`, a
-        hand-written kernel, or of a kind that is not known here.
+      TypeError: `plan` is not a plan.
+      ValueError: `params` do not match the plan; or the program has products that cannot be
+        counted: in a `while` loop, whose length is unknown, in a `shard_map` or a hand-written
+        kernel, or of an unknown kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -194,7 +194,7 @@ def costs(fn: Callable, plan: Plan, params, *args) -> Costs:
 
     References:
       Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers,
-      appendix D.
+      appendix D (arXiv:2402.04744).
     """
     sparse = match(plan, params, "costs")
     densities = [leaf.density if leaf else 1.0 for leaf in sparse]
@@ -257,7 +257,7 @@ class _Flops:
             shares = [
                 {origin.source: origin.share for origin in value.origins} for value in values[:2]
             ]
-            if name == "dot_general":  # rows of a table are what a product takes, not its weight
+            if name == "dot_general":  # rows looked up in a table are an input, not a weight
                 pairs = zip(dots(eqn), (values[1], values[0]), strict=True)
                 shares = [
                     {
@@ -267,13 +267,13 @@ class _Flops:
                     }
                     for (i, summed, _, free), other in pairs
                 ]
-            of = min(
+            owners = min(
                 filter(None, shares),
                 key=lambda one: min(map(self.densities.__getitem__, one)),
                 default={None: 1.0},
             )
-            for source, share in of.items():
-                self.flops[source] += round(_PRODUCTS[name](eqn) * share / sum(of.values()))
+            for source, share in owners.items():
+                self.flops[source] += round(_PRODUCTS[name](eqn) * share / sum(owners.values()))
         elif _uncounted(eqn):
             raise ValueError(
                 f"costs: the program has matrix products in `{name}`, where they cannot be "
@@ -282,7 +282,7 @@ class _Flops:
             )
 
     def lose(self, eqn, values: list[Value]) -> None:
-        """Nothing: a carry is another value each time."""
+        """Ignores these values: products with them belong to no weight."""
 
     def enter(self, eqn) -> "_Flops":
         return _Flops(self.densities)
@@ -311,7 +311,7 @@ def _programs(params) -> Iterator[Jaxpr]:
 
 
 def _uncounted(eqn) -> bool:
-    """Whether an equation that is not a product itself has one inside, or may have."""
+    """Whether an equation that is not a product itself contains one, or may contain one."""
     name = eqn.primitive.name
     if "dot" in name or "matmul" in name or name == "ffi_call":
         return True
@@ -331,8 +331,10 @@ def _matrix_product(eqn) -> int:
 
 
 def _convolution(eqn) -> int:
-    """In each dimension any two of input, place of the window and output tell the third: no more
-    meet than the fewest pairs.
+    """The FLOPs of a convolution.
+
+    In each dimension, any two of input, window position and output determine the third, so the
+    number of multiply-adds is at most the smallest number of pairs.
     """
     (lhs, rhs), out = (atom.aval.shape for atom in eqn.invars), eqn.outvars[0].aval.shape
     numbers = eqn.params["dimension_numbers"]
@@ -341,19 +343,19 @@ def _convolution(eqn) -> int:
         numbers.rhs_spec,
         numbers.out_spec,
     )
-    met = (
+    multiply_adds = (
         math.prod(sorted((lhs[i], rhs[k], out[o]))[:2])
         for i, k, o in zip(inputs, window, outputs, strict=True)
     )
-    return 2 * out[batch] * out[features] * rhs[channels] * math.prod(met)
+    return 2 * out[batch] * out[features] * rhs[channels] * math.prod(multiply_adds)
 
 
 def _ragged_product(eqn) -> int:
-    """Every row of the left side meets the one matrix of its group."""
+    """The FLOPs of a ragged product, where every left row meets the matrix of its group."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (summed, _), _ = numbers.dot_dimension_numbers
     lhs, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    # a gradient of the groups: each row counts in one of them
+    # the gradient of the groups' matrices: each row counts in one group only
     summed_groups = set(numbers.lhs_ragged_dimensions) & set(summed)
     groups = out[0] if summed_groups else 1
     return 2 * math.prod(out) * math.prod(lhs[axis] for axis in summed) // groups

@@ -1,4 +1,4 @@
-"""Masks, weights, gradients and optimizer states to a number for each leaf."""
+"""Metrics of masks, weights, gradients and optimizer states: one number for each leaf."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def mask_density(opt_state) -> dict[str, jax.Array]:
       opt_state: an optimizer state that holds masks (see `masks`), or a pytree of masks.
 
     Returns:
-      Path of the leaf to a float32 scalar.
+      Dict from the path of a leaf to a float32 scalar.
 
     Raises:
       ValueError: there are no masks in `opt_state`.
@@ -32,21 +32,21 @@ def mask_density(opt_state) -> dict[str, jax.Array]:
 
 
 def mask_churn(before, after) -> dict[str, jax.Array]:
-    """The fraction of weights that begin or cease to participate from one set of masks to another,
-    for every sparse leaf.
+    """The fraction of weights whose mask differs between two sets of masks, for every sparse leaf.
 
-    Where both keep the same number, half of it begin and half cease. Two independent masks of
-    density d differ in `2 * d * (1 - d)` of the weights on average.
+    Where both sets keep the same number of weights, half of the changes are weights that start to
+    participate and half are weights that stop. Two independent masks of density d differ in `2 * d
+    * (1 - d)` of the weights on average.
 
     Args:
       before: an optimizer state that holds masks (see `masks`), or a pytree of masks.
       after: the same for the later step.
 
     Returns:
-      Path of the leaf to a float32 scalar.
+      Dict from the path of a leaf to a float32 scalar.
 
     Raises:
-      ValueError: there are no masks in one of the two, or they are of different parameters.
+      ValueError: there are no masks in one of the two, or they belong to different parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,16 +71,16 @@ def mask_churn(before, after) -> dict[str, jax.Array]:
 
 
 def retained_magnitude(params, opt_state) -> dict[str, jax.Array]:
-    """The share of the magnitude that participates, `sum |w * M| / sum |w|`, for every sparse leaf.
+    """The participating share of the magnitude, `sum |w * M| / sum |w|`, for every sparse leaf.
 
-    Sums are taken in float32. It is 1 where all weights are 0: nothing is lost.
+    Sums are taken in float32. The share is 1 where all weights are 0.
 
     Args:
       params: pytree of weights.
       opt_state: an optimizer state that holds masks (see `masks`), or a pytree of masks.
 
     Returns:
-      Path of the leaf to a float32 scalar.
+      Dict from the path of a leaf to a float32 scalar.
 
     Raises:
       ValueError: there are no masks in `opt_state`, or they were made for other parameters.
@@ -95,7 +95,7 @@ def retained_magnitude(params, opt_state) -> dict[str, jax.Array]:
 
     References:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 5, where permutations raise
-      it.
+      it (arXiv:2104.08378).
     """
     masked = read_state(opt_state, "retained_magnitude")
     masks = match_masks(masked.masks, params, "retained_magnitude")
@@ -104,7 +104,7 @@ def retained_magnitude(params, opt_state) -> dict[str, jax.Array]:
 
 
 def second_moments(opt_state) -> dict[str, jax.Array]:
-    """Adam's running mean of squared gradients by path, from any state with a field `nu`."""
+    """The second moments of Adam by path, from any optimizer state with a field `nu`."""
 
     def has_one(node):
         return isinstance(node, tuple) and "nu" in getattr(node, "_fields", ())
@@ -120,7 +120,7 @@ def _sparse_masks(source, call):
 
 
 def _share(mask):
-    # a float32 would stop counting at 2^24
+    # a sum in float32 would stop counting at 2^24
     return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32) / jnp.float32(mask.size)
 
 

@@ -1,6 +1,4 @@
-"""A wrapper of any optimizer that records, in bounded memory, how weights, masks and gradients move
-in training.
-"""
+"""An optimizer wrapper that records, in bounded memory, how weights, masks and gradients evolve."""
 
 import functools
 import math
@@ -21,23 +19,23 @@ __all__ = ["RecordState", "Recordings", "record", "recordings"]
 
 
 class Recordings(NamedTuple):
-    """What `record` keeps: S samples in time, each a dict from the path of a sparse leaf to an
-    array whose first axis is time.
+    """What `record` keeps: S samples in time.
+
+    All fields except `steps` map the path of a sparse leaf to an array whose first axis is time.
 
     Attributes:
-      steps: int32 `[S]`, the updates done at each sample.
+      steps: int32 `[S]`, the number of updates before each sample.
       weights: float32 `[S, K]`, the same K weights of the leaf at each sample.
-      gradient_variance: float32 `[S]`, the variance of the gradient of the last update, as `update`
+      gradient_variance: float32 `[S]`, the variance of the last update's gradient, as `update`
         received it.
-      second_moment_variance: float32 `[S]`, that of Adam's second moment; no paths where the
-        optimizer keeps none.
-      density: float32 `[S]`, the fraction of weights that participate; no paths where there are no
+      second_moment_variance: float32 `[S]`, the variance of Adam's second moment; empty if the
+        optimizer has none.
+      density: float32 `[S]`, the fraction of weights that participate; empty without masks.
+      retained_magnitude: float32 `[S]`, the participating share of the magnitude; empty without
         masks.
-      retained_magnitude: float32 `[S]`, the share of magnitude that participates; no paths where
-        there are no masks.
-      churn: float32 `[S]`, the changes of mask since the sample before per weight of the leaf,
-        summed over the updates between; divided by the number of rewirings between, it is their
-        mean `mask_churn`. No paths where there are no masks.
+      churn: float32 `[S]`, the number of mask changes since the previous sample, per weight of the
+        leaf. Divided by the number of rewirings in between, it is their mean `mask_churn`. Empty
+        without masks.
     """
 
     steps: jax.Array
@@ -53,12 +51,12 @@ class RecordState(NamedTuple):
     """The state of `record`.
 
     Attributes:
-      count: updates so far, int32 scalar.
-      churn: path of each masked leaf to the changes of its mask since the last sample per weight,
-        float32 scalars.
-      steps: int32 `[S]`, the updates done at each sample, 0 where it is still to come.
-      samples: path of each recorded leaf to what `Recordings` says of it by name, the samples still
-        to come 0.
+      count: the number of updates so far, int32 scalar.
+      churn: for each masked leaf, by path, the number of mask changes since the last sample, per
+        weight, float32 scalars.
+      steps: int32 `[S]`, the number of updates before each sample; 0 for samples to come.
+      samples: for each recorded leaf, by path, the fields of `Recordings` by name; 0 for samples to
+        come.
       inner_state: the state of the wrapped transformation.
     """
 
@@ -77,35 +75,32 @@ def record(
     samples: int = 512,
     weights: int = 256,
 ) -> optax.GradientTransformationExtraArgs:
-    """Records the sparse leaves of a plan while `inner` trains; the updates are those of `inner`,
-    unchanged.
+    """Records the sparse leaves of a plan while `inner` trains; updates pass through unchanged.
 
-    It goes outside `rewire` and the recipes, where it sees the gradients, the masks before and
-    after, the optimizer's moments and the updated weights; around a plain optimizer it records the
-    dense run that a sparse one is compared with. `optax.MultiSteps` goes outside it. Samples are
-    equally far apart, `ceil(total_steps / samples)` updates, and show the state after an update.
-    Between them all that an update does is to compare masks, at one bit a weight. Nothing grows, so
-    it runs under `jit`, `lax.scan` and donation, is checkpointed with the optimizer, and never
-    recompiles.
+    Wrap it around `rewire` or a recipe: it then sees the gradients, the masks before and after, the
+    optimizer's moments and the updated weights. Around a plain optimizer it records a dense run for
+    comparison. `optax.MultiSteps` belongs outside of it. Samples are `ceil(total_steps / samples)`
+    updates apart and show the state after an update; in between, an update only compares masks, at
+    one bit a weight. All buffers have a fixed size, so it works under `jit`, `lax.scan` and
+    donation, is checkpointed with the optimizer, and never recompiles.
 
     Args:
       inner: the transformation to record.
-      plan: which leaves to record; those that it makes sparse.
-      total_steps: the number of updates to come; what comes after is not recorded.
-      samples: how many samples in time to keep at most.
-      weights: how many weights of each leaf to follow, the same ones in every run; of a smaller
-        leaf all.
+      plan: its sparse leaves are recorded.
+      total_steps: the number of updates to record; later ones are not recorded.
+      samples: the largest number of samples in time.
+      weights: how many weights of each leaf to follow, the same ones in every run; all of a leaf
+        that has fewer.
 
     Returns:
-      A transformation with state `RecordState`, from which `recordings` reads. Its `update` needs
+      A transformation with state `RecordState`, which `recordings` reads. Its `update` needs
       `params`.
 
     Raises:
-      TypeError: `plan` is no plan, or a number is no integer; in `update`, the state is none of
-        `record`.
+      TypeError: `plan` is not a plan, or a number is not an integer; in `update`, the state was not
+        created by `record`.
       ValueError: no leaf of the plan is sparse, or a number is below 1; in `init` and `update`, the
-        parameters or their gradients are not those of the plan; in `update`, the parameters are
-        missing.
+        parameters or their gradients do not match the plan; in `update`, `params` is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -123,21 +118,21 @@ def record(
 
     References:
       Advances in Sparse Neural Model Training, section 2, for the weights; Bambhaniya et al.,
-      Progressive Gradient Flow, section 4, for the variances.
+      Progressive Gradient Flow, section 4, for the variances (arXiv:2402.04744).
     """
     check_plan("record", plan)
     if not plan.sparse:
         raise ValueError(f"record: the plan keeps every leaf dense:\n{plan}")
     for name, value in {"total_steps": total_steps, "samples": samples, "weights": weights}.items():
         if _checks.integer(value, f"record: `{name}`") < 1:
-            raise ValueError(f"record: {name}={value} is below 1. Pass how many there are.")
+            raise ValueError(f"record: {name}={value} is below 1. Pass 1 or more.")
     inner = optax.with_extra_args_support(inner)
     stride = math.ceil(total_steps / samples)
     length = total_steps // stride
     places = {path: _places(leaf, weights) for path, leaf in plan.sparse.items()}
 
     def samplers(params, gradients, churn, inner_state):
-        """For every recorded leaf the function that takes its sample."""
+        """Maps every recorded leaf to the function that takes its sample."""
         known = (
             by_path(params),
             by_path(gradients),
@@ -151,7 +146,7 @@ def record(
         }
 
     def init(params):
-        if is_placeholder(params):  # of optax.tree_utils.tree_map_params
+        if is_placeholder(params):  # called by optax.tree_utils.tree_map_params
             zero = jnp.zeros((), jnp.int32)
             return RecordState(zero, zero, zero, zero, inner.init(params))
         match(plan, params, "record")
@@ -171,8 +166,8 @@ def record(
     def update(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError(
-                "record: `params` is missing. It follows weights: call update(grads, opt_state, "
-                "params)."
+                "record: `params` is missing, but weights are recorded. Call update(grads, "
+                "opt_state, params)."
             )
         if not isinstance(state, RecordState):
             raise TypeError(
@@ -191,34 +186,34 @@ def record(
         due = (count % stride == 0) & (count <= total_steps)
         row = (count - 1) // stride % length
 
-        # one row, in place: a cond over the buffers would copy them at every step
+        # updates one row in place; a cond over the buffers would copy them at every step
         def write(buffer, x):
             return jax.lax.dynamic_update_index_in_dim(
                 buffer, jnp.where(due, x, buffer[row]), row, 0
             )
 
-        taken = {}
+        new_samples = {}
         for path, take in samplers(
             optax.apply_updates(params, updates), gradients, churn, inner_state
         ).items():
             none = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state.samples[path])
-            # one for each leaf, which take turns with memory
-            taken[path] = jax.lax.cond(due, take, lambda none=none: none)
-        steps, kept = jax.tree.map(write, (state.steps, state.samples), (count, taken))
+            # one cond for each leaf, so that their temporary arrays do not coexist
+            new_samples[path] = jax.lax.cond(due, take, lambda none=none: none)
+        steps, buffers = jax.tree.map(write, (state.steps, state.samples), (count, new_samples))
         churn = jax.tree.map(lambda x: jnp.where(due, 0, x), churn)
-        return updates, RecordState(count, churn, steps, kept, inner_state)
+        return updates, RecordState(count, churn, steps, buffers, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def recordings(opt_state) -> Recordings:
-    """What `record` has kept so far, read from the optimizer state however deep it is nested.
+    """Reads what `record` has recorded so far from an optimizer state, however deep it is nested.
 
     Args:
       opt_state: an optimizer state, or an `nnx.Optimizer`, with a `record` somewhere in it.
 
     Returns:
-      The samples taken so far, as NumPy arrays.
+      The samples so far, as NumPy arrays.
 
     Raises:
       ValueError: the state holds no recordings, or those of several `record`.
@@ -239,39 +234,39 @@ def recordings(opt_state) -> Recordings:
         return isinstance(node, RecordState)
 
     inside = getattr(opt_state, "opt_state", opt_state)
-    found = [node for node in jax.tree.leaves(inside, is_leaf=is_one) if is_one(node)]
-    if len(found) != 1:
+    states = [node for node in jax.tree.leaves(inside, is_leaf=is_one) if is_one(node)]
+    if len(states) != 1:
         raise ValueError(
-            f"recordings: this {type(opt_state).__name__} holds {len(found)} RecordState, not one. "
-            "Wrap the optimizer in jaxsparse.analysis.record and pass the state that its update "
-            "returned, or pass the part of the state that holds one."
+            f"recordings: this {type(opt_state).__name__} holds {len(states)} RecordState, not "
+            "one. Wrap the optimizer in jaxsparse.analysis.record and pass the state that its "
+            "update returned, or pass the part of the state that holds one."
         )
-    steps, samples = jax.tree.map(np.asarray, (found[0].steps, found[0].samples))
-    taken = np.count_nonzero(steps)
+    steps, samples = jax.tree.map(np.asarray, (states[0].steps, states[0].samples))
+    count = np.count_nonzero(steps)
     names = Recordings._fields[1:]
-    kept = (
-        {path: sample[name][:taken] for path, sample in samples.items() if name in sample}
+    fields = (
+        {path: sample[name][:count] for path, sample in samples.items() if name in sample}
         for name in names
     )
-    return Recordings(steps[:taken], *kept)
+    return Recordings(steps[:count], *fields)
 
 
 def _places(leaf: Leaf, count: int) -> tuple[np.ndarray, ...]:
     """The indices of `count` weights of a leaf, drawn the same way in every run."""
     size = math.prod(leaf.shape)
-    drawn = np.random.default_rng(0).choice(size, min(count, size), replace=False, shuffle=False)
-    return np.unravel_index(np.sort(drawn), leaf.shape)
+    indices = np.random.default_rng(0).choice(size, min(count, size), replace=False, shuffle=False)
+    return np.unravel_index(np.sort(indices), leaf.shape)
 
 
 def _flips(before: tuple[jax.Array, Leaf], after: tuple[jax.Array, Leaf]) -> jax.Array:
-    """The fraction of weights of a leaf whose mask differs, from the masks as they are packed."""
+    """The fraction of weights of a leaf whose mask differs, computed from the packed masks."""
     changed = jax.lax.population_count(before[0] ^ after[0])
     size = math.prod(before[1].shape)
     return jnp.sum(changed, dtype=jnp.int32).astype(jnp.float32) / jnp.float32(size)
 
 
 def _sample(place, path, w, gradient, moment, masked, churn) -> dict[str, jax.Array]:
-    """What `Recordings` says of one leaf at one time, by name."""
+    """The fields of `Recordings` for one leaf at one time, by name."""
     sample = {
         "weights": w[place].astype(jnp.float32),
         "gradient_variance": jnp.var(gradient, dtype=jnp.float32),

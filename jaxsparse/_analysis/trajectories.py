@@ -9,22 +9,22 @@ __all__ = ["autocorrelation", "decorrelation_by_magnitude", "decorrelation_time"
 
 
 def autocorrelation(series) -> jax.Array:
-    """The Pearson correlation of each weight's series with itself a lag later.
+    """The Pearson correlation of each weight's series with itself at every lag.
 
-    At lag tau it compares `w[:T-tau]` with `w[tau:]`, each window about its own mean. It is NaN
-    where a window is constant or holds what is not finite. Computed in float32 with memory for a
-    few copies of `series`, whatever the number of lags.
+    At lag tau it compares `w[:T-tau]` with `w[tau:]`, each window about its own mean. The result is
+    NaN where a window is constant or contains non-finite values. It is computed in float32, with
+    memory for a few copies of `series` whatever the number of lags.
 
     Args:
       series: real array `[T, ...]` of T >= 2 samples in time, one series for each weight.
 
     Returns:
-      float32 array `[T - 1, ...]`: the correlation at each lag from 0, where it is 1, to T - 2,
-      where windows hold two samples.
+      float32 array `[T - 1, ...]`: the correlation at the lags 0, where it is 1, to T - 2, where
+      windows hold two samples.
 
     Raises:
-      TypeError: `series` is no array of real numbers.
-      ValueError: it has fewer than two samples.
+      TypeError: `series` is not an array of real numbers.
+      ValueError: `series` has fewer than two samples.
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,7 +42,7 @@ def autocorrelation(series) -> jax.Array:
 def _autocorrelation(series):
     series = series.astype(jnp.float32)
     series = series - series[:1]
-    # so that squares neither vanish nor overflow; NaN where it is constant
+    # scaled so that squares neither underflow nor overflow; NaN where the series is constant
     series = series / jnp.abs(series).max(0, keepdims=True)
     steps = jnp.arange(len(series)).reshape(-1, *[1] * (series.ndim - 1))
 
@@ -64,8 +64,8 @@ def _centred(x, where):
 def decorrelation_time(series) -> jax.Array:
     """Delta: the first lag at which the autocorrelation of each weight's series is 0 or below.
 
-    So it is where one of the two parts is constant and the other is not, as of a weight that is 0
-    from some step on.
+    A lag also counts if one of its two windows is constant and the other is not, as for a weight
+    that is 0 from some step on.
 
     Args:
       series: real array `[T, ...]` of T >= 2 samples in time, one series for each weight.
@@ -75,8 +75,8 @@ def decorrelation_time(series) -> jax.Array:
       series is constant or not finite. Divided by T it is the paper's fraction of training.
 
     Raises:
-      TypeError: `series` is no array of real numbers.
-      ValueError: it has fewer than two samples.
+      TypeError: `series` is not an array of real numbers.
+      ValueError: `series` has fewer than two samples.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,29 +90,29 @@ def decorrelation_time(series) -> jax.Array:
     """
     series = _checked(series, "decorrelation_time")
     rho = _autocorrelation(series)
-    gone = ~(rho > 0)  # NaN where one of the two parts is constant
-    first = jnp.where(gone.any(0), gone.argmax(0), len(series)).astype(jnp.float32)
+    decorrelated = ~(rho > 0)  # rho is NaN where one of the two windows is constant
+    first = jnp.where(decorrelated.any(0), decorrelated.argmax(0), len(series)).astype(jnp.float32)
     return jnp.where(jnp.isnan(rho[0]), jnp.nan, first)
 
 
 def decorrelation_by_magnitude(series, bins: int = 10) -> tuple[jax.Array, jax.Array]:
-    """Delta against final magnitude: weights sorted by the magnitude of their last sample into
-    bins, and the median Delta of each.
+    """Groups weights by final magnitude and computes the median Delta of each group.
 
-    Bins hold equal numbers of weights, the first ones one more where that does not divide. Series
-    for which Delta is not defined are left out of its median.
+    Weights are sorted by the magnitude of their last sample into bins of equal size; if the number
+    of bins does not divide that of weights, the first bins hold one more. Series whose Delta is
+    undefined are left out of the median.
 
     Args:
       series: real array `[T, ...]` of T >= 2 samples in time, one series for each weight.
-      bins: the number of bins, at most that of weights.
+      bins: the number of bins, at most the number of weights.
 
     Returns:
       Two float32 arrays `[bins]`: the median final magnitude of each bin, ascending, and its median
-      Delta as a fraction of the T samples, NaN where it is defined for none.
+      Delta as a fraction of the T samples, NaN where Delta is undefined for the whole bin.
 
     Raises:
-      TypeError: `series` is no array of real numbers, or `bins` is no integer.
-      ValueError: `series` has fewer than two samples, or `bins` is not in 1 to the number of
+      TypeError: `series` is not an array of real numbers, or `bins` is not an integer.
+      ValueError: `series` has fewer than two samples, or `bins` is not between 1 and the number of
         weights.
 
     Example:
@@ -148,7 +148,7 @@ def _checked(series, call):
     if not (
         jnp.issubdtype(series.dtype, jnp.floating) or jnp.issubdtype(series.dtype, jnp.integer)
     ):
-        raise TypeError(f"{call}: `series` is {series.dtype}. Pass real weights.")
+        raise TypeError(f"{call}: `series` is {series.dtype}. Pass real numbers.")
     if series.ndim < 1 or len(series) < 2:
         raise ValueError(
             f"{call}: `series` has shape {series.shape}. Pass two or more samples in time along "

@@ -1,4 +1,4 @@
-"""Products that wait for the bias and the activation that follow, since a kernel takes them."""
+"""Sparse products that are delayed so that their kernel can fuse a bias and an activation."""
 
 import collections
 import dataclasses
@@ -24,10 +24,10 @@ class Product:
 
     Attributes:
       multiply: computes it, given `bias` and `activation`.
-      leaf: its weight.
-      outputs: axes of the result, each with the places of the dense weight that it runs over.
-      bias: what is added, `[*output]`.
-      activation: what is applied, as for `sparse_matmul`.
+      leaf: its compressed weight.
+      outputs: the axes of the result that run over outputs of the weight, each with its atoms.
+      bias: the bias to add, `[*output]`.
+      activation: the activation to apply, as for `sparse_matmul`.
     """
 
     multiply: Callable
@@ -37,7 +37,7 @@ class Product:
     activation: str | None = None
 
     def result(self) -> jax.Array:
-        """The product."""
+        """Computes the product."""
         return self.multiply(bias=self.bias, activation=self.activation)
 
 
@@ -57,11 +57,10 @@ def bias_of(product: Product, eqn, other, value: Value) -> jax.Array | None:
 
 
 def activation_at(eqns: Sequence, first: int, operand, readers: Mapping) -> tuple[str, int] | None:
-    """The activation that the equations from `first` on apply to `operand`, if kernels have it, and
-    how many they are.
+    """The activation that the equations from `first` on apply to `operand`, and their number.
 
-    `readers` says how often each value is read: nothing else may read what the kernel does not
-    give.
+    None if kernels do not support it. `readers` counts the readers of each value: the intermediate
+    values must have no other reader, since a kernel does not return them.
     """
     for name, program in _activations(operand.aval.shape, operand.aval.dtype).items():
         window = eqns[first : first + len(program.eqns)]
@@ -79,7 +78,7 @@ def activation_at(eqns: Sequence, first: int, operand, readers: Mapping) -> tupl
 
 
 def _same(expected, eqn, alike: dict) -> bool:
-    """Whether an equation is the expected one; `alike` says which value stands for which."""
+    """Whether an equation is the expected one; `alike` maps expected values to actual ones."""
     if expected.primitive is not eqn.primitive or len(expected.invars) != len(eqn.invars):
         return False
     for a, b in zip(expected.invars, eqn.invars, strict=True):
@@ -96,6 +95,6 @@ def _same(expected, eqn, alike: dict) -> bool:
 
 @functools.cache
 def _activations(shape: tuple[int, ...], dtype) -> dict[str, Jaxpr]:
-    """The programs of the activations of `jax.nn` that kernels have."""
+    """The programs of the activations in `jax.nn` that kernels support."""
     spec = jax.ShapeDtypeStruct(shape, dtype)
     return {name: jax.make_jaxpr(getattr(jax.nn, name))(spec).jaxpr for name in ACTIVATIONS if name}

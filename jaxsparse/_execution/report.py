@@ -1,4 +1,4 @@
-"""What a sparsified function does with its compressed weights, as a table."""
+"""The report of a sparsified function: how it uses each compressed weight."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,8 +10,8 @@ class Usage(NamedTuple):
     """One use of a compressed weight by a program.
 
     Attributes:
-      path: the path of the weight; several, with commas between them, where they are concatenated
-        before their product.
+      path: the path of the weight; several, separated by commas, where they are concatenated before
+        their product.
       product: the operation, with the shapes of its operands.
       reason: why the weight is decompressed there; empty where it runs compressed.
       implementation: what computes it on the default device: `"dense"` or the name of a kernel.
@@ -25,7 +25,7 @@ class Usage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a function does with its compressed weights. `print` it for a table.
+    """How a function uses its compressed weights; `print` it for a table.
 
     Attributes:
       products: one `Usage` for each place in the program that uses a compressed weight; the body of
@@ -35,7 +35,7 @@ class Report:
     products: tuple[Usage, ...]
 
     def __str__(self):
-        import tabulate  # only those who print it pay for it
+        import tabulate  # here, so that only printing pays for the import
 
         rows = [
             (one.path, one.product, one.reason or "compressed", one.implementation)

@@ -1,4 +1,4 @@
-"""The evaluation of a traced program in which compressed weights stand for dense ones."""
+"""The evaluation of a traced program in which compressed weights replace dense ones."""
 
 import collections
 import dataclasses
@@ -24,15 +24,15 @@ __all__ = ["Run"]
 
 
 class Run:
-    """One evaluation of a program; notes what it does with each weight in `rows`."""
+    """One evaluation of a program; records in `rows` how it uses each weight."""
 
     def __init__(self, paths: Sequence[str], implementation: str | None, rows: dict[Any, Usage]):
         self.paths, self.implementation, self.rows = paths, implementation, rows
-        self.place: tuple[int, ...] = ()  # the calls that the evaluation is in
-        self.site = 0  # the equation that it is at
+        self.place: tuple[int, ...] = ()  # the calls around the current equation
+        self.site = 0  # the current equation
 
     def evaluate(self, program: Jaxpr, consts: Sequence, operands: Sequence) -> list:
-        """The outputs of a program, arrays or `Weight`, from operands that are either."""
+        """Evaluates a program; operands and outputs are arrays or `Weight`s."""
         env = dict(zip(program.constvars, consts, strict=True)) | dict(
             zip(program.invars, operands, strict=True)
         )
@@ -59,10 +59,10 @@ class Run:
                 else known.get(atom, Value())
                 for atom in eqn.invars
             ]
-            moved = (
+            result_values = (
                 outputs(eqn, values) if calls(eqn, values) is None else [Value()] * len(eqn.outvars)
             )
-            for var, value in zip(eqn.outvars, moved, strict=True):
+            for var, value in zip(eqn.outvars, result_values, strict=True):
                 if any(value):
                     known[var] = Value((), value.constant, value.one_hot)
             waiting = [
@@ -71,9 +71,9 @@ class Run:
                 if not isinstance(atom, Literal) and isinstance(env[atom], Product)
             ]
             if waiting and (fused := self.fused(program.eqns, i, waiting[0], env, values, readers)):
-                result, taken = fused
-                env[program.eqns[i + taken - 1].outvars[0]] = result
-                done = i + taken
+                result, count = fused
+                env[program.eqns[i + count - 1].outvars[0]] = result
+                done = i + count
                 continue
             for atom in waiting:
                 env[atom] = env[atom].result() if isinstance(env[atom], Product) else env[atom]
@@ -82,7 +82,9 @@ class Run:
             env.update(
                 zip(
                     eqn.outvars,
-                    self.apply(eqn, operands, values, moved) if some else bind(eqn, operands),
+                    self.apply(eqn, operands, values, result_values)
+                    if some
+                    else bind(eqn, operands),
                     strict=True,
                 )
             )
@@ -92,8 +94,9 @@ class Run:
         ]
 
     def fused(self, eqns, i: int, atom, env, values, readers) -> tuple[Product, int] | None:
-        """A product with what the equations from `i` on do to it, and how many they are; None if no
-        kernel takes that in.
+        """Fuses the equations from `i` on into a product; returns it and how many they are.
+
+        None if no kernel can fuse them.
         """
         product, eqn = env[atom], eqns[i]
         if product.activation:
@@ -104,13 +107,15 @@ class Run:
             if not isinstance(term, Literal) and isinstance(env[term], jax.Array):
                 bias = bias_of(product, eqn, env[term], values[other])
                 return None if bias is None else (dataclasses.replace(product, bias=bias), 1)
-        found = activation_at(eqns, i, atom, readers)
+        fusion = activation_at(eqns, i, atom, readers)
         return (
-            None if found is None else (dataclasses.replace(product, activation=found[0]), found[1])
+            None
+            if fusion is None
+            else (dataclasses.replace(product, activation=fusion[0]), fusion[1])
         )
 
-    def apply(self, eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
-        """The results of an equation of which an operand is a weight."""
+    def apply(self, eqn, operands: list, values: list[Value], result_values: list[Value]) -> list:
+        """The results of an equation that has a weight among its operands."""
         name = eqn.primitive.name
         self.site = id(eqn)
         try:
@@ -120,7 +125,7 @@ class Run:
                 return [self.convolution(eqn, operands)]
             if calls(eqn, values) is not None:
                 return self.call(eqn, operands)
-            return weights.move(eqn, operands, values, moved)
+            return weights.move(eqn, operands, values, result_values)
         except UnfitError as unfit:
             return bind(
                 eqn, [self.dense(operand, _described(eqn), str(unfit)) for operand in operands]
@@ -139,7 +144,7 @@ class Run:
         )
         aval = eqn.outvars[0].aval
 
-        def arranged(y):  # y: batches, then the free axes of x, then those of w
+        def arranged(y):  # y has batches, then the free axes of x, then those of w
             if side == 1:
                 return y
             batches, rows = len(batch[0]), x.ndim - len(batch[1]) - len(summed[1])
@@ -184,22 +189,21 @@ class Run:
             strides[axis] = stride
         x = lax.slice(x, (0,) * x.ndim, x.shape, strides)
 
-        def arranged(y):  # y: the axes of x but its features, then the outputs and the window
+        def arranged(y):  # y has the axes of x without its features, then outputs and window
             rows = [axis for axis in range(x.ndim) if axis != features]
             y = y.reshape(*(x.shape[axis] for axis in rows), shape[outputs])
-            here = {**dict(zip(rows, range(len(rows)), strict=True)), features: len(rows)}
+            position = {**dict(zip(rows, range(len(rows)), strict=True)), features: len(rows)}
             order = sorted(zip(numbers.out_spec, (batch, features, *places), strict=True))
-            return y.transpose([here[axis] for _, axis in order])
+            return y.transpose([position[axis] for _, axis in order])
 
         pairs = ((channels,), (features,)), ((), ())
         return self.product(eqn, w, x, pairs, arranged, {numbers.out_spec[1]: outputs})
 
     def product(self, eqn, w: Weight, x, pairs, arranged: Callable, places: dict[int, int]) -> Any:
-        """The sparse product of a weight; put off where a bias or an activation may follow that its
-        kernel takes.
+        """The sparse product of a weight, delayed where its kernel can fuse a bias or activation.
 
-        `pairs` are the axes of w and of x that are summed over and batched; `places` says which
-        axis of the result is which of w.
+        `pairs` holds the summed and the batched axes, each for `w` and for `x`; `places` maps axes
+        of the result to axes of `w`.
         """
         ready = weights.operands(w, x, *pairs)
         leaf, aval = ready.leaf, eqn.outvars[0].aval
@@ -229,7 +233,7 @@ class Run:
     # --- calls
 
     def call(self, eqn, operands) -> list:
-        """The results of an equation that calls programs, to which a weight is handed."""
+        """The results of an equation that passes a weight to the programs that it calls."""
         name, params = eqn.primitive.name, eqn.params
         place, self.place = self.place, (*self.place, id(eqn))
         try:
@@ -260,19 +264,19 @@ class Run:
                 return self.custom(eqn, closed, operands)
             arrays, rebuild = weights.split(operands)
             if name in ("checkpoint", "remat", "remat2"):
-                same = _HandedOn(operands)
+                same = _PassedThrough(operands)
                 run = functools.partial(self.inner, closed, rebuild, same=same)
                 return same.put_back(
                     jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])(
                         *arrays
                     )
                 )
-            raise UnfitError(f"handed to {name}")
+            raise UnfitError(f"passed to {name}")
         finally:
             self.place = place
 
-    def inner(self, program, rebuild, *arrays, same: "_HandedOn | None" = None) -> list:
-        """The dense outputs of a called program, without those that `same` takes out."""
+    def inner(self, program, rebuild, *arrays, same: "_PassedThrough | None" = None) -> list:
+        """The outputs of a called program as arrays, without the weights that `same` takes out."""
         operands = rebuild(arrays)
         results = self.evaluate(open_program(program), _consts(program), operands)
         return [
@@ -281,8 +285,9 @@ class Run:
         ]
 
     def custom(self, eqn, program, operands) -> list:
-        """The results of a function with a derivative of its own, and that derivative, which takes
-        the weights decompressed.
+        """The results of a function with a custom derivative.
+
+        Its derivative is computed as written, from decompressed weights.
         """
         kind = next(
             (
@@ -293,12 +298,10 @@ class Run:
             None,
         )
         if kind is None:
-            raise UnfitError(f"handed to {eqn.primitive.name}")
+            raise UnfitError(f"passed to {eqn.primitive.name}")
         count = eqn.params.get("num_consts", 0)
         consts = [
-            self.dense(
-                one, _described(eqn), "a constant of a function with a derivative of its own"
-            )
+            self.dense(one, _described(eqn), "a constant of a function with a custom derivative")
             for one in operands[:count]
         ]
         arrays, rebuild = weights.split(operands[count:])
@@ -321,7 +324,9 @@ class Run:
         params = eqn.params
         program, consts = open_program(params["jaxpr"]), _consts(params["jaxpr"])
         fixed, carries = scan_counts(eqn)
-        held, carry, kept = self.loop_carry(program, fixed, operands[fixed : fixed + carries])
+        full_carry, carry, is_fixed = self.loop_carry(
+            program, fixed, operands[fixed : fixed + carries]
+        )
         slices = []
         for operand in operands[fixed + carries :]:
             try:
@@ -329,13 +334,15 @@ class Run:
             except UnfitError as unfit:
                 slices.append(self.dense(operand, "scan", str(unfit)))
         arrays, rebuild = weights.split(slices)
-        same = _HandedOn(operands[fixed + carries :])
+        same = _PassedThrough(operands[fixed + carries :])
 
         def body(carry, arrays):
             inside = rebuild(arrays)
-            results = self.evaluate(program, consts, [*operands[:fixed], *held(carry), *inside])
+            results = self.evaluate(
+                program, consts, [*operands[:fixed], *full_carry(carry), *inside]
+            )
             changed = [
-                result for result, keep in zip(results[:carries], kept, strict=True) if not keep
+                result for result, keep in zip(results[:carries], is_fixed, strict=True) if not keep
             ]
             stacked = same.taken_out(results[carries:], inside)
             return [self.dense(one, "carried") for one in changed], [
@@ -350,49 +357,59 @@ class Run:
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
-        return [*held(carry), *same.put_back(stacked)]
+        return [*full_carry(carry), *same.put_back(stacked)]
 
     def loop(self, eqn, operands) -> list:
         params = eqn.params
         fixed, bodies = params["cond_nconsts"], params["body_nconsts"]
         test, loop = params["cond_jaxpr"], params["body_jaxpr"]
         of_test, of_body = operands[:fixed], operands[fixed : fixed + bodies]
-        held, carry, kept = self.loop_carry(open_program(loop), bodies, operands[fixed + bodies :])
+        full_carry, carry, is_fixed = self.loop_carry(
+            open_program(loop), bodies, operands[fixed + bodies :]
+        )
 
         def condition(carry):
-            (result,) = self.evaluate(open_program(test), _consts(test), [*of_test, *held(carry)])
+            (result,) = self.evaluate(
+                open_program(test), _consts(test), [*of_test, *full_carry(carry)]
+            )
             return result
 
         def body(carry):
-            results = self.evaluate(open_program(loop), _consts(loop), [*of_body, *held(carry)])
+            results = self.evaluate(
+                open_program(loop), _consts(loop), [*of_body, *full_carry(carry)]
+            )
             return [
                 self.dense(result, "carried")
-                for result, keep in zip(results, kept, strict=True)
+                for result, keep in zip(results, is_fixed, strict=True)
                 if not keep
             ]
 
-        return held(lax.while_loop(condition, body, carry))
+        return full_carry(lax.while_loop(condition, body, carry))
 
     def loop_carry(self, program: Jaxpr, consts: int, carry: Sequence):
-        """What of a carry changes: weights that a loop hands on as they are stay outside of it."""
+        """Splits the carry of a loop: weights that the loop returns unchanged stay outside of it.
+
+        Returns the function that rebuilds the whole carry, the arrays that change, and for each
+        operand whether it stays outside.
+        """
         same = invariant(program, consts, len(carry))
-        kept = [keep and isinstance(one, Weight) for keep, one in zip(same, carry, strict=True)]
+        is_fixed = [keep and isinstance(one, Weight) for keep, one in zip(same, carry, strict=True)]
         changing = [
             self.dense(one, "carried", "changed by a loop")
-            for one, keep in zip(carry, kept, strict=True)
+            for one, keep in zip(carry, is_fixed, strict=True)
             if not keep
         ]
 
-        def held(changing):
+        def full_carry(changing):
             rest = iter(changing)
-            return [one if keep else next(rest) for one, keep in zip(carry, kept, strict=True)]
+            return [one if keep else next(rest) for one, keep in zip(carry, is_fixed, strict=True)]
 
-        return held, changing, kept
+        return full_carry, changing, is_fixed
 
     # --- the report
 
     def dense(self, operand, what: str, reason: str = "returned by the function"):
-        """The array that an operand is, decompressed where it is a weight."""
+        """The operand as an array, decompressed if it is a weight."""
         if not isinstance(operand, Weight):
             return operand
         self.note(operand, what, reason, "")
@@ -405,23 +422,21 @@ class Run:
         )
 
 
-class _HandedOn:
-    """The results of a called program that are weights among its operands: they stay outside as
-    they are.
-    """
+class _PassedThrough:
+    """The weights that a called program returns unchanged; they bypass the call."""
 
     def __init__(self, operands: Sequence):
         self.operands = operands
         self.which: list[int | None] = []
 
     def taken_out(self, results: Sequence, inside: Sequence) -> list:
-        """The other results; `inside` are the operands as the program sees them."""
+        """The other results; `inside` holds the operands as the called program sees them."""
         places = {id(one): i for i, one in enumerate(inside) if isinstance(one, Weight)}
         self.which = [places.get(id(result)) for result in results]
         return [result for result, i in zip(results, self.which, strict=True) if i is None]
 
     def put_back(self, results: Sequence) -> list:
-        """All results."""
+        """All results, with the weights back in their positions."""
         rest = iter(results)
         return [next(rest) if i is None else self.operands[i] for i in self.which]
 
@@ -431,7 +446,7 @@ def _consts(program) -> Sequence:
 
 
 def _constrained(result, sharding):
-    """The output of a compiled function, placed as that function asks for."""
+    """The output of a compiled function, with the sharding that the function requests."""
     placed = isinstance(sharding, jax.sharding.Sharding) and not isinstance(
         result, Weight | Product
     )
@@ -443,14 +458,12 @@ def _described(eqn) -> str:
 
 
 def _with_derivative(kind, run: Callable, as_written: Callable) -> Callable:
-    """A function that computes `run` and has the derivative of `as_written`, which computes the
-    same.
-    """
-    made = kind(run)
+    """A function that computes `run`, with the derivative of the equivalent `as_written`."""
+    function = kind(run)
     if kind is jax.custom_jvp:
-        made.defjvp(lambda primals, tangents: jax.jvp(as_written, primals, tangents))
+        function.defjvp(lambda primals, tangents: jax.jvp(as_written, primals, tangents))
     else:
-        made.defvjp(
+        function.defvjp(
             functools.partial(jax.vjp, as_written), lambda pull, cotangents: pull(cotangents)
         )
-    return made
+    return function

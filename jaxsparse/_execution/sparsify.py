@@ -1,4 +1,4 @@
-"""Functions that run from compressed weights."""
+"""Functions that accept compressed weights."""
 
 import functools
 from collections.abc import Callable
@@ -19,17 +19,16 @@ __all__ = ["Sparsified", "sparsify"]
 
 
 def sparsify(fn: Callable, *, implementation: str | None = None) -> "Sparsified":
-    """A function that computes what `fn` does and whose arguments may hold `Sparse24` leaves in
-    place of dense weights.
+    """Makes a function accept `Sparse24` leaves in place of dense weights in its arguments.
 
-    `fn` is traced as `jax.jit` traces it, and its program run with every matrix product that sums
-    over just the contracted axes of a compressed weight replaced by `sparse_matmul`: dense layers,
-    attention projections, `einsum` in any order of axes, the gates of recurrent cells, experts, 1x1
-    convolutions, raw `x @ w.T`; inside `jit`, `scan`, `vmap`, `remat`, `cond` and `while_loop`,
-    whichever framework wrote it. Weights are followed to their products through casts,
-    transpositions, reshapes, slices, concatenations along an output axis and scaling by what is
-    constant along the contracted axes. A weight that is used in another way is decompressed where
-    it is used; `report` says which and why.
+    `fn` is traced as `jax.jit` traces it, and its program runs with `sparse_matmul` in place of
+    every matrix product that sums over exactly the contracted axes of a compressed weight. This
+    covers dense layers, attention projections, `einsum` in any order of axes, the gates of
+    recurrent cells, experts, 1x1 convolutions and raw `x @ w.T`, in any framework, also inside
+    `jit`, `scan`, `vmap`, `remat`, `cond` and `while_loop`. Weights are followed to their products
+    through casts, transpositions, reshapes, slices, concatenations along an output axis, and
+    scaling by values that are constant along the contracted axes. A weight that is used in any
+    other way is decompressed there; `report` says which and why.
 
     The result works under `jit`, `grad` (with respect to activations and to the values of weights),
     `vmap`, `scan`, `remat`, `shard_map` and `jax.export`. Under `jit` it is traced once for each
@@ -37,19 +36,18 @@ def sparsify(fn: Callable, *, implementation: str | None = None) -> "Sparsified"
     compressed leaves it calls `fn` itself.
 
     Args:
-      fn: a function of pytrees of arrays, such as `model.apply`. Bind other arguments with
-        `functools.partial`, as in `sparsify(functools.partial(model.apply,
-        mutable=["batch_stats"]))`.
-      implementation: of every product, as for `sparse_matmul`.
+      fn: a function of pytrees of arrays, such as `model.apply`. Use `functools.partial` to bind
+        other arguments, as in `sparsify(functools.partial(model.apply, mutable=["batch_stats"]))`.
+      implementation: what computes every product, as for `sparse_matmul`.
 
     Returns:
-      A callable with the signature of `fn`. Its method `report`, called with the same arguments
-      (arrays or `jax.ShapeDtypeStruct`), tells what runs compressed, without running it; `print`
-      the result for a table.
+      A callable with the signature of `fn`. Its method `report` takes the same arguments (arrays or
+      `jax.ShapeDtypeStruct`) and reports what runs compressed, without running it; `print` the
+      result for a table.
 
     Raises:
       TypeError: `fn` is not callable; or, in a call, an argument is not an array.
-      ValueError: `implementation` is not one that `sparse_matmul` knows.
+      ValueError: `sparse_matmul` has no such `implementation`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -71,7 +69,7 @@ def sparsify(fn: Callable, *, implementation: str | None = None) -> "Sparsified"
       2 of 2 uses run compressed.
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3 (arXiv:2104.08378).
     """
     if not callable(fn):
         raise TypeError(
@@ -83,7 +81,7 @@ def sparsify(fn: Callable, *, implementation: str | None = None) -> "Sparsified"
 
 
 class Sparsified:
-    """A function that also runs from compressed weights, as `sparsify` makes it."""
+    """A function that accepts compressed weights, as `sparsify` returns it."""
 
     def __init__(self, fn: Callable, implementation: str | None):
         functools.update_wrapper(self, fn, updated=())
@@ -92,12 +90,13 @@ class Sparsified:
         self._trace = jax.make_jaxpr(fn, return_shape=True)
 
     def __call__(self, *args, **kwargs):
-        """Calls the function, from compressed weights where its arguments hold some."""
+        """Calls the function; weights in its arguments may be compressed."""
         return self._call({}, args, kwargs)
 
     def report(self, *args, **kwargs) -> Report:
-        """What the function does with the compressed weights in its arguments, which may be
-        abstract.
+        """Reports how the function uses the compressed weights in its arguments.
+
+        The arguments may be abstract.
         """
         rows: dict[Any, Usage] = {}
         _checked_paths(args, kwargs)
@@ -140,7 +139,7 @@ def _is_packed(leaf) -> bool:
 
 
 def _checked_paths(args, kwargs) -> list[str]:
-    """The path of every leaf of the arguments, once they are known to be arrays."""
+    """The path of every leaf of the arguments; raises if a leaf is not an array."""
     paths = []
     for name, part in [*((f"argument {i}", arg) for i, arg in enumerate(args)), ("", kwargs)]:
         leaves = jax.tree.leaves(part, is_leaf=_is_packed)
@@ -160,7 +159,7 @@ def _checked_paths(args, kwargs) -> list[str]:
 
 
 def _dense_spec(leaf: Sparse24) -> jax.ShapeDtypeStruct:
-    """The dense weight, abstractly, with what `shard_map` and meshes say of its values."""
+    """The abstract dense weight, with the mesh axes and sharding of its compressed values."""
     aval = jax.typeof(leaf.values)
     varying = aval.manual_axis_type if aval.manual_axis_type.varying else None
     return jax.ShapeDtypeStruct(

@@ -1,6 +1,4 @@
-"""Compressed weights on their way through a program: moved, cut and scaled as they are, and made
-ready for a product.
-"""
+"""Compressed weights inside a program: moved, cut, scaled, and prepared for products."""
 
 import dataclasses
 import math
@@ -20,20 +18,19 @@ __all__ = ["Ready", "UnfitError", "Weight", "move", "operands", "ordered", "slic
 
 
 class UnfitError(Exception):
-    """A weight cannot stay compressed here; the message says why."""
+    """Raised where a weight cannot stay compressed; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A value of a program that is a compressed weight, perhaps with its axes in another order,
-    merged or split.
+    """A compressed weight as a value of a program; its axes may be reordered, merged or split.
 
     Attributes:
       leaf: the compressed weight.
-      origin: for each axis of the value, the places of the dense weight that it runs over, all of
-        them once.
+      origin: for each axis of the value, the atoms of the dense weight that it runs over; they
+        cover the weight exactly once.
       shape: the shape of the value.
-      sources: the numbers of the arguments that it is made of.
+      sources: the indices of the arguments that it derives from.
     """
 
     leaf: Sparse24
@@ -43,7 +40,7 @@ class Weight:
 
     @classmethod
     def of(cls, leaf: Sparse24, source: int) -> "Weight":
-        """An argument itself."""
+        """The weight that an argument holds."""
         (origin,) = input_value(source, leaf.shape).origins
         return cls(leaf, _without_ones(origin), leaf.shape, (source,))
 
@@ -58,15 +55,11 @@ class Weight:
         return Value((self.origin,))
 
     def atoms(self, places: Sequence[int]) -> list[Atom]:
-        """The runs of places of the dense weight that some axes of the value run over, in their
-        order.
-        """
+        """The atoms of the dense weight that some axes of the value run over, in order."""
         return [atom for place in places for atom in self.origin.axes[place]]
 
     def axis(self, place: int) -> int | None:
-        """The one axis of the dense weight that an axis of the value is; None where it is not just
-        one, whole.
-        """
+        """The axis of the dense weight that an axis of the value equals, or None."""
         atoms = self.origin.axes[place]
         return (
             atoms[0].axis
@@ -75,7 +68,7 @@ class Weight:
         )
 
     def kinds(self, place: int) -> set[str]:
-        """What an axis of the value runs over: contracted axes, outputs, stacks."""
+        """The kinds of axes that an axis of the value runs over: "K", "O" and "S"."""
         return {self.leaf.kinds[atom.axis] for atom in self.origin.axes[place]}
 
     def dense(self) -> jax.Array:
@@ -85,30 +78,33 @@ class Weight:
         split = decompress(self.leaf).reshape([atoms[i].size for i in places])
         return split.transpose([places.index(i) for i in range(len(atoms))]).reshape(self.shape)
 
-    def seen(self, origin: Origin, shape: Sequence[int], leaf: Sparse24 | None = None) -> "Weight":
-        """The weight with its axes in another order, merged or split; `UnfitError` if the value is
-        not just that.
+    def viewed(
+        self, origin: Origin, shape: Sequence[int], leaf: Sparse24 | None = None
+    ) -> "Weight":
+        """The weight with its axes reordered, merged or split as `origin` says.
+
+        Raises `UnfitError` if the value does not cover the weight exactly once.
         """
         leaf, origin = self.leaf if leaf is None else leaf, _without_ones(origin)
         left = {axis: n for axis, n in enumerate(leaf.shape) if n != 1}
         for atom in sorted((atom for atoms in origin.axes for atom in atoms), key=_in_order):
             if atom.axis not in left or left[atom.axis] != atom.stride * atom.size:
-                raise UnfitError("reshaped so that its axes cannot be told")
+                raise UnfitError("reshaped, so its axes cannot be identified")
             left[atom.axis] = atom.stride
         if any(stride != 1 for stride in left.values()):
-            raise UnfitError("reshaped so that its axes cannot be told")
+            raise UnfitError("reshaped, so its axes cannot be identified")
         return Weight(leaf, origin, tuple(shape), self.sources)
 
 
 def _without_ones(origin: Origin) -> Origin:
-    """The origin without its atoms of size 1, which say nothing of where an element is."""
+    """The origin without its atoms of size 1, which do not affect where an element is."""
     return origin._replace(
         axes=tuple(tuple(atom for atom in atoms if atom.size != 1) for atoms in origin.axes)
     )
 
 
 def _in_order(atom: Atom) -> tuple[int, int]:
-    """Sorts atoms as their places stand in the dense weight."""
+    """A key that sorts atoms in the order of the dense weight."""
     return atom.axis, -atom.stride
 
 
@@ -137,7 +133,7 @@ def split(values: Sequence) -> tuple[list, Callable]:
 
 
 def _open(leaf: Sparse24) -> list[jax.Array]:
-    """Values and canonical metadata `[*stack, *output, ...]`."""
+    """Values and canonical metadata, both `[*stack, *output, ...]`."""
     arrays = (leaf.values, leaf.with_layout("canonical").metadata)
     return [a.reshape(*a.shape[:-2], *leaf.output, a.shape[-1]) for a in arrays]
 
@@ -145,8 +141,9 @@ def _open(leaf: Sparse24) -> list[jax.Array]:
 def _close(
     leaf: Sparse24, arrays: Sequence[jax.Array], kinds: str, *, transposable: bool = False
 ) -> Sparse24:
-    """The weight of such arrays, whose leading axes are the stacks and outputs of `kinds`; its
-    layout is that of `leaf`.
+    """Builds a weight from such arrays, whose leading axes are the stacks and outputs of `kinds`.
+
+    Its layout is that of `leaf`.
     """
     stacks = kinds.count("S")
     output = arrays[0].shape[stacks:-1]
@@ -159,13 +156,13 @@ def _close(
 
 
 def _place(kinds: str, axis: int) -> int:
-    """Where an axis of the dense weight stands among its stacks and outputs."""
+    """The position of an axis of the dense weight among its stacks and outputs."""
     kind = kinds[axis]
     return kinds[:axis].count(kind) + (kinds.count("S") if kind == "O" else 0)
 
 
 def regrouped(leaf: Sparse24, kinds: str) -> Sparse24:
-    """The weight with other of its axes taken for stacks and outputs."""
+    """The weight with a different choice of stack and output axes."""
     before = leaf.kinds
     if before == kinds:
         return leaf
@@ -179,9 +176,7 @@ def regrouped(leaf: Sparse24, kinds: str) -> Sparse24:
 
 
 def _cut(leaf: Sparse24, axis: int, cut: Callable) -> Sparse24:
-    """The weight with `cut(array, place)` in place of its arrays; `place` is that of a stack or
-    output axis.
-    """
+    """Cuts a weight along a stack or output axis, by `cut(array, place)` for each of its arrays."""
     if leaf.kinds[axis] == "K":
         raise UnfitError("cut along the axis that the product sums over")
     place = _place(leaf.kinds, axis)
@@ -194,8 +189,10 @@ def _cut(leaf: Sparse24, axis: int, cut: Callable) -> Sparse24:
 
 
 def sliced(w: Weight) -> Weight:
-    """What a loop over the first axis of a weight takes: the weight whose arrays are to be sliced
-    along theirs.
+    """Prepares a weight for a loop over its first axis.
+
+    Returns the weight that each step sees; its arrays still have the axis that the loop slices, as
+    their first.
     """
     if w.shape[0] == 1:
         leaf = dataclasses.replace(
@@ -205,7 +202,7 @@ def sliced(w: Weight) -> Weight:
     axis = w.axis(0)
     if axis is None or w.leaf.kinds[axis] == "K":
         raise UnfitError(
-            "a loop runs over the axis that the product sums over, or over several at once"
+            "sliced by a loop along the axis that its product sums over, or along several at once"
         )
     kinds = w.leaf.kinds
     leaf = regrouped(w.leaf, kinds[:axis] + "S" + kinds[axis + 1 :])
@@ -235,27 +232,28 @@ _VIEWS = {
 _OF_VALUES = {"copy", "copy_p", "name", "reduce_precision", "stop_gradient"}
 
 
-def move(eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
-    """The results of an equation that moves, cuts or scales weights; `UnfitError` if it does
-    something else.
+def move(eqn, operands: list, values: list[Value], result_values: list[Value]) -> list:
+    """The results of an equation that moves, cuts or scales weights.
+
+    Raises `UnfitError` if it does something else.
     """
     name, params = eqn.primitive.name, eqn.params
     shapes = [var.aval.shape for var in eqn.outvars]
-    known = [isinstance(operand, Weight) for operand in operands]
+    is_weight = [isinstance(operand, Weight) for operand in operands]
     if any(0 in shape for shape in shapes):
         raise UnfitError("empty")
     if name == "optimization_barrier":
         arrays, rebuild = split(operands)
         return rebuild(lax.optimization_barrier(arrays))
-    if name in ("mul", "div") and sum(known) == 1:
-        return [_scaled(name, known.index(True), operands, values, moved[0], shapes[0])]
-    if name == "concatenate" and all(known):
+    if name in ("mul", "div") and sum(is_weight) == 1:
+        return [_scaled(name, is_weight.index(True), operands, values, result_values[0], shapes[0])]
+    if name == "concatenate" and all(is_weight):
         return [_concatenated(operands, params["dimension"], shapes[0])]
-    if not known[0] or not moved[0].origins:
+    if not is_weight[0] or not result_values[0].origins:
         raise UnfitError(f"used by {name}")
     w: Weight = operands[0]
     if name in _VIEWS:
-        return [w.seen(moved[0].origins[0], shapes[0])]
+        return [w.viewed(result_values[0].origins[0], shapes[0])]
     if name in _OF_VALUES:
         (values_,) = bind(eqn, [w.leaf.values])
         return [dataclasses.replace(w, leaf=dataclasses.replace(w.leaf, values=values_))]
@@ -273,7 +271,7 @@ def move(eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
         return [
             _parts(
                 w,
-                moved[0],
+                result_values[0],
                 shapes[0],
                 lambda a, place, axis: lax.slice_in_dim(a, *cuts[axis], axis=place),
             )
@@ -283,7 +281,7 @@ def move(eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
         return [
             _parts(
                 w,
-                moved[0],
+                result_values[0],
                 shapes[0],
                 lambda a, place, axis: _dynamic_slice(a, starts[axis], sizes[axis], place),
             )
@@ -299,33 +297,29 @@ def move(eqn, operands: list, values: list[Value], moved: list[Value]) -> list:
                     a, end - shape[axis], end, axis=place
                 ),
             )
-            for value, shape, end in zip(moved, shapes, ends, strict=True)
+            for value, shape, end in zip(result_values, shapes, ends, strict=True)
         ]
     raise UnfitError(f"used by {name}")
 
 
 def _dynamic_slice(a: jax.Array, start, size: int, axis: int) -> jax.Array:
-    """A part of an array along one axis; `start` is counted from the front, as the program has seen
-    to already.
-    """
+    """Slices an array along one axis; `start` is not negative, as the program ensures."""
     starts = [start if i == axis else jnp.zeros_like(start) for i in range(a.ndim)]
     sizes = [size if i == axis else n for i, n in enumerate(a.shape)]
     return lax.dynamic_slice(a, starts, sizes, allow_negative_indices=False)
 
 
 def _parts(w: Weight, value: Value, shape: tuple[int, ...], cut: Callable) -> Weight:
-    """The weight cut along the axes of the value that change their size, by `cut(array, place,
-    axis)`.
-    """
+    """Cuts a weight by `cut(array, place, axis)` along the axes whose size changes."""
     leaf = w.leaf
     for axis, (before, after) in enumerate(zip(w.shape, shape, strict=True)):
         if before == after:
             continue
-        held = w.axis(axis)
-        if held is None:
+        dense_axis = w.axis(axis)
+        if dense_axis is None:
             raise UnfitError("cut along several of its axes at once")
-        leaf = _cut(leaf, held, lambda a, place, axis=axis: cut(a, place, axis))
-    return w.seen(value.origins[0], shape, leaf)
+        leaf = _cut(leaf, dense_axis, lambda a, place, axis=axis: cut(a, place, axis))
+    return w.viewed(value.origins[0], shape, leaf)
 
 
 def _concatenated(parts: list[Weight], dimension: int, shape: tuple[int, ...]) -> Weight:
@@ -346,7 +340,7 @@ def _concatenated(parts: list[Weight], dimension: int, shape: tuple[int, ...]) -
         or not alike
         or len(views) != 1
     ):
-        raise UnfitError("concatenated in another way than along an output axis")
+        raise UnfitError("not concatenated along an output axis")
     place = _place(kinds[0], axis)
     arrays = [
         jnp.concatenate(pair, place)
@@ -366,22 +360,22 @@ def _concatenated(parts: list[Weight], dimension: int, shape: tuple[int, ...]) -
 
 
 def _scaled(
-    name: str, side: int, operands: list, values: list[Value], moved: Value, shape
+    name: str, side: int, operands: list, values: list[Value], result_values: Value, shape
 ) -> Weight:
-    """The weight times, or over, what is constant along the contracted axes."""
+    """The weight multiplied or divided by values that are constant along the contracted axes."""
     w, other = operands[side], operands[1 - side]
     if name == "div" and side == 1:
-        raise UnfitError("divided by")
+        raise UnfitError("used as a divisor")
     if w.shape != tuple(shape):
-        raise UnfitError("repeated while it is scaled")
+        raise UnfitError("broadcast while it is scaled")
     if jnp.ndim(other) == 0:
         scale = other
     else:
         contracted = {place for place in range(len(shape)) if "K" in w.kinds(place)}
         if not contracted <= constant_axes(values[1 - side], jnp.shape(other), shape):
-            raise UnfitError("scaled by what varies along the axis that the product sums over")
+            raise UnfitError("scaled by values that vary along the axis that the product sums over")
         if any(w.kinds(place) != {"K"} for place in contracted):
-            raise UnfitError("scaled while its contracted and other axes are merged")
+            raise UnfitError("scaled while its contracted axes are merged with others")
         kept = [place for place in range(len(shape)) if place not in contracted]
         scale = jnp.broadcast_to(other, shape)[
             tuple(0 if place in contracted else slice(None) for place in range(len(shape)))
@@ -393,8 +387,9 @@ def _scaled(
 
 
 def ordered(a: jax.Array, atoms: list[Atom], leaf: Sparse24) -> jax.Array:
-    """An array over stacks and outputs of a dense weight, in the order of the atoms, as `[*stack,
-    M, 1]`.
+    """Rearranges an array over stacks and outputs of a dense weight as `[*stack, M, 1]`.
+
+    `atoms` are the runs that its axes stand for, in order.
     """
     kinds, shape = leaf.kinds, leaf.shape
     places = sorted(
@@ -417,18 +412,19 @@ class Ready(NamedTuple):
     Attributes:
       leaf: the compressed weight.
       x: the other operand, as `sparse_matmul` takes it.
-      made: the shape of the result with every axis by itself, and the order into which they go.
+      made: the shape of the result with each axis separate, and the permutation to apply to it.
     """
 
     leaf: Sparse24
     x: jax.Array
-    made: tuple[tuple[int, ...], tuple[int, ...]]
+    arrangement: tuple[tuple[int, ...], tuple[int, ...]]
 
     def multiply(self, **options: Any) -> jax.Array:
-        """The product: batches, then the free axes of x, then those of the weight, every axis of
-        the dense weight by itself.
+        """Computes the product, with every axis of the dense weight separate.
+
+        The axes are the batches, then the free axes of x, then those of the weight.
         """
-        shape, order = self.made
+        shape, order = self.arrangement
         return sparse_matmul(self.x, self.leaf, **options).reshape(shape).transpose(order)
 
 
@@ -438,8 +434,9 @@ def operands(
     summed: tuple[Sequence[int], Sequence[int]],
     batch: tuple[Sequence[int], Sequence[int]],
 ) -> Ready:
-    """Makes a weight and the other operand ready, given the pairs of axes that are summed over and
-    batched, of w and of x.
+    """Prepares the operands of a product.
+
+    `summed` and `batch` each hold the axes of `w` and those of `x`.
     """
     (of_w, of_x), (batch_w, batch_x) = summed, batch
     kinds, sizes = w.leaf.kinds, w.leaf.shape
@@ -452,10 +449,10 @@ def operands(
         axis for axis, kind in enumerate(kinds) if kind == "K" and sizes[axis] != 1
     }:
         raise UnfitError(
-            "the product sums over other axes than those that the weight is compressed along"
+            "the product does not sum over exactly the axes that the weight is compressed along"
         )
     if any(atom.size != sizes[atom.axis] for atom in stacks):
-        raise UnfitError("batched over a part of an axis")
+        raise UnfitError("batched over part of an axis")
     batched = [atom.axis for atom in stacks]
     leaf = regrouped(
         w.leaf,
@@ -464,7 +461,7 @@ def operands(
             for axis, kind in enumerate(kinds)
         ),
     )
-    # the others are of size 1: rows
+    # the other batch axes have size 1 and count as rows
     batches = [i for i, place in enumerate(batch_w) if w.origin.axes[place]]
     rows = [
         axis

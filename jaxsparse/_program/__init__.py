@@ -1,3 +1,1 @@
-"""Traced programs: how values move through them, what they do with each weight, and how they run
-from compressed weights.
-"""
+"""Traced programs: how values flow through them and how they use each weight."""

@@ -1,4 +1,4 @@
-"""Arguments of functions that are traced: which are arrays, and the others."""
+"""Arguments of traced functions: which are arrays, and which are not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,31 +10,33 @@ __all__ = ["is_array", "is_traceable", "split_arrays"]
 
 
 def is_array(leaf) -> bool:
-    """Whether a leaf is an array, abstract or not."""
+    """Whether a leaf is an array, concrete or abstract."""
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic))
 
 
 def is_traceable(leaf) -> bool:
-    """Whether a leaf is an array or a number that stands for one."""
+    """Whether a leaf is an array, or a number that jax converts to one."""
     return is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
 
 
 def split_arrays(
     tree, is_leaf: Callable[[Any], bool] = lambda node: False
 ) -> tuple[list, Callable[[Any], Any]]:
-    """The leaves of a pytree that are arrays, or that `is_leaf` says, and the function that puts
-    others in their place.
+    """Splits a pytree into its array leaves and a function that rebuilds the pytree.
+
+    The function takes the replacements of the arrays, in order. Leaves for which `is_leaf` holds
+    count as arrays.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
-    taken = [is_array(leaf) or is_leaf(leaf) for leaf in leaves]
-    # no array, traced or not, is kept alive
-    others = [None if array else leaf for leaf, array in zip(leaves, taken, strict=True)]
+    replaced = [is_array(leaf) or is_leaf(leaf) for leaf in leaves]
+    # so that `rebuild` keeps no array alive
+    others = [None if array else leaf for leaf, array in zip(leaves, replaced, strict=True)]
 
     def rebuild(arrays):
         rest = iter(arrays)
         return jax.tree.unflatten(
             treedef,
-            [next(rest) if array else other for other, array in zip(others, taken, strict=True)],
+            [next(rest) if array else other for other, array in zip(others, replaced, strict=True)],
         )
 
-    return [leaf for leaf, array in zip(leaves, taken, strict=True) if array], rebuild
+    return [leaf for leaf, array in zip(leaves, replaced, strict=True) if array], rebuild

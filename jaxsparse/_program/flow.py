@@ -1,4 +1,4 @@
-"""How values move through the equations of a traced program: what each is made of, and where."""
+"""How values flow through the equations of a traced program: which inputs they derive from."""
 
 import itertools
 import math
@@ -24,11 +24,11 @@ __all__ = [
 
 
 class Atom(NamedTuple):
-    """A run of places along one axis of an input: `size` of them, `stride` apart; a stride of 0
-    marks one place that was cut out.
+    """A strided run along one axis of an input: `size` positions, `stride` apart.
 
-    The axis is that of the input, or one of `REPEATED` (the elements repeat along it), `LOOKED_UP`
-    (it runs over rows that indices choose) and `UNKNOWN`.
+    A stride of 0 marks a single position that was cut out. The axis is that of the input, or one of
+    `REPEATED` (the elements repeat along it), `LOOKED_UP` (it runs over rows chosen by indices) and
+    `UNKNOWN`.
     """
 
     axis: int
@@ -40,16 +40,16 @@ REPEATED, LOOKED_UP, UNKNOWN = -1, -2, -3
 
 
 class Origin(NamedTuple):
-    """Which input a value is made of.
+    """An input that a value derives from, and where its elements are in the value.
 
     Attributes:
-      source: the number of the input.
-      axes: for each axis of the value, the atoms that it runs over in row-major order; of size 1
-        they may be missing.
-      stack: the axes of the input of which a loop or an index takes one place.
-      hidden: the axes of the input whose place in the value is unknown.
-      varies: the axes of the input along which the value was combined with another that differs
-        from place to place.
+      source: the index of the input.
+      axes: for each axis of the value, the atoms that it runs over, in row-major order; atoms of
+        size 1 may be missing.
+      stack: the axes of the input along which a loop or an index takes one position.
+      hidden: the axes of the input whose position in the value is unknown.
+      varies: the axes of the input along which the value was combined with another that is not
+        constant.
       share: the fraction of the value's elements that come from this input.
     """
 
@@ -66,13 +66,11 @@ class Origin(NamedTuple):
 
     @property
     def looked_up(self) -> bool:
-        """Whether the value is rows that indices choose."""
+        """Whether the value consists of rows chosen by indices."""
         return self.runs_over(LOOKED_UP, range(len(self.axes)))
 
     def runs_over(self, kind: int, axes: Iterable[int]) -> bool:
-        """Whether one of these axes of the value runs over `REPEATED`, `LOOKED_UP` or `UNKNOWN`
-        places.
-        """
+        """Whether any of these axes of the value runs over atoms of a kind, such as `REPEATED`."""
         return any(atom.axis == kind for axis in axes for atom in self.axes[axis])
 
 
@@ -80,10 +78,10 @@ class Value(NamedTuple):
     """What is known of a value.
 
     Attributes:
-      origins: the inputs that it is made of, several after a concatenation.
-      constant: axes along which all elements are known to be equal.
-      one_hot: axes along which it compares indices with positions, so that a product over one of
-        them looks rows up.
+      origins: the inputs that it derives from; several after a concatenation.
+      constant: the axes along which all elements are known to be equal.
+      one_hot: the axes along which it compares indices with positions, so that a product over one
+        of them looks up rows.
     """
 
     origins: tuple[Origin, ...] = ()
@@ -109,16 +107,14 @@ def sliced(value: Value) -> Value:
 
 
 def stacked(value: Value, slices: Sequence[Value], length: int) -> Value:
-    """What is known of the stack of what a loop gives at each step; `slices` are the values that it
-    takes slices of.
-    """
+    """What is known of the stack of a loop's results; `slices` are the values that it slices."""
 
     def stack(origin: Origin) -> Origin:
         whole = [one for outer in slices for one in outer.origins if one.source == origin.source]
         first = whole[0].axes[0] if whole else (Atom(REPEATED, 1, length),)
-        taken = frozenset(atom.axis for atom in first)
+        stacked_axes = frozenset(atom.axis for atom in first)
         return origin._replace(
-            axes=(first if length != 1 else (), *origin.axes), stack=origin.stack - taken
+            axes=(first if length != 1 else (), *origin.axes), stack=origin.stack - stacked_axes
         )
 
     return Value(tuple(map(stack, value.origins)))
@@ -188,9 +184,7 @@ _COMPARES = {"eq", "ge", "gt", "le", "lt", "ne"}
 
 
 def outputs(eqn, values: Sequence[Value]) -> list[Value]:
-    """What is known of the results of an equation that calls nothing, from what is known of its
-    operands.
-    """
+    """What is known of the results of an equation that calls no program."""
     name = eqn.primitive.name
     if name == "iota":
         return [
@@ -256,7 +250,7 @@ def _reshaped(value: Value, before, after) -> Value:
 
 
 def _same_axes(before, after) -> dict[int, int]:
-    """The axes that a reshape leaves whole, old to new."""
+    """Maps the axes that a reshape leaves whole, old to new."""
     starts = {(math.prod(after[:i]), n): i for i, n in enumerate(after) if n != 1}
     return {
         i: starts[key]
@@ -266,24 +260,28 @@ def _same_axes(before, after) -> dict[int, int]:
 
 
 def _regrouped(origin: Origin, before, after) -> Origin:
-    """The origin after a reshape: in each part that it leaves whole, the atoms are dealt out anew,
-    split where an axis is split.
+    """The origin after a reshape.
+
+    Within each part that the reshape keeps together, the atoms are distributed anew over the axes,
+    and split where an axis is split.
     """
     axes: list[tuple[Atom, ...]] = []
     hidden = origin.hidden
-    taken = frozenset(atom.axis for atoms in origin.axes for atom in atoms if atom.stride == 0)
+    sliced_axes = frozenset(
+        atom.axis for atoms in origin.axes for atom in atoms if atom.stride == 0
+    )
     for old, new in _parts(before, after):
         sizes = [after[i] for i in new]
-        dealt = (
-            _dealt([atom for i in old for atom in origin.axes[i] if atom.size != 1], sizes)
+        new_axes = (
+            _distributed([atom for i in old for atom in origin.axes[i] if atom.size != 1], sizes)
             if 0 not in sizes
             else None
         )
-        if dealt is None:
+        if new_axes is None:
             hidden = hidden.union(*map(origin.places, old))
-            dealt = [(Atom(UNKNOWN, 1, n),) if n != 1 else () for n in sizes]
-        axes += dealt
-    return origin._replace(axes=tuple(axes), hidden=hidden, stack=origin.stack | taken)
+            new_axes = [(Atom(UNKNOWN, 1, n),) if n != 1 else () for n in sizes]
+        axes += new_axes
+    return origin._replace(axes=tuple(axes), hidden=hidden, stack=origin.stack | sliced_axes)
 
 
 def _parts(before, after) -> Iterator[tuple[list[int], list[int]]]:
@@ -304,39 +302,37 @@ def _parts(before, after) -> Iterator[tuple[list[int], list[int]]]:
         yield old, new
 
 
-def _dealt(atoms: list[Atom], sizes: list[int]) -> list[tuple[Atom, ...]] | None:
-    """Atoms, in their order, dealt out to axes of these sizes; None where one would have to be cut
-    unevenly.
-    """
+def _distributed(atoms: list[Atom], sizes: list[int]) -> list[tuple[Atom, ...]] | None:
+    """Distributes atoms, in order, over axes of these sizes; None if one would split unevenly."""
     queue = atoms[::-1]
     axes = []
     for n in sizes:
-        taken: list[Atom] = []
+        axis_atoms: list[Atom] = []
         while n > 1:
             if not queue:
                 return None
             atom = queue.pop()
             if n % atom.size == 0:
                 n //= atom.size
-            elif atom.size % n == 0:  # the outer places here, the inner ones on the next axes
+            elif atom.size % n == 0:  # the outer positions here, the inner ones on the next axes
                 inner = atom.size // n
                 queue.append(atom._replace(size=inner))
                 atom, n = Atom(atom.axis, atom.stride * inner, n), 1
             else:
                 return None
             if (
-                taken
-                and taken[-1].axis == atom.axis
-                and taken[-1].stride == atom.stride * atom.size
+                axis_atoms
+                and axis_atoms[-1].axis == atom.axis
+                and axis_atoms[-1].stride == atom.stride * atom.size
             ):
-                atom = Atom(atom.axis, atom.stride, atom.size * taken.pop().size)
-            taken.append(atom)
-        axes.append(tuple(taken))
+                atom = Atom(atom.axis, atom.stride, atom.size * axis_atoms.pop().size)
+            axis_atoms.append(atom)
+        axes.append(tuple(axis_atoms))
     return None if queue else axes
 
 
 def _cut(eqn, value: Value, after) -> Value:
-    """What is known of a part of a value, or of a longer one that holds it."""
+    """What is known of a value that an equation cuts, pads or gathers across devices."""
     name, params = eqn.primitive.name, eqn.params
     before = eqn.invars[0].aval.shape
     moved = {axis for axis, (n, m) in enumerate(zip(before, after, strict=True)) if n != m}
@@ -353,12 +349,12 @@ def _cut(eqn, value: Value, after) -> Value:
     return _resized(value._replace(origins=origins), after, moved)
 
 
-def _resized(value: Value, after, moved: Iterable[int]) -> Value:
-    """What is known of a value of another size along the axes that are `moved`."""
+def _resized(value: Value, after, changed: Iterable[int]) -> Value:
+    """What is known of a value once its size changes along the axes in `moved`."""
 
     def resize(origin: Origin) -> Origin:
         axes, hidden = list(origin.axes), set(origin.hidden)
-        for i in moved:
+        for i in changed:
             atoms, m = axes[i], after[i]
             alone = (
                 len(atoms) == 1
@@ -373,7 +369,9 @@ def _resized(value: Value, after, moved: Iterable[int]) -> Value:
         return origin._replace(axes=tuple(axes), hidden=frozenset(hidden))
 
     return Value(
-        tuple(map(resize, value.origins)), value.constant - set(moved), value.one_hot - set(moved)
+        tuple(map(resize, value.origins)),
+        value.constant - set(changed),
+        value.one_hot - set(changed),
     )
 
 
@@ -391,8 +389,9 @@ def _concatenated(eqn, values: Sequence[Value]) -> Value:
 
 
 def _gathered(eqn, value: Value) -> Value:
-    """Rows of an input that indices choose: whole along all axes but those that are indexed and
-    left out.
+    """What is known of rows of an input chosen by indices.
+
+    The rows are whole along every axis except the indexed ones, which are left out.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
@@ -417,9 +416,7 @@ def _gathered(eqn, value: Value) -> Value:
 
 
 def constant_axes(value: Value, shape: Sequence[int], combined: Sequence[int]) -> frozenset[int]:
-    """The axes of an elementwise combination along which one operand, of `shape`, is the same
-    everywhere.
-    """
+    """The axes of an elementwise combination along which an operand of `shape` is constant."""
     if not shape:
         return frozenset(range(len(combined)))
     return value.constant | {
@@ -428,7 +425,7 @@ def constant_axes(value: Value, shape: Sequence[int], combined: Sequence[int]) -
 
 
 def _combined(eqn, values: Sequence[Value]) -> Value:
-    """Combines values elementwise; operands may repeat along axes of size 1."""
+    """Combines values elementwise, where operands may repeat along axes of size 1."""
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     every = frozenset(range(len(shape)))
     shapes = [atom.aval.shape for atom in eqn.invars]
@@ -483,15 +480,15 @@ def _lives(origin: Origin, varies) -> bool:
 
 
 def dots(eqn) -> Iterator[tuple[int, Sequence[int], Sequence[int], Sequence[int]]]:
-    """Yields the number of each operand of a matrix product, and its summed, batched, free axes."""
+    """Yields the index of each operand of a matrix product, and its summed, batched, free axes."""
     (summed, batch) = eqn.params["dimension_numbers"]
     for i, atom in enumerate(eqn.invars[:2]):
-        taken = {*summed[i], *batch[i]}
-        yield i, summed[i], batch[i], [axis for axis in range(atom.aval.ndim) if axis not in taken]
+        fixed = {*summed[i], *batch[i]}
+        yield i, summed[i], batch[i], [axis for axis in range(atom.aval.ndim) if axis not in fixed]
 
 
 def is_looked_up(origin: Origin, summed: Sequence[int], free: Sequence[int], other: Value) -> bool:
-    """Whether a product takes looked-up rows as its input, rather than weights chosen per row."""
+    """Whether a product takes looked-up rows as its input, not weights chosen for each row."""
     if origin.runs_over(LOOKED_UP, summed):
         return True
     return origin.runs_over(LOOKED_UP, free) and bool(

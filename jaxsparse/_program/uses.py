@@ -26,13 +26,13 @@ class Use:
     """One use of a weight by a program.
 
     Attributes:
-      summed: the axes of the weight that a product sums over, the one along which groups run last;
-        empty where the weight is not an operand of a product.
-      stack: the axes that run over separate weights: what a loop or an index takes one of, what a
-        batched product does not mix.
-      reason: why the use allows no groups, if so.
-      decides: whether the reason holds against other uses, too: a weight that is a table stays one
-        if it is also multiplied, while a weight that is also logged is still multiplied.
+      summed: the axes of the weight that the product sums over, ending with the one that groups run
+        along; empty where the weight is not an operand of a product.
+      stack: the axes that run over separate weights: a loop or an index takes one of them at a
+        time, or a batched product keeps them apart.
+      reason: why this use rules out groups; empty where it does not.
+      decides: whether the reason overrides other uses. An embedding table stays one even if it is
+        also multiplied, while a weight that is also logged is still multiplied.
     """
 
     summed: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class Use:
 
 
 def uses(program: Jaxpr, shapes: Sequence[tuple[int, ...]]) -> list[set[Use]]:
-    """How a program uses each of its first inputs, which have these shapes."""
+    """Finds how a program uses each of its leading inputs, which have these shapes."""
     fold = _Uses([set() for _ in shapes])
     others = len(program.invars) - len(shapes)
     for value in walk(
@@ -53,14 +53,14 @@ def uses(program: Jaxpr, shapes: Sequence[tuple[int, ...]]) -> list[set[Use]]:
         for origin in value.origins:
             if origin.looked_up:
                 fold.note(origin, Use(reason=TABLE))
-    return fold.found
+    return fold.uses_by_source
 
 
 @dataclasses.dataclass(frozen=True)
 class _Uses:
-    """The fold that notes the uses of each source."""
+    """The fold that records the uses of each input."""
 
-    found: list[set[Use]]
+    uses_by_source: list[set[Use]]
 
     def enter(self, eqn):
         return self
@@ -72,7 +72,7 @@ class _Uses:
         for value in values:
             for origin in value.origins:
                 changed = Use(
-                    reason=f"another value each time, or in each branch, of a {eqn.primitive.name}"
+                    reason=f"differs between the steps or branches of a {eqn.primitive.name}"
                 )
                 self.note(origin, Use(reason=TABLE) if origin.looked_up else changed)
 
@@ -108,10 +108,10 @@ class _Uses:
                         self.other(origin, f"used by {name}")
 
     def note(self, origin: Origin, use: Use):
-        self.found[origin.source].add(use)
+        self.uses_by_source[origin.source].add(use)
 
     def other(self, origin: Origin, what: str):
-        """Notes a use other than a product."""
+        """Records a use other than a product."""
         table = what == "used by gather" or origin.looked_up
         self.note(
             origin,
@@ -135,26 +135,26 @@ class _Uses:
 def _product(
     origin: Origin, summed: Sequence[int], batch: Sequence[int], free: Sequence[int], other: Value
 ) -> Use:
-    """The use of a weight by a product with `other` that sums over some axes of the value made of
-    it, and keeps others apart.
+    """Describes how a product with `other` uses a weight.
+
+    The product sums over the axes `summed` of the value that derives from the weight, batches over
+    `batch` and keeps `free`.
     """
-    held = {axis for i in summed for axis in origin.places(i)}
-    elsewhere = {axis for i in (*batch, *free) for axis in origin.places(i)}
+    summed_axes = {axis for i in summed for axis in origin.places(i)}
+    kept_axes = {axis for i in (*batch, *free) for axis in origin.places(i)}
     if is_looked_up(origin, summed, free, other):
         return Use(reason=TABLE)
-    one_place = {atom.axis for atoms in origin.axes for atom in atoms if atom.stride == 0}
-    stack = origin.stack.union(one_place, *(origin.places(i) for i in batch))
-    if held & (elsewhere | stack | origin.hidden) or origin.runs_over(UNKNOWN, summed):
-        return Use(reason="reshaped before its matrix product, so that its axes cannot be told")
-    if not held:
+    sliced_axes = {atom.axis for atoms in origin.axes for atom in atoms if atom.stride == 0}
+    stack = origin.stack.union(sliced_axes, *(origin.places(i) for i in batch))
+    if summed_axes & (kept_axes | stack | origin.hidden) or origin.runs_over(UNKNOWN, summed):
+        return Use(reason="reshaped before its matrix product, so its axes cannot be identified")
+    if not summed_axes:
         return Use(reason="an operand of an outer product")
-    if held & origin.varies:
-        return Use(
-            reason="combined, before its product, with values that vary along the summed axis"
-        )
+    if summed_axes & origin.varies:
+        return Use(reason="combined before its product with values that vary along the summed axis")
     if origin.runs_over(REPEATED, free) and not any(map(origin.places, free)):
-        return Use(reason="the same for every row of its matrix product")
-    return Use(tuple(sorted(held)), tuple(sorted(stack)))
+        return Use(reason="broadcast, so that all outputs of its matrix product are equal")
+    return Use(tuple(sorted(summed_axes)), tuple(sorted(stack)))
 
 
 def _convolution(kernel: Origin, params) -> Use:
@@ -163,21 +163,21 @@ def _convolution(kernel: Origin, params) -> Use:
             reason="the kernel of a grouped convolution, which sums over some input channels only"
         )
     _, channels, *window = params["dimension_numbers"].rhs_spec
-    held = [sorted(kernel.places(i)) for i in (*window, channels)]
-    lost = kernel.hidden | kernel.stack & {axis for axes in held for axis in axes}
+    places = [sorted(kernel.places(i)) for i in (*window, channels)]
+    untracked = kernel.hidden | kernel.stack & {axis for axes in places for axis in axes}
     if (
-        lost
-        or any(len(axes) > 1 for axes in held)
+        untracked
+        or any(len(axes) > 1 for axes in places)
         or kernel.runs_over(UNKNOWN, range(len(kernel.axes)))
     ):
-        return Use(reason="reshaped before its convolution, so that its axes cannot be told")
-    if not held[-1]:
+        return Use(reason="reshaped before its convolution, so its axes cannot be identified")
+    if not places[-1]:
         return Use(reason="the kernel of a convolution over a single input channel")
-    if set(held[-1]) & kernel.varies:
+    if set(places[-1]) & kernel.varies:
         return Use(
-            reason="combined, before its convolution, with values that vary along the summed axis"
+            reason="combined before its convolution with values that vary along the summed axis"
         )
-    order = [axis for axes in held for axis in axes]
+    order = [axis for axes in places for axis in axes]
     return Use(
         tuple(axis for i, axis in enumerate(order) if axis not in order[i + 1 :]),
         tuple(sorted(kernel.stack)),

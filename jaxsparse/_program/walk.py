@@ -35,22 +35,19 @@ class Call(NamedTuple):
 
 
 class Fold(Protocol):
-    """An analysis of a program: what to do at each equation, and how the results of called programs
-    combine.
-    """
+    """An analysis of a program: what to do at each equation and each called program."""
 
     def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
-        """Takes note of an equation that calls nothing: what is known of its operands and of its
-        results.
-        """
+        """Handles an equation that calls no program, given its operands and results."""
 
     def lose(self, eqn, values: list[Value]) -> None:
-        """Takes note of values that are not followed: what a loop changes, and what differs between
-        branches.
+        """Handles values that the walk stops following.
+
+        These are the carries that a loop changes, and results that differ between branches.
         """
 
     def enter(self, eqn) -> Self:
-        """The fold for one program that an equation calls."""
+        """Returns the fold for one program that an equation calls."""
 
     def leave(self, eqn, inner: list[Self]) -> None:
         """Combines the folds of the programs that an equation calls."""
@@ -60,9 +57,7 @@ SomeFold = TypeVar("SomeFold", bound=Fold)
 
 
 def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]:
-    """Follows values through a program, called programs included; returns what is known of its
-    outputs.
-    """
+    """Follows values through a program and those it calls; returns the values of its outputs."""
     known = dict(zip(program.invars, values, strict=True))
 
     def value_of(atom):
@@ -102,12 +97,12 @@ def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]
 
 
 def open_program(program) -> Jaxpr:
-    """A program without its constants."""
+    """Returns a program without its constants."""
     return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
 
 def scan_counts(eqn) -> tuple[int, int]:
-    """How many constants and carries a scan has."""
+    """The numbers of constants and of carries of a scan."""
     if "num_consts" in eqn.params:  # before jax 0.12
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carries, _ = eqn.params["ft_in"].unpack()
@@ -115,14 +110,14 @@ def scan_counts(eqn) -> tuple[int, int]:
 
 
 def invariant(program: Jaxpr, consts: int, carries: int) -> list[bool]:
-    """For each carry of a loop, whether its body hands it on as it is."""
+    """For each carry of a loop, whether the loop body returns it unchanged."""
     inputs = program.invars[consts : consts + carries]
     return [inner is outer for inner, outer in zip(inputs, program.outvars[:carries], strict=True)]
 
 
 def bind(eqn, operands: Sequence) -> list:
-    """The results of an equation."""
-    # before jax 0.12: with the functions that it calls
+    """Evaluates an equation on operands and returns its results."""
+    # before jax 0.12, get_bind_params also returns the functions that the equation calls
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)
     with getattr(eqn.ctx, "manager", contextlib.nullcontext()):
@@ -131,7 +126,7 @@ def bind(eqn, operands: Sequence) -> list:
 
 
 def carry_of(eqn, values: Sequence[Value]) -> tuple[list[Value], list[bool]]:
-    """What a loop carries, and for each whether its body hands it on as it is."""
+    """The carries of a loop, and for each whether the loop body returns it unchanged."""
     if eqn.primitive.name == "while":
         consts = eqn.params["body_nconsts"]
         carry = list(values[eqn.params["cond_nconsts"] + consts :])
@@ -143,20 +138,21 @@ def carry_of(eqn, values: Sequence[Value]) -> tuple[list[Value], list[bool]]:
 
 
 def kept_carry(eqn, values: Sequence[Value]) -> list[Value]:
-    """What is known of a loop's carry at each step."""
+    """What is known of a loop's carries at every step: nothing for those that it changes."""
     return [value if same else NOTHING for value, same in zip(*carry_of(eqn, values), strict=True)]
 
 
 def changed_carry(eqn, values: Sequence[Value]) -> list[Value]:
-    """What was known of a carry before a loop changed it."""
+    """What is known, before a loop, of the carries that it changes."""
     if eqn.primitive.name not in ("scan", "while"):
         return []
     return [value for value, same in zip(*carry_of(eqn, values), strict=True) if not same]
 
 
 def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
-    """The programs that an equation calls and what is known of their inputs; None if it calls none
-    that can be followed.
+    """The programs that an equation calls, with what is known of their inputs.
+
+    None if it calls no program that can be followed.
     """
     name, params = eqn.primitive.name, eqn.params
     if name == "while":
@@ -181,7 +177,7 @@ def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
 
 
 def called(eqn) -> Jaxpr | None:
-    """The one program that an equation calls with its own operands, if it does."""
+    """The one program that an equation calls with exactly its own operands, or None."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         program: Any = open_program(eqn.params.get(key))
         if isinstance(program, Jaxpr) and len(program.invars) == len(eqn.invars):
@@ -195,9 +191,7 @@ def called(eqn) -> Jaxpr | None:
 
 
 def returned(eqn, values: Sequence[Value], ends: list[list[Value]]) -> list[Value]:
-    """What is known of the outputs of an equation from what is known of those of the programs that
-    it calls.
-    """
+    """What is known of an equation's outputs, given the outputs of the programs that it calls."""
     name = eqn.primitive.name
     if name == "while":
         return kept_carry(eqn, values)
@@ -214,8 +208,8 @@ def returned(eqn, values: Sequence[Value], ends: list[list[Value]]) -> list[Valu
 
 
 def _either(values: Sequence[Value]) -> Value:
-    """Joins the values of several branches: what those made of inputs agree on."""
-    made = [value for value in values if value.origins]
-    if not made or any(value != made[0] for value in made):
+    """Joins the values of several branches: those that derive from inputs must agree."""
+    derived = [value for value in values if value.origins]
+    if not derived or any(value != derived[0] for value in derived):
         return NOTHING
-    return made[0] if len(made) == len(values) else Value(made[0].origins)
+    return derived[0] if len(derived) == len(values) else Value(derived[0].origins)

@@ -1,13 +1,11 @@
-"""A character language model, trained dense and sparse side by side, then run from compressed
-weights.
+"""A character language model, trained dense and sparse side by side, then run compressed.
 
-    python -m jaxsparse.examples.char_lm                 # 2:4, on the manual pages that ship with
-    Python python -m jaxsparse.examples.char_lm --pattern 1:4 --data my_book.txt
+    python -m jaxsparse.examples.char_lm                 # 2:4, on Python's own manual pages
+    python -m jaxsparse.examples.char_lm --pattern 1:4 --data my_book.txt
 
 Both models start from the same weights and see the same batches. The sparse one trains by Algorithm
 1 of Advances in Sparse Neural Model Training: the largest weights of every group participate in the
-forward pass, all of them learn, and those that do not participate are reset to zero from time to
-time.
+forward pass, all weights learn, and non-participating weights are reset to zero from time to time.
 """
 
 import argparse
@@ -55,11 +53,11 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        # tied: it also makes the logits
+        # tied: the embedding also computes the logits
         embed = nn.Embed(self.vocabulary, self.width, name="embed")
         places = self.param("places", nn.initializers.normal(0.3), (CONTEXT, self.width))
         x = jnp.sqrt(self.width) * embed(tokens) + places[: tokens.shape[1]]
-        # the last characters, from the first step on
+        # mixes in the preceding characters from the first step on
         x += nn.Conv(self.width, kernel_size=(4,), padding="CAUSAL", name="recent")(x)
         blocks = nn.scan(
             Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
@@ -77,7 +75,7 @@ def bits(model, params, tokens):
 
 
 def trainer(model, tx, sparse):
-    """A compiled training step. What makes it sparse is the optimizer and one line."""
+    """A compiled training step; only the optimizer and one line make it sparse."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, tokens):
@@ -93,9 +91,7 @@ def trainer(model, tx, sparse):
 
 
 def train(steps, runs, batches):
-    """Trains the runs in turns, step by step; returns their bits per character and their seconds,
-    `[steps]` each.
-    """
+    """Trains the runs in turns; returns the bits per character and the seconds of every step."""
     curves: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     with tqdm.tqdm(batches, total=steps, unit="step", mininterval=1) as bar:
         for tokens in bar:
@@ -126,13 +122,11 @@ def sample(model, params, prompt, key, length):
 
 
 def evaluate(model, models, validation):
-    """Bits per character on all of `validation`, and seconds of a forward pass, medians taken in
-    turns.
-    """
+    """Bits per character on all of `validation`, and the median seconds of a forward pass."""
 
     score = jax.jit(js.sparsify(functools.partial(bits, model)))
     parts = jnp.split(validation, list(range(32, len(validation), 32)))
-    found = {
+    scores = {
         name: np.average(
             [score(params, part) for part in parts], weights=[len(part) for part in parts]
         )
@@ -144,13 +138,11 @@ def evaluate(model, models, validation):
             start = time.perf_counter()
             score(params, parts[0]).block_until_ready()
             seconds[name].append(time.perf_counter() - start)
-    return found, {name: np.median(values) for name, values in seconds.items()}
+    return scores, {name: np.median(values) for name, values in seconds.items()}
 
 
 def agreement(model, masked, packed, tokens):
-    """The largest difference between the logits of the masked and of the compressed model, relative
-    to the largest logit.
-    """
+    """The largest difference between masked and compressed logits, over the largest logit."""
 
     logits = jax.jit(js.sparsify(model.apply))
     expected, actual = (logits(params, tokens[:, :-1]) for params in (masked, packed))
@@ -217,7 +209,7 @@ def main(argv: Sequence[str] | None = None):
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, args.steps // 10, args.steps)
     dense_tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99))
     sparse_tx = js.recipes.explore_exploit(dense_tx, plan, reset_every=max(300, args.steps // 10))
-    copy = jax.tree.map(jnp.copy, params)  # each run donates its own
+    copy = jax.tree.map(jnp.copy, params)  # each run donates its parameters
     runs = {
         "dense": (trainer(model, dense_tx, sparse=False), (params, dense_tx.init(params))),
         args.pattern: (trainer(model, sparse_tx, sparse=True), (copy, sparse_tx.init(copy))),
@@ -229,11 +221,11 @@ def main(argv: Sequence[str] | None = None):
     models = {"dense": dense, args.pattern: js.effective_params(trained, opt_state)}
     if args.pattern == "2:4":
         models["2:4 compressed"] = js.compress(trained, opt_state)
-    found, seconds = evaluate(model, models, validation)
+    scores, seconds = evaluate(model, models, validation)
     rows = [
         (
             name,
-            found[name],
+            scores[name],
             1.0 if name == "dense" else plan.density,
             sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 1e6,
             1e3 * np.median(curves[name][1]) if name in curves else None,
@@ -256,8 +248,8 @@ def main(argv: Sequence[str] | None = None):
         difference = agreement(model, models["2:4"], final, validation[:8])
         if not difference < 1e-4:
             raise SystemExit(
-                f"The compressed forward differs from the masked one by {difference:.1e} of the "
-                "largest logit."
+                f"The compressed forward pass differs from the masked one by {difference:.1e} of "
+                "the largest logit."
             )
         print(
             "\nThe compressed forward agrees with the masked one: logits differ by "

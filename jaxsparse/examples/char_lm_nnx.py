@@ -1,6 +1,4 @@
-"""The Transformer of `char_lm` in Flax NNX: the same architecture, in Modules that hold their
-weights.
-"""
+"""The Transformer of `char_lm` in Flax NNX: the same architecture as NNX Modules."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -34,9 +32,9 @@ class Transformer(nnx.Module):
         def blocks(rngs):
             return Block(width, heads, rngs=rngs)
 
-        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)  # tied: it also makes the logits
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)  # tied: also computes the logits
         self.places = nnx.Param(nnx.initializers.normal(0.3)(rngs.params(), (CONTEXT, width)))
-        # the last characters, from the first step on
+        # mixes in the preceding characters from the first step on
         self.recent = nnx.Conv(width, width, kernel_size=(4,), padding="CAUSAL", rngs=rngs)
         self.blocks = blocks(rngs)  # one Block whose weights are stacked along axis 0
         self.norm = nnx.LayerNorm(width, rngs=rngs)
@@ -49,8 +47,9 @@ class Transformer(nnx.Module):
 
 
 def convert(linen_params):
-    """The weights of the Linen Transformer under the names of this one, for `nnx.update(model,
-    convert(linen_params))`.
+    """Renames the weights of the Linen Transformer for this one.
+
+    Use `nnx.update(model, convert(linen_params))`.
     """
     top = dict(linen_params["params"])
     blocks = dict(top.pop("blocks"))
