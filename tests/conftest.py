@@ -4,8 +4,10 @@ import os
 # cores is too small and hangs
 os.environ.setdefault("NPROC", "16")
 # most of the time of the tests is compilation; `programs.output` runs without these flags
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
 import optax
