@@ -3,6 +3,11 @@ import os
 # GPU interpret mode holds one thread of XLA's pool for each thread of a kernel; the pool of two
 # cores is too small and hangs
 os.environ.setdefault("NPROC", "16")
+# most of the time of the tests is compilation; `programs.output` runs without these flags
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
 import jaxtyping

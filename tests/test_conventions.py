@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import promotion
 import pytest
 
 import jaxsparse as js
@@ -69,9 +70,13 @@ def transformation(name, inner=None):
 EVERY = pytest.mark.parametrize("name", [*WRAPPERS, *PIECES])
 
 
-@pytest.mark.promotes("optax.apply_updates, of narrow updates")
 @EVERY
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    promotion.marked(
+        ["float32", "bfloat16"], ["bfloat16"], "optax.apply_updates adds updates of another dtype"
+    ),
+)
 def test_updates_keep_the_dtype_of_the_gradients_and_the_state_its_form(name, dtype):
     tx = transformation(name, optax.sgd(0.1))
     state = tx.init(PARAMS)
@@ -84,7 +89,7 @@ def test_updates_keep_the_dtype_of_the_gradients_and_the_state_its_form(name, dt
         params = optax.apply_updates(params, updates)
 
 
-@pytest.mark.promotes("apply_if_finite")
+@pytest.mark.promotes("optax.apply_updates adds updates of another dtype")
 @EVERY
 def test_apply_if_finite(name):
     tx = optax.apply_if_finite(transformation(name, optax.sgd(0.1)), 2)
@@ -109,7 +114,7 @@ def test_unknown_extra_arguments_pass_and_reach_the_optimizer(name):
     assert seen == [{"value", "other", "masks"}]
 
 
-@pytest.mark.promotes("MultiSteps")
+@pytest.mark.promotes("optax.MultiSteps divides by an integer")
 @EVERY
 def test_multi_steps(name):
     tx = optax.MultiSteps(transformation(name), 2)
@@ -121,7 +126,7 @@ def test_multi_steps(name):
     assert js.masks(state)["a"]["w"].shape == (8, 4)
 
 
-@pytest.mark.promotes("optax.contrib.sam")
+@pytest.mark.promotes("optax.contrib.sam multiplies by booleans")
 @EVERY
 def test_sharpness_aware_minimization(name):
     tx = optax.contrib.sam(transformation(name), optax.sgd(0.05), sync_period=2)
@@ -187,7 +192,7 @@ def test_a_flattened_optimizer_belongs_inside():
         piece.update(grads(), piece.init(PARAMS), PARAMS)
 
 
-@pytest.mark.promotes("optax.apply_updates, of narrow updates")
+@pytest.mark.promotes("optax.apply_updates adds updates of another dtype")
 @pytest.mark.parametrize(
     "numbers",
     [

@@ -185,7 +185,8 @@ def costs(fn: Callable, plan: Plan, params: PyTree, *args: Any) -> Costs:
       >>> import jaxsparse as js
       >>> params = {"w": jnp.zeros((64, 32), jnp.bfloat16), "b": jnp.zeros(32, jnp.bfloat16)}
       >>> plan, x = js.plan(params, {"w": js.NM(2, 4, axis=0)}), jnp.zeros((10, 64), jnp.bfloat16)
-      >>> cost = js.analysis.costs(lambda params, x: x @ params["w"] + params["b"], plan, params, x)
+      >>> model = lambda params, x: x @ params["w"] + params["b"][None]
+      >>> cost = js.analysis.costs(model, plan, params, x)
       >>> cost.inference_flops, cost.dense.inference_flops  # 2 * 10 * 64 * 32, halved
       (20480.0, 40960.0)
       >>> cost.training_flops  # and the gradient of w, which is dense

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Shaped, UInt16
 
 from jaxsparse._checks import AnArray
@@ -273,12 +274,12 @@ def _to_words(nibbles):
     spare = -nibbles.shape[-1] % 4
     nibbles = jnp.pad(nibbles, [(0, 0)] * (nibbles.ndim - 1) + [(0, spare)], constant_values=4)
     nibbles = nibbles.reshape(*nibbles.shape[:-1], -1, 4)
-    return (nibbles << _along_last(range(0, 16, 4), nibbles)).sum(-1, dtype=jnp.uint16)
+    return (nibbles << 4 * _four(nibbles)).sum(-1, dtype=jnp.uint16)
 
 
-def _along_last(numbers, like):
-    """Numbers along the last axis, with as many axes and the dtype of `like`."""
-    return jnp.array(numbers, like.dtype).reshape([1] * (like.ndim - 1) + [-1])
+def _four(like):
+    """0, 1, 2, 3 along the last axis, with as many axes and the dtype of `like`."""
+    return lax.broadcasted_iota(like.dtype, (*[1] * (like.ndim - 1), 4), like.ndim - 1)
 
 
 def places(metadata, groups):
@@ -286,7 +287,7 @@ def places(metadata, groups):
     `[..., M, groups]`.
     """
     words = metadata[..., None]
-    nibbles = (words >> _along_last(range(0, 16, 4), words)).astype(jnp.uint8)
+    nibbles = (words >> 4 * _four(words)).astype(jnp.uint8)
     nibbles = nibbles.reshape(*metadata.shape[:-1], -1)[..., :groups]
     return nibbles & 3, nibbles >> 2 & 3
 
@@ -297,7 +298,7 @@ def expand(
     """Compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
     pairs = values.reshape(*values.shape[:-1], -1, 2)
     first, second = (kept[..., None] for kept in places(metadata, pairs.shape[-2]))
-    place = _along_last(range(4), first)
+    place = _four(first)
     zero = jnp.zeros((), values.dtype)
     dense = jnp.where(
         place == first, pairs[..., :1], jnp.where(place == second, pairs[..., 1:], zero)
@@ -312,8 +313,7 @@ def kept_values(
     groups = dense.reshape(*dense.shape[:-1], -1, 4)
     both = [kept[..., None] for kept in places(metadata, groups.shape[-2])]
     picked = [
-        jnp.where(_along_last(range(4), kept) == kept, groups, jnp.zeros((), dense.dtype)).sum(-1)
-        for kept in both
+        jnp.where(_four(kept) == kept, groups, jnp.zeros((), dense.dtype)).sum(-1) for kept in both
     ]
     return jnp.stack(picked, -1).reshape(*dense.shape[:-1], -1)
 

@@ -229,11 +229,8 @@ def _accepting_masks(extra_args: dict[str, Any]) -> dict[str, Any]:
     extra = inspect.Parameter("masks", inspect.Parameter.KEYWORD_ONLY, default=None)
     others = list(signature.parameters.values())
     last = len(others) - any(one.kind is inspect.Parameter.VAR_KEYWORD for one in others)
-    setattr(
-        value_fn,
-        "__signature__",
-        signature.replace(parameters=[*others[:last], extra, *others[last:]]),
-    )
+    named = signature.replace(parameters=[*others[:last], extra, *others[last:]])
+    value_fn.__signature__ = named  # type: ignore[attr-defined]
     return {**extra_args, "value_fn": value_fn}
 
 
