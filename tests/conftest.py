@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 # GPU interpret mode holds one thread of XLA's pool for each thread of a kernel; the pool of two
@@ -15,9 +16,10 @@ import optax
 import promotion
 import pytest
 
-# signatures, with the shapes in them, are held at run time
+# signatures with shapes are held at run time
+CHECKED = ("_masks", "_packed", "_kernels", "_training.forward", "_analysis.trajectories")
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-jaxtyping.install_import_hook("jaxsparse", CHECKER)
+jaxtyping.install_import_hook([f"jaxsparse.{name}" for name in CHECKED], CHECKER)
 
 # for the tests of sharding; the others run on the first
 jax.config.update("jax_num_cpu_devices", 8)
@@ -38,9 +40,27 @@ def _promotion(request):
             yield
 
 
-@pytest.fixture
-def unchecked_types():
+@contextlib.contextmanager
+def unchecked():
     """Lets bad input reach the errors of the library."""
     jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@contextlib.contextmanager
+def _raises(*args, raises=pytest.raises, **kwargs):
+    with unchecked(), raises(*args, **kwargs) as info:
+        yield info
+
+
+pytest.raises = _raises
+
+
+@pytest.fixture
+def unchecked_types():
+    """Lets bad input reach the errors of the library for a whole test."""
+    with unchecked():
+        yield
