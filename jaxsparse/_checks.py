@@ -1,13 +1,15 @@
-"""Checks of arguments: each raises an error that names the call, what is wrong and what to do."""
+"""Checks of arguments: each raises an error that names the call, the problem and the remedy."""
 
 import math
 import operator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
+    "AnArray",
     "Budget",
     "Curve",
     "Gradient",
@@ -28,6 +30,7 @@ __all__ = [
     "two_axes",
 ]
 
+AnArray = jax.Array | np.ndarray
 Budget = Literal["uniform", "er", "erk", "global"]
 Curve = Literal["exponential", "linear"]
 Gradient = Literal["dense", "masked"]
@@ -36,24 +39,24 @@ Scope = Literal["leaf", "global"]
 StageKind = Literal["stepwise", "geometric"]
 
 
-def choice(call: str, name: str, value, words) -> None:
-    """Checks that a word is one of those of a `Literal`, or of a tuple."""
+def choice(call: str, name: str, value: Any, words: Any) -> None:
+    """Checks that a value is one of the strings of a `Literal` or of a tuple."""
     allowed = words if isinstance(words, tuple) else get_args(words)
     if value not in allowed:
         listed = ", ".join(map(repr, allowed))
         raise ValueError(f"{call}: {name}={value!r} is not one of {listed}. Pass one of them.")
 
 
-def integer(value, what: str) -> int:
-    """The value as an int."""
+def integer(value: Any, what: str) -> int:
+    """Returns the value as an int."""
     try:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{what} must be an integer, not {value!r}.") from None
 
 
-def integers(values, what: str) -> tuple[int, ...]:
-    """The values as a tuple of ints."""
+def integers(values: Any, what: str) -> tuple[int, ...]:
+    """Returns the values as a tuple of ints."""
     try:
         values = tuple(values)
     except TypeError:
@@ -61,8 +64,8 @@ def integers(values, what: str) -> tuple[int, ...]:
     return tuple(integer(value, what) for value in values)
 
 
-def array(value, what: str) -> jax.Array:
-    """The value as an array."""
+def array(value: Any, what: str) -> jax.Array:
+    """Returns the value as an array."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -72,13 +75,13 @@ def array(value, what: str) -> jax.Array:
         ) from error
 
 
-def rankable(dtype) -> bool:
-    """Whether values of a dtype have an order."""
+def rankable(dtype: Any) -> bool:
+    """Whether values of a dtype can be ranked."""
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def counts(call: str, n, m) -> tuple[int, int]:
-    """`n` and `m` as ints with `1 <= n <= m`."""
+def counts(call: str, n: Any, m: int) -> tuple[int, int]:
+    """Returns `n` and `m` as ints with `1 <= n <= m`."""
     n, m = integer(n, f"{call}: `n`"), integer(m, f"{call}: `m`")
     if not 1 <= n <= m:
         raise ValueError(
@@ -87,16 +90,16 @@ def counts(call: str, n, m) -> tuple[int, int]:
     return n, m
 
 
-def two_axes(axes, what: str) -> tuple[int, ...]:
-    """Two different axes."""
+def two_axes(axes: Any, what: str) -> tuple[int, ...]:
+    """Returns two different axes as ints."""
     axes = integers(axes, what)
     if len(set(axes)) != 2 or len(axes) != 2:
         raise ValueError(f"{what} are {axes}, not two different axes. Pass two, as in axes=(0, 1).")
     return axes
 
 
-def shape_of_block(call: str, shape) -> tuple[int, ...]:
-    """The two sizes of a block."""
+def shape_of_block(call: str, shape: Any) -> tuple[int, ...]:
+    """Returns the two sizes of a block as ints."""
     sizes = integers(shape, f"{call}: `shape`")
     if len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(
@@ -106,8 +109,8 @@ def shape_of_block(call: str, shape) -> tuple[int, ...]:
     return sizes
 
 
-def density(call: str, value) -> float:
-    """A density in (0, 1] as a float."""
+def density(call: str, value: Any) -> float:
+    """Returns a density in (0, 1] as a float."""
     try:
         fraction = float(value)
     except (TypeError, ValueError):
@@ -119,25 +122,25 @@ def density(call: str, value) -> float:
     return fraction
 
 
-def steps(call: str, name: str, value, *, least: int = 1) -> None:
-    """Checks a number of optimizer steps; an array passes, as `inject_hyperparams` hands it in."""
+def steps(call: str, name: str, value: Any, *, least: int = 1) -> None:
+    """Checks a number of optimizer steps; accepts arrays, which `inject_hyperparams` passes."""
     if not isinstance(value, jax.Array) and integer(value, f"{call}: `{name}`") < least:
         raise ValueError(f"{call}: {name}={value} is below {least}. Pass a number of steps.")
 
 
-def factor(call: str, name: str, value, *, most: float = math.inf) -> None:
-    """Checks a factor of 0 or more; an array passes, as `inject_hyperparams` hands it in."""
+def factor(call: str, name: str, value: Any, *, most: float = math.inf) -> None:
+    """Checks a factor of 0 or more; accepts arrays, which `inject_hyperparams` passes."""
     if not isinstance(value, jax.Array) and (not 0 <= value <= most or math.isinf(value)):
         end = f"{most:g}]" if math.isfinite(most) else "inf)"
-        raise ValueError(f"{call}: {name}={value} is not in [0, {end}. Pass a number in it.")
+        raise ValueError(f"{call}: {name}={value} is not in [0, {end}. Pass one in this range.")
 
 
 def misfit(
-    axes: tuple[int, ...], multiples: tuple[int, ...], shape: tuple[int, ...], dtype
+    axes: tuple[int, ...], multiples: tuple[int, ...], shape: tuple[int, ...], dtype: Any
 ) -> str | None:
     """Why an array cannot be grouped in `multiples` along `axes`, or None if it can."""
     if not rankable(dtype):
-        return f"{getattr(dtype, 'name', dtype)} has no order to rank by"
+        return f"{getattr(dtype, 'name', dtype)} cannot be ranked"
     if 0 in shape:
         return "it is empty"
     if not shape:
@@ -146,7 +149,7 @@ def misfit(
         if not -len(shape) <= axis < len(shape):
             return f"axis {axis} is out of range for {len(shape)} axes"
     if len({axis % len(shape) for axis in axes}) < len(axes):
-        return f"axes {axes} of {len(shape)} axes are the same one"
+        return f"axes {axes} name the same axis twice"
     for axis, m in zip(axes, multiples, strict=True):
         if shape[axis] % m:
             return f"axis {axis} has size {shape[axis]}, not a multiple of m={m}"

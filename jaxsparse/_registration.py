@@ -12,7 +12,10 @@ __all__ = ["register_exported", "register_saved", "register_static"]
 
 
 def register_static(cls: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any]) -> type:
-    """Registers a class as a pytree without leaves; `encode` and `decode` go by way of JSON."""
+    """Registers a class as a pytree without leaves.
+
+    `encode` and `decode` convert its values to and from data that JSON can represent.
+    """
     jax.tree_util.register_static(cls)
     register_exported(cls, encode, decode)
     register_saved(cls, lambda value: {}, lambda value, state: value)
@@ -20,9 +23,9 @@ def register_static(cls: type, encode: Callable[[Any], Any], decode: Callable[[A
 
 
 def register_exported(
-    cls: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any], **kwargs
+    cls: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any], **kwargs: Any
 ) -> None:
-    """Registers how the static part of a pytree is written by `jax.export`, by way of JSON."""
+    """Registers how `jax.export` serializes the static part of a pytree, as JSON."""
     export.register_pytree_node_serialization(
         cls,
         serialized_name=f"jaxsparse.{cls.__name__}",

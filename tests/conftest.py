@@ -10,9 +10,14 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import jaxtyping
 import optax
 import promotion
 import pytest
+
+# signatures, with the shapes in them, are held at run time
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("jaxsparse", CHECKER)
 
 # for the tests of sharding; the others run on the first
 jax.config.update("jax_num_cpu_devices", 8)
@@ -37,3 +42,11 @@ def _promotion(request):
     else:
         with promotion.allowed():
             yield
+
+
+@pytest.fixture
+def unchecked_types():
+    """Lets bad input reach the errors of the library."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

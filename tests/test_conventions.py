@@ -233,7 +233,9 @@ def test_a_state_of_another_plan_is_refused(name):
         other = js.rewire(optax.adamw(1e-2), js.plan(PARAMS, rules)).init(PARAMS)
         if name == "record":
             other = tx.init(PARAMS)._replace(inner_state=other)
-        with pytest.raises(ValueError, match=r"rewire: the state is of another plan: there a/w is"):
+        with pytest.raises(
+            ValueError, match=r"rewire: the state was made for a different plan: a/w is"
+        ):
             tx.update(grads(), other, PARAMS)
 
 

@@ -153,7 +153,7 @@ VALUES = [
     (
         plan({"a/w": js.TransposableNM(2, 4, (0, -2))}),
         "plan",
-        "axes (0, -2) of 2 axes are the same one",
+        "axes (0, -2) name the same axis twice",
     ),
     (
         plan({"w": js.TransposableNM(2, 4, (0, 1))}, {"w": S}),
@@ -253,7 +253,7 @@ VALUES = [
         "effective_params",
         "a/w has shape (4, 4).*(8, 4). Pass",
     ),
-    (lambda: js.effective_weight(V, jnp.ones(3, bool)), "effective_weight", "(3,), .*(4,). Make"),
+    (lambda: js.effective_weight(V, jnp.ones(3, bool)), "effective_weight", "(3,), .*(4,). Pass"),
     (lambda: js.effective_weight(V, jnp.ones((1, 4), bool)), "effective_weight", "(1, 4), .*(4,)"),
     (
         lambda: js.effective_weight(V, YES, jnp.ones((2, 1))),
@@ -367,7 +367,7 @@ VALUES = [
     (
         recipe("explore_exploit", fix_after=1.0, total_steps=8),
         "recipes.explore_exploit",
-        "the fixed phase has no step: fix_after is step 8 of 8. Fix",
+        "no steps are left for the fixed phase: fix_after is step 8 of 8. Pass",
     ),
     (lambda: js.rewire(optax.sgd(0.1), PLAN, begin=-1), "rewire", "begin=-1 is below 0"),
     (
@@ -403,12 +403,12 @@ VALUES = [
     (
         recipe("mdgf", total_steps=0),
         "recipes.mdgf",
-        "dense_until=0.05 of total_steps=0 rounds to no step",
+        "dense_until=0.05 of total_steps=0 rounds to step 0",
     ),
     (
         recipe("mdgf", total_steps=9),
         "recipes.mdgf",
-        "dense_until=0.05 of total_steps=9 rounds to no step. Pass 0, or train longer",
+        "dense_until=0.05 of total_steps=9 rounds to step 0. Pass 0, or train longer",
     ),
     (recipe("mdgf", dense_until=5.0), "recipes.mdgf", "dense_until=5.0 is not in [0, 1].* an int"),
     (recipe("mdgf", dense_until=float("nan")), "recipes.mdgf", "dense_until=nan is not in [0, 1]"),
@@ -421,17 +421,17 @@ VALUES = [
     (
         recipe("mdgf", dense_until=14),
         "recipes.mdgf",
-        "sparsification, .* has no step: dense_until is step 14, fine_tune_from step 14, total",
+        "no steps are left for sparsification, .*: dense_until is step 14, fine_tune_from step 14",
     ),
     (
         recipe("mdgf", dense_until=0.8),
         "recipes.mdgf",
-        "sparsification, .* has no step: dense_until is step 16, fine_tune_from step 14",
+        "no steps are left for sparsification, .*: dense_until is step 16, fine_tune_from step 14",
     ),
     (
         recipe("mdgf", fine_tune_from=1.0),
         "recipes.mdgf",
-        "the fine-tune phase has no step: .* step 20, total_steps 20. Pass",
+        "no steps are left for the fine-tune phase: .* step 20, total_steps 20. Pass",
     ),
     (
         recipe("mdgf", curve="cosine"),
@@ -442,7 +442,11 @@ VALUES = [
     (recipe("mdgf", every=0), "rewire", "every=0 is below 1", "in mdgf"),
     (recipe("mdgf", DENSE), "rewire", "the plan keeps every leaf dense", "in mdgf"),
     (recipe("sdgf", DENSE), "rewire", "the plan keeps every leaf dense", "in sdgf"),
-    (recipe("sdgf", fine_tune_from=1.0), "recipes.sdgf", "the fine-tune phase has no step"),
+    (
+        recipe("sdgf", fine_tune_from=1.0),
+        "recipes.sdgf",
+        "no steps are left for the fine-tune phase",
+    ),
     (
         recipe("sdgf", stages="steps"),
         "recipes.sdgf",
@@ -456,7 +460,7 @@ VALUES = [
     (
         recipe("sdgf", FREE),
         "recipes.sdgf",
-        "a/w is planned unstructured 0.5, .* Use recipes.gradual",
+        "a/w is planned as unstructured 0.5, .* Use recipes.gradual",
     ),
     (
         recipe("sdgf", stages="geometric"),
@@ -466,7 +470,7 @@ VALUES = [
     (
         recipe("sdgf", BOTH_AXES, stages="geometric"),
         "recipes.sdgf",
-        "a/w is planned transposable 2:4, which has no geometric stages. Pass other",
+        "a/w is planned as transposable 2:4, which has no geometric stages. Pass other",
     ),
     (
         recipe("sdgf", stages="geometric", k=3),
@@ -477,11 +481,15 @@ VALUES = [
     (
         recipe("gradual"),
         "recipes.gradual",
-        "a/w is planned 2:4, which has no density to change. Use recipes.sdgf",
+        "a/w is planned as 2:4, whose density is fixed. Use recipes.sdgf",
     ),
     (recipe("gradual", GRADUAL), "recipes.gradual", "the density of a/w follows a schedule. Plan"),
     (recipe("gradual", FREE, initial=2), "gradual_density", "initial=2 is not in (0, 1]"),
-    (recipe("gradual", FREE, dense_until=14), "recipes.gradual", "sparsification, .* has no step"),
+    (
+        recipe("gradual", FREE, dense_until=14),
+        "recipes.gradual",
+        "no steps are left for sparsification",
+    ),
     (
         recipe("sr_ste", dense_until=0.1),
         "recipes.sr_ste",
@@ -490,7 +498,7 @@ VALUES = [
     (
         recipe("sr_ste", dense_until=20, total_steps=20),
         "recipes.sr_ste",
-        "the sparse phase has no step: dense_until is step 20 of 20",
+        "no steps are left for the sparse phase: dense_until is step 20 of 20",
     ),
     (
         recipe("static", renew=js.by_score("fisher")),
@@ -501,12 +509,12 @@ VALUES = [
     (
         recipe("static", masks={"c": FULL["a"]["w"]}),
         "recipes.static",
-        "the plan makes a/w sparse, but `masks` have no mask of it",
+        "the plan makes a/w sparse, but `masks` has no mask for it",
     ),
     (
         recipe("static", masks={**FULL, "b": YES}),
         "recipes.static",
-        "`masks` have a mask of b, which the plan keeps dense. Plan",
+        "`masks` has a mask for b, which the plan keeps dense. Make",
     ),
     (
         recipe("static", masks={"a": {"w": YES}}),
@@ -749,9 +757,13 @@ TYPES = [
     (
         update(TX, state=recipe("mdgf")().init(PARAMS)),
         "rewire",
-        "this RewireState is of another recipe. Pass",
+        "this RewireState was created by a different recipe. Pass",
     ),
-    (update(recipe("static")(), state=STATE), "rewire", "this RewireState is of another recipe"),
+    (
+        update(recipe("static")(), state=STATE),
+        "rewire",
+        "this RewireState was created by a different recipe",
+    ),
     (recipe("mdgf", None), "rewire", "`plan` is a NoneType. Make"),
     (recipe("sdgf", None), "recipes.sdgf", "`plan` is a NoneType. Make"),
     (recipe("gradual", None), "recipes.gradual", "`plan` is a NoneType. Make"),
@@ -796,6 +808,7 @@ def test_no_row_is_there_twice():
     assert len(set(IDS)) == len(IDS)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("kind", "call", "name", "says"), [row[:4] for row in TABLE], ids=IDS)
 def test_bad_input(kind, call, name, says):
     with pytest.raises((ValueError, TypeError)) as caught:

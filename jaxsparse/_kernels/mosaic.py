@@ -43,7 +43,7 @@ VERSION = jax.__version_info__[:2]
 wait_copies = getattr(plgpu, "wait_gmem_to_smem", None)
 
 
-def kernel(body, name: str, out, **params):
+def kernel(body: Any, name: str, out: Any, **params: Any) -> Any:
     """`plgpu.kernel` with one output, in the semantics in which inline assembly sees the registers
     of each lane.
 
@@ -58,7 +58,7 @@ def kernel(body, name: str, out, **params):
     return plgpu.kernel(body, **{output: out}, kernel_name=name, compiler_params=compiler, **params)
 
 
-def padded(x, values, multiple: int):
+def padded(x: Any, values: Any, multiple: int) -> Any:
     """x `[N, K]` and values `[M, K/2]` with zeros up to a multiple of the contraction; unless K is
     one, that copies them.
     """
@@ -71,7 +71,7 @@ def padded(x, values, multiple: int):
 
 
 @contextlib.contextmanager
-def architecture(capability: tuple[int, int]):
+def architecture(capability: tuple[int, int]) -> Any:
     """Lowers for a compute capability; by itself Mosaic takes that of the default device, which may
     be another.
     """
@@ -92,12 +92,12 @@ def load(ref, layout):
     return plgpu.load(ref, *where, layout=layout, optimized=False)
 
 
-def constant(value: int, bits: int = 32):
+def constant(value: int, bits: int = 32) -> Any:
     """An integer constant of MLIR."""
     return utils.c(value, ir.IntegerType.get_signless(bits))
 
 
-def asm(results, text: str, constraints: str, operands, *, side_effects: bool):
+def asm(results: Any, text: str, constraints: str, operands: Any, *, side_effects: bool) -> Any:
     """Inline PTX; `results` are MLIR types, and a list of as many values comes back."""
     kind = llvm.StructType.get_literal(results) if len(results) > 1 else results[0]
     out: Any = llvm.inline_asm(
@@ -118,7 +118,7 @@ def add(*terms):
     return total
 
 
-def mma_sp(total, a, b, word, selector: int, dtype: str):
+def mma_sp(total: Any, a: Any, b: Any, word: Any, selector: int, dtype: str) -> Any:
     """One `mma.sp` m16n8k32 by each warp of a warpgroup.
 
     Args:

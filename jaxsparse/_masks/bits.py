@@ -1,18 +1,19 @@
-"""Masks at one bit a weight, as the optimizer state keeps them."""
+"""Masks packed at one bit a weight, as the optimizer state keeps them."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt8
+
+from jaxsparse._checks import AnArray
 
 __all__ = ["pack", "unpack"]
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def pack(mask, axis: int) -> jax.Array:
-    """The bits of a boolean mask: uint8, of which each holds eight neighbours along `axis`, the
-    lowest bit first.
-    """
+def pack(mask: Bool[AnArray, "..."], axis: int) -> UInt8[Array, "..."]:
+    """Packs a boolean mask into uint8: eight neighbours along `axis` a byte, lowest bit first."""
     axis %= mask.ndim
     size = mask.shape[axis]
     spare = [(0, -size % 8 if i == axis else 0) for i in range(mask.ndim)]
@@ -23,8 +24,8 @@ def pack(mask, axis: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("size", "axis"))
-def unpack(words, size: int, axis: int) -> jax.Array:
-    """The boolean mask, of `size` along `axis`."""
+def unpack(words: UInt8[AnArray, "..."], size: int, axis: int) -> Bool[Array, "..."]:
+    """Unpacks a boolean mask that has `size` along `axis`."""
     axis %= words.ndim
     repeated = jnp.expand_dims(words, axis + 1)
     eights = repeated >> _places(repeated, axis + 1) & 1 == 1

@@ -1,8 +1,11 @@
 """Masks of whole blocks of weights."""
 
-import jax
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsparse import _checks
 from jaxsparse._masks.ranking import magnitude_keys, once, order_keys, wide
@@ -12,15 +15,19 @@ __all__ = ["block_mask", "block_masks"]
 
 
 def block_mask(
-    scores, shape: tuple[int, int], density, *, axes: tuple[int, int], pool: _checks.Pool = "max"
-) -> jax.Array:
-    """Marks the highest blocks of scores, exactly `density * blocks` of them, all of a block or
-    none.
+    scores: Real[ArrayLike, "*dims"],
+    shape: Sequence[SupportsIndex],
+    density: Float[ArrayLike, ""] | int,
+    *,
+    axes: Sequence[SupportsIndex],
+    pool: _checks.Pool = "max",
+) -> Bool[Array, "*dims"]:
+    """Marks the highest-scoring blocks, exactly `density * blocks` of them, as participating.
 
-    Where a size is no multiple of the block's, the last block is smaller and is scored by what it
-    holds. The number is rounded half up and at least 1. Equal blocks keep the lower flat index. A
-    block with a NaN ranks highest. Not
-    differentiable: gradients stop here.
+    All weights of a block participate, or none. Where a size is not a multiple of the block's, the
+    last block is smaller and is scored by the weights that it holds. The number of blocks is
+    rounded half up and at least 1. Equal blocks keep the lower flat index. A block with a NaN ranks
+    highest. Not differentiable: gradients stop here.
 
     Args:
       scores: real array of two or more axes, of a floating or integer dtype; the importance of each
@@ -28,18 +35,18 @@ def block_mask(
       shape: the sizes of a block along `axes`; along every other axis it is 1.
       density: the fraction of blocks that stays, a float in (0, 1], or a traced scalar so that a
         schedule does not recompile.
-      axes: the two axes over which blocks stand.
-      pool: what ranks a block: `"max"`, `"mean"` or `"l2"` (the root of the sum of squares); the
-        last two in float32.
+      axes: the two axes that blocks cover.
+      pool: what ranks a block: its `"max"`, `"mean"` or `"l2"` (the root of the sum of squares);
+        the last two in float32.
 
     Returns:
       Boolean array of the shape of `scores`.
 
     Raises:
-      TypeError: scores are complex or boolean, a size or an axis is no integer, or `density` is no
-        number.
-      ValueError: `shape`, `density`, `axes` or `pool` is none that `Block` takes, or an axis is
-        out of range.
+      TypeError: `scores` are complex or boolean, a size or an axis is not an integer, or `density`
+        is not a number.
+      ValueError: `shape`, `density`, `axes` or `pool` is invalid, as for `Block`, or an axis is out
+        of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,8 +62,8 @@ def block_mask(
     density = checked_density("block_mask", density)
     if not _checks.rankable(scores.dtype):
         raise TypeError(
-            f"block_mask: `scores` are {scores.dtype}, which has no order to rank by. Pass real "
-            "scores, as in jnp.abs(w)."
+            f"block_mask: `scores` are {scores.dtype}, which cannot be ranked. Pass real scores, "
+            "as in jnp.abs(w)."
         )
     shape = _checks.shape_of_block("block_mask", shape)
     axes = _checks.two_axes(axes, "block_mask: `axes`")
@@ -72,15 +79,15 @@ def block_mask(
 
 
 def block_masks(
-    arrays,
-    axes,
+    arrays: Any,
+    axes: Any,
     shape: tuple[int, ...],
-    density,
+    density: Any,
     pool: str,
     *,
     magnitude: bool = False,
     stack: tuple[int, ...] = (),
-):
+) -> Any:
     """The masks of arrays whose blocks are ranked together; `axes` has a pair for each array."""
     arrays = [lax.stop_gradient(array) for array in of_one_dtype(arrays)]
     keys = [
@@ -107,7 +114,7 @@ def _block_keys(values, shape, axes, pool, magnitude):
 
 
 def _expand(mask, shape, axes, whole):
-    """The mask of an array of shape `whole` from that of its blocks."""
+    """Expands the mask of blocks to that of an array of shape `whole`."""
     a, b, split = _split(whole, shape, axes)
     padded = tuple(
         -(-size // step) * step
@@ -130,7 +137,7 @@ def _reduce(values, shape, axes, reduction):
     if any(after for _, after in short):
         lowest = jnp.iinfo(values.dtype).min if reduction is jnp.max else 0
         values = jnp.pad(values, short, constant_values=lowest)
-    # one axis after the other: XLA:CPU does not vectorise the reduction of both
+    # one axis after the other, because XLA:CPU does not vectorise a reduction over both
     return reduction(lax.optimization_barrier(reduction(values.reshape(split), a + 1)), b + 1)
 
 
@@ -140,9 +147,7 @@ def _steps(whole, shape, axes):
 
 
 def _split(whole, shape, axes):
-    """The two axes in order, and the shape in which each of them is split into blocks and the
-    places in a block.
-    """
+    """The two axes in order, and the shape that splits each into blocks and their positions."""
     a, b = sorted(axes)
     step = _steps(whole, shape, axes)
     split = [

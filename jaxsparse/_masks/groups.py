@@ -1,10 +1,11 @@
-"""The N:M mask of groups that stand along an axis of their own: which algorithm, and each of them.
+"""The N:M mask of groups along an axis of their own: several algorithms, and which to use.
 
-All give the same mask: the n highest keys of each group, equal ones by the lower place. They differ
-in speed.
+All compute the same mask, the n highest keys of each group with the lower index among equal ones,
+at different speeds.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +16,23 @@ from jaxsparse._masks.ranking import once, wide_keys
 __all__ = ["algorithm", "mask_groups"]
 
 
-def algorithm(n, m: int, key_bits: int):
-    """The fastest for n of m, as measured by benchmarks/masks.py on XLA:CPU; each is natural XLA on
-    a GPU or TPU.
+def algorithm(n: Any, m: int, key_bits: int) -> Any:
+    """The fastest algorithm for n of m, as measured on XLA:CPU by benchmarks/masks.py.
+
+    On GPU and TPU each of them is ordinary XLA.
     """
     few = isinstance(n, int) and n <= 2
     if few and key_bits <= 16 and m <= 1 << 15 and m > (4 if n == 1 else 8):
         return _merge
     if m <= 8 or (m <= 16 and not (few and n == 1)):
         return _compare_all
-    if few and (n == 1 or m <= 64):  # XLA:CPU takes minutes and gigabytes to compile 256 unrolled
+    # XLA:CPU takes minutes and gigabytes to compile _insert for m = 256
+    if few and (n == 1 or m <= 64):
         return _best if n == 1 else _insert
     return _bisect
 
 
-def mask_groups(groups, keys_of, n, m: int, axis: int):
+def mask_groups(groups: Any, keys_of: Any, n: Any, m: int, axis: int) -> Any:
     """The mask of `groups`, whose `axis` has size m, ranked by the integers `keys_of(groups)`."""
     return algorithm(n, m, jnp.iinfo(jax.eval_shape(keys_of, groups).dtype).bits)(
         groups, keys_of, n, m, axis
@@ -37,10 +40,10 @@ def mask_groups(groups, keys_of, n, m: int, axis: int):
 
 
 def _compare_all(groups, keys_of, n, m, axis):
-    """Compares every pair of a group; a word for each group, whose bits are then spread out."""
+    """Compares every pair in a group; packs each group's mask into a word and spreads its bits."""
     members = _members(keys_of, groups, m, axis)
     dtype = jnp.int16 if jnp.iinfo(members[0].dtype).bits < 16 else members[0].dtype
-    # how many rank higher, less n: below 0 stays
+    # how many rank higher, minus n: a member stays if this is negative
     above = [jnp.full(members[0].shape, i - jnp.clip(n, 0, m), dtype) for i in range(m)]
     for j in range(m):
         for i in range(j):
@@ -57,18 +60,18 @@ def _compare_all(groups, keys_of, n, m, axis):
         place = lax.broadcasted_iota(words.dtype, groups.shape, axis)
         return jnp.expand_dims(words, axis) >> place & 1 == 1
 
-    return once(words, spread) if m <= 8 else spread(once(words))  # as measured
+    return once(words, spread) if m <= 8 else spread(once(words))  # the faster, as measured
 
 
 def _runs(m):
-    """The length of the short runs in which long groups are searched before their bests are."""
+    """The length of the runs into which long groups are split for a two-level search."""
     return next((r for r in (16, 8, 4) if m % r == 0 and m >= 4 * r), m) if m > 16 else m
 
 
 def _merge(groups, keys_of, n, m, axis):
-    """Finds the n highest of keys that hold their place in the low bits; merges sorted lists."""
+    """Finds the n highest keys by merging sorted lists; the low bits of a key hold its index."""
     contiguous = axis == groups.ndim - 1
-    # as measured
+    # the fastest run length, as measured
     run, bits = (32 if n == 1 and contiguous and m % 32 == 0 else _runs(m), (m - 1).bit_length())
     last = (1 << bits) - 1
     lowest = jnp.int32(jnp.iinfo(jnp.int32).min)
@@ -86,12 +89,12 @@ def _merge(groups, keys_of, n, m, axis):
     place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
     keys = keys_of(groups).astype(jnp.int32) << bits | (last - place)
     split = (*groups.shape[:axis], m // run, run, *groups.shape[axis + 1 :])
-    found = best((keys.reshape(split), *(jnp.full(split, lowest),) * (n - 1)), axis + 1)
+    best_keys = best((keys.reshape(split), *(jnp.full(split, lowest),) * (n - 1)), axis + 1)
     if run < m:
-        found = [jnp.expand_dims(x, axis) for x in best(tuple(map(once, found)), axis)]
+        best_keys = [jnp.expand_dims(x, axis) for x in best(tuple(map(once, best_keys)), axis)]
     word = jnp.uint8 if n * bits <= 8 else jnp.uint16 if n * bits <= 16 else jnp.uint32
     words = functools.reduce(
-        jnp.bitwise_or, ((last - (x & last)) << i * bits for i, x in enumerate(found))
+        jnp.bitwise_or, ((last - (x & last)) << i * bits for i, x in enumerate(best_keys))
     )
     words = once(words.astype(word))
     place = lax.broadcasted_iota(word, groups.shape, axis)
@@ -99,7 +102,7 @@ def _merge(groups, keys_of, n, m, axis):
 
 
 def _best(groups, keys_of, n, m, axis):
-    """Finds the place of the highest key; in long groups among the highest of short runs."""
+    """Finds the index of the highest key; in long groups, among the highest keys of short runs."""
     run = _runs(m)
     place = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
     if run < m:
@@ -126,19 +129,19 @@ def _first_highest(keys_and_places, axis):
 
 
 def _insert(groups, keys_of, n, m, axis):
-    """Goes through the members once and keeps the n best so far in order."""
+    """Keeps the n best members so far in order, in one pass over the members."""
 
     members = _members(keys_of, groups, m, axis)
-    keys, found = members[:1], [jnp.zeros(members[0].shape, jnp.int32)]
+    keys, places = members[:1], [jnp.zeros(members[0].shape, jnp.int32)]
     for i, key in enumerate(members[1:], 1):
         place, wins = jnp.full(key.shape, i, jnp.int32), False
         for j in range(min(n, len(keys))):
-            wins |= key > keys[j]  # and from there on each moves one down
+            wins |= key > keys[j]  # once it wins, the members below move down by one
             keys[j], key = jnp.where(wins, key, keys[j]), jnp.where(wins, keys[j], key)
-            found[j], place = jnp.where(wins, place, found[j]), jnp.where(wins, found[j], place)
+            places[j], place = jnp.where(wins, place, places[j]), jnp.where(wins, places[j], place)
         if len(keys) < n:
             keys.append(key)
-            found.append(place)
+            places.append(place)
 
     def mark(best):
         place = lax.broadcasted_iota(jnp.uint8, groups.shape, axis)
@@ -146,13 +149,11 @@ def _insert(groups, keys_of, n, m, axis):
             jnp.logical_or, (place == jnp.expand_dims(best[i], axis) for i in range(n))
         )
 
-    return mark(once(jnp.stack(found).astype(jnp.uint8)))
+    return mark(once(jnp.stack(places).astype(jnp.uint8)))
 
 
 def _bisect(groups, keys_of, n, m, axis):
-    """Finds the n-th highest key of each group bit by bit, then the place up to which its equals
-    stay.
-    """
+    """Finds the n-th highest key of each group bit by bit, then how many of its equals stay."""
     keys = keys_of(groups)
     lowest, bits = jnp.iinfo(keys.dtype).min, jnp.iinfo(keys.dtype).bits
     keys = wide_keys(keys)

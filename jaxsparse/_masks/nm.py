@@ -1,24 +1,32 @@
 """N:M masks: n of every m neighbours along one axis."""
 
 import functools
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Integer, Real
 
 from jaxsparse import _checks
+from jaxsparse._checks import AnArray
 from jaxsparse._masks.groups import mask_groups
 from jaxsparse._masks.ranking import magnitude_keys, once, order_keys
 
 __all__ = ["mask_of_magnitudes", "mask_of_scores", "nm_mask"]
 
 
-def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
+def nm_mask(
+    scores: Real[ArrayLike, "*shape"],
+    n: Integer[ArrayLike, ""],
+    m: SupportsIndex,
+    *,
+    axis: SupportsIndex,
+) -> Bool[Array, "*shape"]:
     """Marks the `n` highest scores of every group of `m` as participating.
 
     Groups are runs of `m` neighbours along `axis`; they never wrap into the next row. Equal scores
-    keep the lower index, so exactly `n` stay. NaN ranks highest, so that it is seen rather than
-    hidden. Not
+    keep the lower index, so exactly `n` stay. NaN ranks highest, so that it remains visible. Not
     differentiable: gradients stop here.
 
     Args:
@@ -33,7 +41,7 @@ def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
       Boolean array of the shape of `scores`.
 
     Raises:
-      TypeError: scores are complex or boolean, or `n`, `m` or `axis` is no integer.
+      TypeError: `scores` are complex or boolean, or `n`, `m` or `axis` is not an integer.
       ValueError: `n` is not in `1..m`, `axis` is out of range, or its size is not a multiple of
         `m`.
 
@@ -44,8 +52,9 @@ def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
       Array([ True, False,  True, False], dtype=bool)
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3; Zhou et al., Learning N:M
-      Fine-grained Structured Sparse Neural Networks From Scratch.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3 (arXiv:2104.08378); Zhou et
+      al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch
+      (arXiv:2102.04010).
     """
     scores = _checks.array(scores, "nm_mask: `scores`")
     n, m, axis = _checked(scores, n, m, axis)
@@ -58,8 +67,8 @@ def _checked(scores, n, m, axis):
     shape = scores.shape
     if not _checks.rankable(scores.dtype):
         raise TypeError(
-            f"nm_mask: `scores` are {scores.dtype}, which has no order to rank by. Pass real "
-            "scores, as in jnp.abs(w)."
+            f"nm_mask: `scores` are {scores.dtype}, which cannot be ranked. Pass real scores, as "
+            "in jnp.abs(w)."
         )
     if not isinstance(n, jax.core.Tracer):
         n, m = _checks.counts("nm_mask", n, m)
@@ -87,11 +96,11 @@ def _mask(values, keys_of, n, m, axis):
     values = lax.stop_gradient(values)
     if isinstance(n, int) and n == m:
         return jnp.ones(values.shape, bool)
-    # XLA:CPU reshapes and cuts a bfloat16 by way of float32: integers before all else
+    # XLA:CPU reshapes and slices bfloat16 through float32, so convert to integers first
     if values.dtype.itemsize < 4:
         keys = keys_of(values)
-        # XLA:CPU does not vectorise the search of 2:16 together with more than a magnitude, and
-        # takes 3 times as long
+        # XLA:CPU does not vectorise 2:16 when the search is fused with these keys, and takes 3
+        # times as long
         values = (
             once(keys)
             if keys_of is order_keys and isinstance(n, int) and n == 2 and m > 8
@@ -109,12 +118,16 @@ def _identity(keys):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def mask_of_scores(scores, n: int, m: int, axis: int):
+def mask_of_scores(
+    scores: Real[AnArray, "*shape"], n: int, m: int, axis: int
+) -> Bool[Array, "*shape"]:
     """The mask of the n highest scores of each group; `axis` is not negative."""
     return _mask(scores, order_keys, n, m, axis)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def mask_of_magnitudes(weights, n: int, m: int, axis: int):
+def mask_of_magnitudes(
+    weights: Real[AnArray, "*shape"], n: int, m: int, axis: int
+) -> Bool[Array, "*shape"]:
     """The mask of the n largest magnitudes of each group; `axis` is not negative."""
     return _mask(weights, magnitude_keys, n, m, axis)

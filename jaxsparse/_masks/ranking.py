@@ -1,6 +1,4 @@
-"""Scores to integers that order as they do, and how XLA:CPU is kept from computing a thing again
-for each of its readers.
-"""
+"""Integer keys that order as scores do, and a way to compute a value only once on XLA:CPU."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,7 +7,7 @@ __all__ = ["magnitude_keys", "once", "order_keys", "wide", "wide_keys"]
 
 
 def wide(x):
-    """Numbers as floats of 32 bits, or of the 64 that they have."""
+    """Converts numbers to float32; float32 and float64 pass through."""
     return (
         x
         if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4
@@ -18,13 +16,14 @@ def wide(x):
 
 
 def wide_keys(keys):
-    """Integers of 32 bits, or of the 64 that they have."""
+    """Converts integers to int32; 32 and 64 bits pass through."""
     return keys if keys.dtype.itemsize >= 4 else keys.astype(jnp.int32)
 
 
 def order_keys(scores):
-    """Signed integers that order as the scores do: -0 equals 0, every NaN is the same and above
-    infinity.
+    """Signed integers that order as the scores do.
+
+    -0 equals 0; all NaN are equal and above infinity.
     """
     scores = _bytes(scores)
     if jnp.issubdtype(scores.dtype, jnp.signedinteger):
@@ -39,19 +38,19 @@ def order_keys(scores):
 
 
 def magnitude_keys(weights):
-    """Signed integers, 0 or more for floats, that order as the magnitudes of the weights do."""
+    """Signed integers that order as the magnitudes of the weights do; 0 or more for floats."""
     weights = _bytes(weights)
     if jnp.issubdtype(weights.dtype, jnp.unsignedinteger):
         return order_keys(weights)
     if jnp.issubdtype(weights.dtype, jnp.integer):
-        # |w| - 1, which the lowest integer has too
+        # |w| - 1, which does not overflow for the lowest integer
         return ~jnp.where(weights < 0, weights, -weights)
     bits = _bits(weights)
     return jnp.minimum(bits & jnp.iinfo(bits.dtype).max, _infinity(bits.dtype, weights.dtype) + 1)
 
 
 def _bytes(x):
-    """Integers of fewer than 8 bits as ones of 8."""
+    """Widens integers of fewer than 8 bits to 8 bits."""
     return (
         x.astype(jnp.int8)
         if jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8
@@ -60,7 +59,7 @@ def _bytes(x):
 
 
 def _bits(x):
-    # the 8-bit floats differ in their bits for NaN and zero: float16 holds them all
+    # the 8-bit floats encode NaN and zero differently; float16 holds all of their values
     if x.dtype.itemsize == 1:
         x = x.astype(jnp.float16)
     return lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
@@ -74,15 +73,15 @@ def _infinity(integer, dtype):
 
 
 def once(x, f=lambda x: x):
-    """`f(x)`, for which each element of x is computed once.
+    """Computes `f(x)` such that each element of x is computed only once.
 
-    XLA:CPU fuses a per-group result x into the expansion that reads it and computes it again for
-    each member, m times the work; what passes into a conditional, if only on an opaque constant, is
-    written first. Elsewhere the fusion is what one wants.
+    XLA:CPU fuses a per-group result x into the expansion that reads it, and so computes it again
+    for each member: m times the work. An operand of a conditional is computed first, even if the
+    predicate is an opaque constant. On other platforms the fusion is faster.
     """
 
     def written_first(x):
-        # as sharded as f(x)
+        # zeros_like(f(x)) has the sharding of f(x)
         return lax.cond(
             lax.optimization_barrier(jnp.bool_(True)), f, lambda x: jnp.zeros_like(f(x)), x
         )

@@ -1,18 +1,19 @@
-"""The mask of exactly the k highest keys of one array or of several together, equal keys by the
-lower flat index.
+"""The mask of exactly the k highest keys of one array, or of several ranked together.
 
-A threshold is searched for: each pass over the arrays counts the keys above eight candidates. A
-sample gives the first candidates and the counts the next; whatever they are worth, the quarters of
-the interval are among them.
+Among equal keys the lower flat index stays. The threshold is found by search: each pass over the
+arrays counts the keys above eight candidates. The first candidates come from a sample, later ones
+from the counts. The quarters of the interval are always among them, so the search converges however
+poor the other candidates are.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsparse import _checks
 from jaxsparse._masks.ranking import magnitude_keys, order_keys, wide, wide_keys
@@ -22,12 +23,13 @@ __all__ = ["checked_density", "of_one_dtype", "ranked_masks", "topk_mask"]
 _SAMPLE = 4096
 
 
-def topk_mask(scores, density) -> jax.Array:
+def topk_mask(
+    scores: Real[ArrayLike, "*shape"], density: Float[ArrayLike, ""] | int
+) -> Bool[Array, "*shape"]:
     """Marks the highest scores of the whole array, exactly `density * size` of them.
 
     The number is rounded half up and at least 1. Equal scores keep the lower flat index. NaN ranks
-    highest. Not
-    differentiable: gradients stop here.
+    highest. Not differentiable: gradients stop here.
 
     Args:
       scores: real array of any shape and of a floating or integer dtype; the importance of each
@@ -39,8 +41,8 @@ def topk_mask(scores, density) -> jax.Array:
       Boolean array of the shape of `scores`.
 
     Raises:
-      TypeError: scores are complex or boolean, or `density` is no number.
-      ValueError: `density` is not in (0, 1], or there are more scores than an int32 counts.
+      TypeError: `scores` are complex or boolean, or `density` is not a number.
+      ValueError: `density` is not in (0, 1], or there are more scores than an int32 can count.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,14 +56,14 @@ def topk_mask(scores, density) -> jax.Array:
     scores = _checks.array(scores, "topk_mask: `scores`")
     if not _checks.rankable(scores.dtype):
         raise TypeError(
-            f"topk_mask: `scores` are {scores.dtype}, which has no order to rank by. Pass real "
-            "scores, as in jnp.abs(w)."
+            f"topk_mask: `scores` are {scores.dtype}, which cannot be ranked. Pass real scores, as "
+            "in jnp.abs(w)."
         )
     return ranked_masks([scores], checked_density("topk_mask", density))[0]
 
 
-def checked_density(call: str, value):
-    """A density as a float, or as the traced scalar that it is."""
+def checked_density(call: str, value: Any) -> Any:
+    """Returns a density as a float; a traced scalar passes through."""
     if not isinstance(value, jax.core.Tracer):
         return _checks.density(call, value)
     if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -71,10 +73,12 @@ def checked_density(call: str, value):
     return value
 
 
-def ranked_masks(arrays, density, *, magnitude: bool = False, stack: tuple[int, ...] = ()):
-    """The masks of arrays ranked together by their values or magnitudes, which keep `density`.
+def ranked_masks(
+    arrays: Any, density: Any, *, magnitude: bool = False, stack: tuple[int, ...] = ()
+) -> Any:
+    """The masks, of the given density, of arrays ranked together by their values or magnitudes.
 
-    Along the axes `stack`, which all arrays have, each place is ranked for itself.
+    All arrays have the axes `stack`; along these, each position is ranked separately.
     """
     arrays = [lax.stop_gradient(array) for array in of_one_dtype(arrays)]
     keys_of = magnitude_keys if magnitude else order_keys
@@ -87,21 +91,24 @@ def ranked_masks(arrays, density, *, magnitude: bool = False, stack: tuple[int, 
     return top(*arrays)
 
 
-def of_one_dtype(arrays) -> list:
-    """The arrays in a dtype that holds all their values, so that they can be ranked together."""
+def of_one_dtype(arrays: Any) -> list:
+    """Converts arrays to one dtype that holds all of their values, to rank them together."""
     dtypes = {array.dtype for array in arrays}
     if len(dtypes) == 1:
         return arrays
-    # 8-bit floats promote to no other type by themselves
-    dtype = functools.reduce(
-        jnp.promote_types, (wide(a).dtype if a.dtype.itemsize == 1 else a.dtype for a in arrays)
-    )
+    with jax.numpy_dtype_promotion("standard"):  # explicit, whatever the program forbids
+        # jax does not promote 8-bit floats to other types implicitly
+        dtype = functools.reduce(
+            jnp.promote_types, (wide(a).dtype if a.dtype.itemsize == 1 else a.dtype for a in arrays)
+        )
     return [array.astype(dtype) for array in arrays]
 
 
 class _Interval(NamedTuple):
-    """Where the k-th highest key is: unsigned `low` and `high`, both included, and how many keys
-    are `>= low` and `> high`.
+    """The interval that contains the k-th highest key.
+
+    It runs from unsigned `low` to `high`, both included; `from_low` keys are `>= low` and
+    `above_high` are `> high`.
     """
 
     low: object
@@ -110,7 +117,7 @@ class _Interval(NamedTuple):
     above_high: object
 
 
-def _how_many(density, size: int):
+def _how_many(density: Any, size: int) -> Any:
     """`density * size`, rounded half up, at least 1: an int for a float, else an int32 scalar."""
     if isinstance(density, float):
         return min(max(math.floor(density * size + 0.5), 1), size)
@@ -122,13 +129,15 @@ def _how_many(density, size: int):
 
 
 def _top_masks(arrays, keys_of, k):
-    """The masks of `arrays`, of several none empty, ranked by the integers `keys_of(array)`; `k` is
-    an int or a traced one.
+    """The masks of `arrays`, ranked by the integers `keys_of(array)`.
+
+    `k` is an int or a traced scalar. If there are several arrays, each has at least one element.
     """
     size = sum(a.size for a in arrays)
     if size > jnp.iinfo(jnp.int32).max:
         raise ValueError(
-            f"{size:,} weights are ranked together, more than an int32 counts. Rank them in parts."
+            f"{size:,} weights are ranked together, more than an int32 can count. Rank them in "
+            "parts."
         )
     if not size:
         return [jnp.ones(a.shape, bool) for a in arrays]
@@ -166,7 +175,7 @@ def _top_masks(arrays, keys_of, k):
     lowest = _signed(interval.low)
 
     def last_places():
-        """The place of the last key equal to the lowest that stays, in each array."""
+        """The index, in each array, of the last key that stays among those equal to `lowest`."""
         room, places = k - interval.above_high, []
         for view in views:
             equal_in_row = (keys(view) == lowest).sum(1, dtype=jnp.int32)
@@ -209,7 +218,7 @@ def _signed(keys):
 
 
 def _count(keys, candidates):
-    """How many keys are at least each of the candidates; one pass."""
+    """Counts, in one pass, the keys that are at least each of the candidates."""
     reached = [(keys >= c).astype(jnp.int32) for c in candidates]
 
     def add(xs, ys):
@@ -219,8 +228,9 @@ def _count(keys, candidates):
 
 
 def _from_sample(sample, k, size):
-    """Candidates around the place in the ascending sample where the k-th highest of all is
-    expected, in standard deviations.
+    """Candidates around the expected position of the k-th highest key in the ascending sample.
+
+    They are spaced in standard deviations.
     """
     count = sample.shape[0]
     share = jnp.asarray(k, jnp.float32) / size
@@ -230,8 +240,9 @@ def _from_sample(sample, k, size):
 
 
 def _between(interval, k):
-    """Candidates around the place where the k-th highest is expected if keys are spread evenly, and
-    the quarters.
+    """Candidates around the expected k-th highest key, and the quarters of the interval.
+
+    The expectation assumes that keys are spread evenly.
     """
     width = (interval.high - interval.low).astype(jnp.float32)
     inside = (interval.from_low - interval.above_high).astype(jnp.float32)

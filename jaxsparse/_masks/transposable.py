@@ -1,38 +1,44 @@
-"""The mask that keeps n of every 4 along two axes at once, and of all such masks the one that keeps
-most.
-"""
+"""Transposable masks: n of every 4 along two axes at once, with the largest possible sum."""
 
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Real
 
 from jaxsparse import _checks
+from jaxsparse._checks import AnArray
 from jaxsparse._masks.ranking import once, wide
 
 __all__ = ["check_supported", "transposable_mask", "transposable_nm_mask"]
 
-# 12 of each stay below the next one, so that a kept NaN outweighs any inf, an inf all else, and no
-# sum overflows
+# 12 times each is below the next, so that a kept NaN outweighs any inf and a kept inf all finite
+# scores, and sums do not overflow
 _FINITE, _INF, _NAN = 2.0**116, 2.0**120, 2.0**124
 
 
-def transposable_nm_mask(scores, n: int, m: int, *, axes: tuple[int, int]) -> jax.Array:
-    """Marks `n` of every `m` scores along both of two axes, so that the sum of the marked ones is
-    the largest possible.
+def transposable_nm_mask(
+    scores: Real[ArrayLike, "*shape"],
+    n: SupportsIndex,
+    m: SupportsIndex,
+    *,
+    axes: Sequence[SupportsIndex],
+) -> Bool[Array, "*shape"]:
+    """Marks `n` of every `m` scores along both of two axes, with the largest possible sum.
 
     Blocks of `m` by `m` neighbours are independent; each keeps exactly `n` in every row and column.
-    Of masks with equal sums the one stays that keeps the lower flat index at their first
-    difference. Without such ties the mask of the transpose is the transposed mask. Sums are taken
-    in float32. NaN outweighs everything else, then inf. Not
-    differentiable: gradients stop here.
+    Among masks with equal sums, the one that keeps the lower flat index at the first difference
+    wins. Without such ties, the mask of the transpose is the transposed mask. Sums are taken in
+    float32. NaN outweighs everything else, then inf. Not differentiable: gradients stop here.
 
     Args:
       scores: real array of two or more axes, of a floating or integer dtype; the importance of each
         weight. Magnitude pruning passes `jnp.abs(w)`.
-      n: how many stay, 1, 2 or 3.
+      n: how many of each group stay, 1, 2 or 3.
       m: the group length, 4.
       axes: the two axes along which groups run.
 
@@ -40,9 +46,9 @@ def transposable_nm_mask(scores, n: int, m: int, *, axes: tuple[int, int]) -> ja
       Boolean array of the shape of `scores`.
 
     Raises:
-      TypeError: scores are complex or boolean, or `n`, `m` or an axis is no integer.
-      ValueError: `n` and `m` are no such pattern, `axes` are not two axes of `scores`, or a size is
-        not a multiple of `m`.
+      TypeError: `scores` are complex or boolean, or `n`, `m` or an axis is not an integer.
+      ValueError: `n:m` is not supported, `axes` are not two axes of `scores`, or a size is not a
+        multiple of `m`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,13 +61,15 @@ def transposable_nm_mask(scores, n: int, m: int, *, axes: tuple[int, int]) -> ja
              [0, 0, 0, 1]], dtype=int32)
 
     References:
-      Advances in Sparse Neural Model Training, section 2, 2:4 along both axes.
+      Advances in Sparse Neural Model Training, section 2, 2:4 along both axes; Hubara et al.,
+      Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable
+      Masks (arXiv:2102.08124).
     """
     scores = _checks.array(scores, "transposable_nm_mask: `scores`")
     if not _checks.rankable(scores.dtype):
         raise TypeError(
-            f"transposable_nm_mask: `scores` are {scores.dtype}, which has no order to rank by. "
-            "Pass real scores, as in jnp.abs(w)."
+            f"transposable_nm_mask: `scores` are {scores.dtype}, which cannot be ranked. Pass real "
+            "scores, as in jnp.abs(w)."
         )
     n, m = check_supported("transposable_nm_mask", n, m)
     axes = _checks.two_axes(axes, "transposable_nm_mask: `axes`")
@@ -74,18 +82,21 @@ def transposable_nm_mask(scores, n: int, m: int, *, axes: tuple[int, int]) -> ja
     return transposable_mask(scores, n, tuple(axis % scores.ndim for axis in axes))
 
 
-def check_supported(call: str, n, m) -> tuple[int, int]:
-    """`n` and `m` as ints that have a transposable pattern."""
+def check_supported(call: str, n: Any, m: Any) -> tuple[int, int]:
+    """Returns `n` and `m` as ints; raises if there is no transposable pattern for them."""
     n, m = _checks.integer(n, f"{call}: `n`"), _checks.integer(m, f"{call}: `m`")
     if m != 4 or n not in (1, 2, 3):
         raise ValueError(
-            f"{call}: {n}:{m} is not supported along two axes. Pass 1:4, 2:4 or 3:4, or NM for one."
+            f"{call}: {n}:{m} is not supported along two axes. Pass 1:4, 2:4 or 3:4, or use NM "
+            "along one axis."
         )
     return n, m
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("magnitude",))
-def transposable_mask(scores, n: int, axes: tuple[int, ...], *, magnitude: bool = False):
+def transposable_mask(
+    scores: Real[AnArray, "*shape"], n: int, axes: tuple[int, ...], *, magnitude: bool = False
+) -> Bool[Array, "*shape"]:
     """The mask of `scores`, or of their magnitudes; sizes along `axes` are multiples of 4."""
     scores = lax.stop_gradient(scores)
     if magnitude:
@@ -115,11 +126,11 @@ def transposable_mask(scores, n: int, axes: tuple[int, ...], *, magnitude: bool 
 
 
 def _best_words(members, n):
-    """The best mask of each block as 16 bits, its first place the highest; of equal ones the
-    highest word.
+    """The best mask of each block as 16 bits, its first position the highest.
 
-    The columns that the upper two rows fill leave to the lower two what fills the rest: few cases
-    (19 for 2:4), in each of which the two halves are chosen apart.
+    Of equal masks the highest word wins. How the upper two rows fill the columns determines how the
+    lower two must fill the rest. These are few cases (19 for 2:4), and in each the two halves are
+    chosen independently.
     """
     rows = list(itertools.combinations(range(4), n))
     sums = [{row: sum((x[j] for j in row[1:]), x[row[0]]) for row in rows} for x in members]
@@ -129,7 +140,7 @@ def _best_words(members, n):
         rest = lower.get(tuple(n - count for count in filled))
         if rest is not None:
             cases.append((total + rest[0], word << 8 | rest[1]))
-    while len(cases) > 1:  # pair by pair, which waits less than one after the other
+    while len(cases) > 1:  # pairwise, a shorter chain of dependencies than one after the other
         odd = cases[len(cases) - len(cases) % 2 :]
         cases = [*map(_better, cases[::2], cases[1::2]), *odd]
     return cases[0][1].astype(jnp.uint16)
@@ -142,8 +153,9 @@ def _better(one, other):
 
 
 def _best_halves(first, second):
-    """For each way in which two rows fill the columns, the largest sum and its word; of equal ones
-    the highest.
+    """For each way in which two rows fill the columns, the largest sum and its word.
+
+    Of equal sums the highest word wins.
     """
     best: dict[tuple[int, ...], tuple] = {}
     for row, other in itertools.product(first, second):

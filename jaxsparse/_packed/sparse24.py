@@ -3,12 +3,15 @@
 import dataclasses
 import math
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Shaped, UInt16
 
+from jaxsparse._checks import AnArray
 from jaxsparse._packed.layouts import Layout, convert, metadata_form
 from jaxsparse._registration import register_exported, register_saved
 
@@ -58,8 +61,8 @@ class Sparse24:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
     """
 
-    values: jax.Array
-    metadata: jax.Array
+    values: Any
+    metadata: Any
     contracting: tuple[int, ...]
     output: tuple[int, ...]
     axes: str = ""
@@ -187,7 +190,7 @@ class Sparse24:
         return _unchecked(self, metadata=metadata, layout=layout)
 
 
-def _unchecked(w: Sparse24, **changes) -> Sparse24:
+def _unchecked(w: Sparse24, **changes: Any) -> Sparse24:
     """The weight with some fields changed; for what is known to fit."""
     fields = {name: changes.get(name, getattr(w, name)) for name in (*_DATA, *_STATIC)}
     return Sparse24.tree_unflatten(
@@ -251,7 +254,9 @@ def check_places(w: Sparse24, call: str) -> None:
         _checked[id(metadata)] = metadata
 
 
-def to_kept(w, mask):
+def to_kept(
+    w: Shaped[AnArray, "*stack M K"], mask: Bool[AnArray, "*stack M K"]
+) -> tuple[Shaped[Array, "*stack M K//2"], UInt16[Array, "*stack M C"]]:
     """A weight `[..., M, K]` and its mask to values and canonical metadata."""
     w0, w1, w2, w3 = (w[..., i::4] for i in range(4))
     m0, m1, m2, m3 = (mask[..., i::4] for i in range(4))
@@ -287,7 +292,9 @@ def places(metadata, groups):
     return nibbles & 3, nibbles >> 2 & 3
 
 
-def expand(values, metadata):
+def expand(
+    values: Shaped[AnArray, "*stack M H"], metadata: UInt16[AnArray, "*stack M C"]
+) -> Shaped[Array, "*stack M 2*H"]:
     """Compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
     pairs = values.reshape(*values.shape[:-1], -1, 2)
     first, second = (kept[..., None] for kept in places(metadata, pairs.shape[-2]))
@@ -299,7 +306,9 @@ def expand(values, metadata):
     return dense.reshape(*values.shape[:-1], -1)
 
 
-def kept_values(dense, metadata):
+def kept_values(
+    dense: Shaped[AnArray, "*stack M K"], metadata: UInt16[AnArray, "*stack M C"]
+) -> Shaped[Array, "*stack M K//2"]:
     """What `[..., M, K]` holds at the kept places, `[..., M, K/2]`: the transpose of `expand`."""
     groups = dense.reshape(*dense.shape[:-1], -1, 4)
     both = [kept[..., None] for kept in places(metadata, groups.shape[-2])]
@@ -309,7 +318,9 @@ def kept_values(dense, metadata):
     return jnp.stack(picked, -1).reshape(*dense.shape[:-1], -1)
 
 
-def transposed(values, metadata):
+def transposed(
+    values: Shaped[AnArray, "*stack M H"], metadata: UInt16[AnArray, "*stack M C"]
+) -> tuple[Shaped[Array, "*stack 2*H M//2"], UInt16[Array, "*stack 2*H D"]]:
     """Values `[..., M, K/2]` and metadata of a transposable weight to those of its transpose,
     `[..., K, M/2]`.
     """

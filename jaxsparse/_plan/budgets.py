@@ -1,37 +1,38 @@
-"""Layer budgets: how a density of the whole is shared among the layers of a plan."""
+"""Layer budgets: how an overall density is distributed over the layers of a plan."""
 
 import dataclasses
 import math
+from typing import cast
 
 from jaxsparse import _checks
+from jaxsparse._plan.pattern import Pattern
 from jaxsparse._plan.plan import Leaf, Plan, check_plan
 
 __all__ = ["layer_budget"]
 
 
 def layer_budget(plan: Plan, density: float, method: _checks.Budget) -> Plan:
-    """Shares a density among the leaves that a plan makes `Unstructured` or `Block`; the others
-    stay as they are.
+    """Distributes a density over the `Unstructured` and `Block` leaves of a plan.
 
-    Layer l keeps the fraction `d_l = min(1, c * r_l)`, with c such that all of them together keep
-    `density`. A layer that c would raise over 1 is dense and c is solved again for the rest. The
-    axes of a stack, as under `nn.scan`, are left
-    out: every weight in it is a layer of the same shape.
+    The other leaves do not change. Layer l keeps the fraction `d_l = min(1, c * r_l)`, with c such
+    that all of these layers together keep `density`: a layer that c would raise above 1 is dense,
+    and c is solved again for the rest. In a stack, as under `nn.scan`, every weight is a layer of
+    the same shape.
 
     Args:
       plan: which leaf follows which pattern.
       density: the fraction that these leaves keep together, in (0, 1].
       method: `"uniform"`, `r_l = 1`; `"er"`, `r_l = (n_in + n_out) / (n_in * n_out)` with the last
         two axes of the layer; `"erk"`, the sum of all its sizes over their product; `"global"`, one
-        threshold for all leaves of equal pattern, which shares it by magnitude.
+        threshold for all leaves with an equal pattern, so that magnitudes decide the distribution.
 
     Returns:
-      The plan with those densities. Exact up to the rounding of each leaf's own number.
+      The plan with these densities, exact up to the rounding in each leaf.
 
     Raises:
-      TypeError: `plan` is no plan, or `density` is no number.
-      ValueError: `density` is not in (0, 1], `method` is none of the four, no leaf is
-        `Unstructured` or `Block`, or the density of one follows a schedule.
+      TypeError: `plan` is not a plan, or `density` is not a number.
+      ValueError: `density` is not in (0, 1], `method` is not one of the four, no leaf is
+        `Unstructured` or `Block`, or the density of such a leaf follows a schedule.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,16 +44,17 @@ def layer_budget(plan: Plan, density: float, method: _checks.Budget) -> Plan:
 
     References:
       Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse
-      Connectivity; Evci et al., Rigging the Lottery, section 3, for ERK.
+      Connectivity (arXiv:1707.04780); Evci et al., Rigging the Lottery, section 3, for ERK
+      (arXiv:1911.11134).
     """
     check_plan("layer_budget", plan)
     density = _checks.density("layer_budget", density)
     _checks.choice("layer_budget", "method", method, _checks.Budget)
-    budgeted = [leaf for leaf in plan.sparse.values() if leaf.pattern.adjustable]
+    budgeted = [leaf for leaf in plan.sparse.values() if cast(Pattern, leaf.pattern).adjustable]
     if not budgeted:
         raise ValueError(f"layer_budget: no leaf of the plan is Unstructured or Block:\n{plan}")
     for leaf in budgeted:
-        if leaf.pattern.schedule is not None:
+        if cast(Pattern, leaf.pattern).schedule is not None:
             raise ValueError(
                 f"layer_budget: the density of {leaf.path} follows a schedule. Plan it with a "
                 "number, which the budget replaces."

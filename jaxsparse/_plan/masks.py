@@ -1,32 +1,35 @@
-"""The masks of a plan: from weights by magnitude, or from scores."""
+"""The masks of a plan, from weights by magnitude or from scores."""
+
+from typing import Any, cast
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import by_path
-from jaxsparse._plan.pattern import axes_in
+from jaxsparse._plan.pattern import Pattern, axes_in
 from jaxsparse._plan.plan import Leaf, Plan, map_planned, match
 
 __all__ = ["magnitude_masks", "score_masks"]
 
 
-def magnitude_masks(params, plan: Plan, *, step=0):
-    """Masks for every leaf of `params` by magnitude, each under its pattern in `plan`.
+def magnitude_masks(params: PyTree, plan: Plan, *, step: Any = 0) -> Any:
+    """Computes masks by magnitude for every leaf of `params`, following a plan.
 
-    Under a pattern of global scope all leaves that share it are ranked together, equal weights by
-    the order of the leaves.
+    Under a pattern of global scope, all leaves that share it are ranked together; among equal
+    weights, earlier leaves come first.
 
     Args:
       params: pytree of weights.
-      plan: which leaf follows which pattern, from `jaxsparse.plan` or `jaxsparse.flax.plan`.
+      plan: which leaf follows which pattern, from `jaxsparse.plan`, `flax.plan` or `nnx.plan`.
       step: the optimizer step, an int or traced, for patterns whose density follows a schedule.
 
     Returns:
-      A pytree of the structure of `params`: a boolean array of the leaf's shape where it is sparse,
-      and the scalar True where it is dense, so that `jax.tree.map` and broadcasting go on working
-      and a dense leaf costs one byte.
+      A pytree of the structure of `params`: a boolean array of the leaf's shape for a sparse leaf,
+      and the scalar True for a dense leaf, so that `jax.tree.map` and broadcasting work and a dense
+      leaf costs one byte.
 
     Raises:
-      ValueError: `params` lacks a leaf that the plan makes sparse, or has it in another shape.
+      ValueError: `params` lacks a leaf that the plan makes sparse, or has it with another shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,14 +45,14 @@ def magnitude_masks(params, plan: Plan, *, step=0):
     return _masks(params, plan, step, "magnitude_masks", magnitude=True)
 
 
-def score_masks(scores, plan: Plan, *, step=0):
-    """Masks for every leaf by scores, each under its pattern in `plan`.
+def score_masks(scores: Any, plan: Plan, *, step: Any = 0) -> Any:
+    """Computes masks by scores for every leaf, following a plan.
 
-    As `magnitude_masks`, but the highest scores participate, whatever their sign.
+    This is `magnitude_masks`, except that the highest scores participate, whatever their sign.
 
     Args:
-      scores: pytree of the structure of the parameters, with a score for each weight; the scores
-        of dense leaves do not matter.
+      scores: pytree of the structure of the parameters, with a score for each weight; the scores of
+        dense leaves do not matter.
       plan: which leaf follows which pattern.
       step: the optimizer step, an int or traced, for patterns whose density follows a schedule.
 
@@ -57,7 +60,7 @@ def score_masks(scores, plan: Plan, *, step=0):
       A pytree of masks, as `magnitude_masks` returns it.
 
     Raises:
-      ValueError: `scores` lacks a leaf that the plan makes sparse, or has it in another shape.
+      ValueError: `scores` lacks a leaf that the plan makes sparse, or has it with another shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,26 +75,32 @@ def score_masks(scores, plan: Plan, *, step=0):
 def _masks(tree, plan, step, call, *, magnitude):
     match(plan, tree, call)
     values = by_path(tree)
-    together: dict = {}  # leaves of a global scope are ranked with all of an equal pattern
+    # under a global scope, all leaves with an equal pattern are ranked together
+    together: dict = {}
     for path, leaf in plan.sparse.items():
-        pattern = leaf.pattern
+        pattern = cast(Pattern, leaf.pattern)
         key = pattern.along(None) if pattern.scope == "global" else path
         together.setdefault(key, []).append(leaf)
-    found: dict = {}
+    masks_by_path: dict = {}
     for leaves in together.values():
-        found.update(_ranked_together(leaves, values, step, magnitude))
+        masks_by_path.update(_ranked_together(leaves, values, step, magnitude))
     return map_planned(
-        lambda leaf, _: found[leaf.path], plan, tree, call=call, dense=lambda _: jnp.asarray(True)
+        lambda leaf, _: masks_by_path[leaf.path],
+        plan,
+        tree,
+        call=call,
+        dense=lambda _: jnp.asarray(True),
     )
 
 
-def _ranked_together(leaves: list[Leaf], values, step, magnitude) -> dict:
+def _ranked_together(leaves: list[Leaf], values: Any, step: Any, magnitude: Any) -> dict:
     first = leaves[0]
-    masks = first.pattern.masks(
+    pattern = cast(Pattern, first.pattern)
+    masks = pattern.masks(
         [values[leaf.path] for leaf in leaves],
-        [axes_in(leaf.pattern, len(leaf.shape)) for leaf in leaves],
+        [axes_in(cast(Pattern, leaf.pattern), len(leaf.shape)) for leaf in leaves],
         magnitude=magnitude,
-        stack=first.stack if first.pattern.scope == "leaf" else (),
+        stack=first.stack if pattern.scope == "leaf" else (),
         step=step,
     )
     return {leaf.path: mask for leaf, mask in zip(leaves, masks, strict=True)}

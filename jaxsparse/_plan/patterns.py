@@ -23,13 +23,14 @@ __all__ = ["NM", "Block", "TransposableNM", "Unstructured", "as_pattern"]
 class NM(Pattern):
     """`n` of every `m` neighbouring weights along `axis` participate.
 
-    Written `"2:4"` wherever a pattern is expected and the axis is known from elsewhere.
+    `"2:4"` stands for `NM(2, 4)` wherever a pattern is expected and the axis is known from
+    elsewhere.
 
     Args:
       n: how many weights of each group participate, `1 <= n <= m`.
       m: the length of a group.
-      axis: the axis along which groups run; it should be the one that the matmul sums over. None
-        where the module that owns the kernel tells (see `jaxsparse.flax.plan`).
+      axis: the axis along which groups run, which should be the one that the matmul sums over. None
+        if it is learnt from the program (see `jaxsparse.plan`).
 
     Raises:
       TypeError: `n`, `m` or `axis` is not an integer.
@@ -43,7 +44,7 @@ class NM(Pattern):
       '1:8'
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3 (arXiv:2104.08378).
     """
 
     n: int
@@ -63,22 +64,22 @@ class NM(Pattern):
 
     @property
     def axes(self) -> tuple[int, ...] | None:
-        """The axes that the pattern runs along, here one; None where they are not named yet."""
+        """The axis that the pattern runs along, in a tuple; None if it is not known yet."""
         return None if self.axis is None else (self.axis,)
 
     @property
     def multiples(self) -> tuple[int, ...]:
-        """For each of its axes, what the size must be a multiple of."""
+        """For each axis, the number that its size must be a multiple of."""
         return (self.m,)
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
-        """For each of its axes, `n` and `m`."""
+        """`n` and `m` for each axis."""
         return ((self.n, self.m),)
 
     @property
     def hint(self) -> str:
-        """How to name its axes."""
+        """How to name the axis."""
         return f"Name the one that the matmul sums over, as in NM({self.n}, {self.m}, axis=0)."
 
     def along(self, axes: tuple[int, ...] | None) -> "NM":
@@ -86,16 +87,16 @@ class NM(Pattern):
         return NM(self.n, self.m, None if axes is None else axes[0])
 
     def masks(self, values, axes, *, magnitude, stack=(), step=0):
-        """The mask of the one array."""
+        """Computes the mask of the only array."""
         (array,), ((axis,),) = values, axes
         return [(mask_of_magnitudes if magnitude else mask_of_scores)(array, self.n, self.m, axis)]
 
     def place_bits(self, shape: tuple[int, ...]) -> float:
-        """For each weight that participates, the bits of one of m places."""
+        """The bits that select one of m places, for each weight that participates."""
         return math.prod(shape) * self.density * (self.m - 1).bit_length()
 
     def stages(self, kind: _checks.StageKind, k: int = 16) -> tuple["NM", ...]:
-        """Those of `stepwise_stages` or `geometric_stages`."""
+        """The stages of `stepwise_stages` or `geometric_stages`, as patterns."""
         stepwise = kind == "stepwise"
         counts = (
             stepwise_stages(self.n, self.m) if stepwise else geometric_stages(self.n, self.m, k)
@@ -108,22 +109,22 @@ class NM(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class TransposableNM(Pattern):
-    """`n` of every `m` weights participate along both of two axes: the mask of the transpose is the
-    transposed mask.
+    """`n` of every `m` weights participate along both of two axes.
 
-    So the forward product, which sums over one axis, and the backward one, which sums over the
-    other, both run sparse. Of all patterns of an `m` by `m` block (90 for 2:4, 24 for 1:4 and 3:4)
-    the one that keeps most is taken.
+    The mask of the transpose is therefore the transposed mask. The forward product, which sums over
+    one axis, and the backward product, which sums over the other, both run sparse. In each `m` by
+    `m` block, of all masks with this property (90 for 2:4, 24 for 1:4 and 3:4), the one that keeps
+    the most magnitude is chosen.
 
     Args:
       n: how many of each group participate, 1, 2 or 3.
       m: the length of a group along each axis: 4.
-      axes: the two axes, the one that the matmul sums over first. None where the module that owns
-        the kernel tells (see `jaxsparse.flax.plan`).
+      axes: the two axes, starting with the one that the matmul sums over. None if they are learnt
+        from the program (see `jaxsparse.plan`).
 
     Raises:
       TypeError: `n`, `m` or an axis is not an integer.
-      ValueError: `n` and `m` are no such pattern, or `axes` are not two different axes.
+      ValueError: `n:m` is not supported, or `axes` are not two different axes.
 
     Example:
       >>> import jaxsparse as js
@@ -133,7 +134,9 @@ class TransposableNM(Pattern):
       'transposable 1:4'
 
     References:
-      Advances in Sparse Neural Model Training, section 2, 2:4 along both axes.
+      Advances in Sparse Neural Model Training, section 2, 2:4 along both axes; Hubara et al.,
+      Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable
+      Masks (arXiv:2102.08124).
     """
 
     n: int
@@ -153,19 +156,19 @@ class TransposableNM(Pattern):
 
     @property
     def multiples(self) -> tuple[int, ...]:
-        """For each of its axes, what the size must be a multiple of."""
+        """For each axis, the number that its size must be a multiple of."""
         return (self.m, self.m)
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
-        """For each of its axes, `n` and `m`."""
+        """`n` and `m` for each axis."""
         return ((self.n, self.m), (self.n, self.m))
 
     @property
     def hint(self) -> str:
-        """How to name its axes."""
+        """How to name the axes."""
         return (
-            "Name both, the one that the matmul sums over first, "
+            "Name both, starting with the one that the matmul sums over, "
             f"as in TransposableNM({self.n}, {self.m}, axes=(0, 1))."
         )
 
@@ -174,16 +177,16 @@ class TransposableNM(Pattern):
         return dataclasses.replace(self, axes=axes)
 
     def masks(self, values, axes, *, magnitude, stack=(), step=0):
-        """The mask of the one array."""
+        """Computes the mask of the only array."""
         (array,), (pair,) = values, axes
         return [transposable_mask(array, self.n, pair, magnitude=magnitude)]
 
     def place_bits(self, shape: tuple[int, ...]) -> float:
-        """For each weight that participates, the bits of one of m places."""
+        """The bits that select one of m places, for each weight that participates."""
         return math.prod(shape) * self.density * (self.m - 1).bit_length()
 
     def stages(self, kind: _checks.StageKind, k: int = 16) -> tuple["TransposableNM", ...]:
-        """Those of `stepwise_stages`; groups longer than 4 are not supported."""
+        """The stages of `stepwise_stages`; groups longer than 4 are not supported."""
         if kind == "geometric" and k > 1:
             return ()
         return tuple(TransposableNM(n, m, self.axes) for n, m in stepwise_stages(self.n, self.m))
@@ -197,22 +200,22 @@ class Unstructured(Pattern):
     """The weights of largest magnitude participate, wherever they are.
 
     Exactly `density * size` of them stay, rounded half up, and at least one. In a stack of weights
-    that `flax.plan` knows, as under `nn.scan`, each keeps the density for itself, unless the scope
-    is global.
+    that the plan recognises, as under `nn.scan`, each weight keeps the density separately, unless
+    the scope is global.
 
     Args:
-      density: the fraction that participates, in (0, 1]; or a function from the step to it, such as
-        `gradual_density` makes. A function is equal to itself alone, and so is the pattern.
-      scope: `"leaf"`, each leaf keeps the density; `"global"`, all leaves under this pattern
-        together do.
+      density: the fraction that participates, in (0, 1], or a function from the step to it, such as
+        `gradual_density` returns. Patterns are equal only if their functions are.
+      scope: `"leaf"`: each leaf keeps the density; `"global"`: all leaves under this pattern keep
+        it together.
 
     Attributes:
-      density: the fraction, that of the last step if it follows a function.
+      density: the fraction; under a function, that of the last step.
       schedule: the function, if `density` is one.
 
     Raises:
       TypeError: `density` is neither a number nor a function.
-      ValueError: `density` is not in (0, 1], or `scope` is neither of the two.
+      ValueError: `density` is not in (0, 1], or `scope` is not one of the two.
 
     Example:
       >>> import jaxsparse as js
@@ -238,11 +241,11 @@ class Unstructured(Pattern):
         _settle_density(self)
 
     def along(self, axes: tuple[int, ...] | None) -> "Unstructured":
-        """Itself: it has no axes."""
+        """Returns the pattern itself, which has no axes."""
         return self
 
     def masks(self, values, axes, *, magnitude, stack=(), step=0):
-        """The masks of all arrays, ranked together."""
+        """Computes the masks of all arrays, ranked together."""
         return ranked_masks(values, _density_at(self, step), magnitude=magnitude, stack=stack)
 
     def place_bits(self, shape: tuple[int, ...]) -> float:
@@ -259,32 +262,31 @@ class Unstructured(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Block(Pattern):
-    """The blocks of largest magnitude participate, all weights of a block or none.
+    """The blocks of largest magnitude participate: all weights of a block, or none.
 
-    Blocks stand over two axes; along the others each place has its own. Where a size is no multiple
-    of the block's, the last block is smaller and is scored by what it holds. Exactly `density *
-    blocks` stay, rounded half up, and at least one.
+    Blocks cover two axes; along all other axes their size is 1. Where a size is not a multiple of
+    the block's, the last block is smaller and is scored by the weights that it holds. Exactly
+    `density * blocks` stay, rounded half up, and at least one.
 
     Args:
       shape: the sizes of a block along `axes`.
-      density: the fraction of blocks that participates, in (0, 1]; or a function from the step to
-        it, such as `gradual_density` makes. A function is equal to itself alone, and so is the
-        pattern.
-      axes: the two axes, the one that the matmul sums over first. None where the module that owns
-        the kernel tells (see `jaxsparse.flax.plan`).
+      density: the fraction of blocks that participates, in (0, 1], or a function from the step to
+        it, such as `gradual_density` returns. Patterns are equal only if their functions are.
+      axes: the two axes, starting with the one that the matmul sums over. None if they are learnt
+        from the program (see `jaxsparse.plan`).
       pool: what ranks a block: its `"max"`, `"mean"` or `"l2"` (the root of the sum of squares).
-      scope: `"leaf"`, each leaf keeps the density; `"global"`, all leaves under this pattern
-        together do.
+      scope: `"leaf"`: each leaf keeps the density; `"global"`: all leaves under this pattern keep
+        it together.
 
     Attributes:
-      density: the fraction, that of the last step if it follows a function.
+      density: the fraction; under a function, that of the last step.
       schedule: the function, if `density` is one.
 
     Raises:
       TypeError: a size or an axis is not an integer, or `density` is neither a number nor a
         function.
       ValueError: `shape` is not two sizes of 1 or more, `density` is not in (0, 1], `axes` are not
-        two different axes, or `pool` or `scope` is not one of theirs.
+        two different axes, or `pool` or `scope` is not one of its choices.
 
     Example:
       >>> import jaxsparse as js
@@ -314,9 +316,9 @@ class Block(Pattern):
 
     @property
     def hint(self) -> str:
-        """How to name its axes."""
+        """How to name the axes."""
         return (
-            "Name both, the one that the matmul sums over first, "
+            "Name both, starting with the one that the matmul sums over, "
             f"as in Block({self.shape}, {self.density:g}, axes=(0, 1))."
         )
 
@@ -325,7 +327,7 @@ class Block(Pattern):
         return Block(self.shape, self.schedule or self.density, axes, self.pool, self.scope)
 
     def masks(self, values, axes, *, magnitude, stack=(), step=0):
-        """The masks of all arrays, whose blocks are ranked together."""
+        """Computes the masks of all arrays, whose blocks are ranked together."""
         density = _density_at(self, step)
         return block_masks(
             values, axes, self.shape, density, self.pool, magnitude=magnitude, stack=stack
@@ -372,7 +374,7 @@ def as_pattern(spec: Pattern | str, call: str = "as_pattern") -> Pattern:
 
     Raises:
       TypeError: `spec` is neither.
-      ValueError: the text is not two integers around a colon, or they make no pattern.
+      ValueError: the text is not two integers around a colon, or there is no such pattern.
 
     Example:
       >>> as_pattern("2:4")

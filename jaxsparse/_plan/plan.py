@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import by_path
 from jaxsparse._plan.pattern import Pattern
@@ -21,14 +22,14 @@ class Leaf:
     """One leaf of the parameters in a plan.
 
     Attributes:
-      path: its path, as `"encoder/layers_0/kernel"`; a leading `params/` is dropped.
+      path: its path, such as `"encoder/layers_0/kernel"`; a leading `params/` is dropped.
       shape: its shape.
-      pattern: the pattern it follows, its axes counted from the end; None where it stays dense.
-      summed: the axes that the matmul sums over together, counted from the end, the pattern's first
-        the last of them; empty where the plan was made without a function to learn it from.
+      pattern: its pattern, with axes counted from the end; None if the leaf stays dense.
+      summed: the axes that the matmul sums over together, counted from the end, ending with the
+        first axis of the pattern; empty if the plan was made without a function to learn them from.
       stack: the axes that run over separate weights, as under `nn.scan`, counted from the end.
       layer: the kind of module that owns it, if known.
-      reason: why it stays dense; for a sparse leaf, why the axis is the one that its rule names.
+      reason: why it stays dense; for a sparse leaf, why its axis is taken from the rule.
     """
 
     path: str
@@ -47,11 +48,10 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which leaf of the parameters follows which pattern. `print` it: it says why the others stay
-    dense.
+    """Which leaf of the parameters follows which pattern; `print` it for the reasons.
 
-    It is a static value: hashable, and a pytree without leaves, so it travels in optimizer states
-    through `jit`.
+    It is a static value: hashable, and a pytree without leaves, so it passes through `jit` inside
+    an optimizer state.
 
     Attributes:
       leaves: one `Leaf` for each leaf of the parameters, in tree order.
@@ -80,10 +80,10 @@ class Plan:
         return self._hash
 
     def __getstate__(self):
-        return {"leaves": self.leaves}  # strings hash otherwise in another process
+        return {"leaves": self.leaves}  # the hash of a string differs between processes
 
     def __str__(self):
-        import tabulate  # only those who print a plan pay for it
+        import tabulate  # here, so that only printing pays for the import
 
         def shape(leaf):
             return "x".join(map(str, leaf.shape)) or "scalar"
@@ -120,8 +120,8 @@ class Plan:
         )
 
 
-def check_plan(call: str, plan) -> None:
-    """Checks that `plan` is a plan."""
+def check_plan(call: str, plan: Any) -> None:
+    """Raises a TypeError if `plan` is not a plan."""
     if not isinstance(plan, Plan):
         raise TypeError(
             f"{call}: `plan` is a {type(plan).__name__}. Make one with jaxsparse.plan, "
@@ -129,7 +129,7 @@ def check_plan(call: str, plan) -> None:
         )
 
 
-def match(plan: Plan, tree, call: str, what: str = "parameters") -> list[Leaf | None]:
+def match(plan: Plan, tree: PyTree, call: str, what: str = "parameters") -> list[Leaf | None]:
     """The sparse `Leaf` of every leaf of a tree, in tree order, or None where it is dense.
 
     Args:
@@ -140,7 +140,7 @@ def match(plan: Plan, tree, call: str, what: str = "parameters") -> list[Leaf | 
 
     Raises:
       TypeError: `plan` is not a plan.
-      ValueError: the tree lacks a sparse leaf of the plan, or has it in another shape.
+      ValueError: the tree lacks a sparse leaf of the plan, or has it with another shape.
     """
     check_plan(call, plan)
     leaves = by_path(tree)
@@ -155,7 +155,7 @@ def match(plan: Plan, tree, call: str, what: str = "parameters") -> list[Leaf | 
         if jnp.shape(leaves[path]) != planned.shape:
             raise ValueError(
                 f"{call}: {path} has shape {jnp.shape(leaves[path])} in the {what}, but the plan "
-                f"was made for {planned.shape}. Plan these parameters."
+                f"was made for {planned.shape}. Make a plan for these parameters."
             )
     return [plan.sparse.get(path) for path in leaves]
 
@@ -163,13 +163,13 @@ def match(plan: Plan, tree, call: str, what: str = "parameters") -> list[Leaf | 
 def map_planned(
     f: Callable[..., Any],
     plan: Plan,
-    tree,
-    *rest,
+    tree: PyTree,
+    *rest: PyTree,
     call: str,
     what: str = "parameters",
     dense: Callable[[Any], Any] = lambda leaf: leaf,
-):
-    """The tree with `f(planned, leaf, *others)` in place of its sparse leaves.
+) -> Any:
+    """Replaces the sparse leaves of a tree by `f(planned, leaf, *others)`.
 
     Args:
       f: a function of the planned `Leaf`, the leaf of the tree and those of the other trees.
@@ -178,7 +178,7 @@ def map_planned(
       *rest: pytrees of the same structure.
       call: the name of the public function, for errors.
       what: what the tree holds, for errors.
-      dense: what becomes of a dense leaf; as it is unless given.
+      dense: a function of a dense leaf; the identity unless given.
     """
     planned = match(plan, tree, call, what)
     leaves, structure = jax.tree.flatten(tree)
@@ -193,10 +193,10 @@ def map_planned(
 
 def _encoded(plan: Plan) -> list:
     for leaf in plan.sparse.values():
-        if leaf.pattern.schedule is not None:
+        if leaf.pattern is not None and leaf.pattern.schedule is not None:
             raise ValueError(
                 f"jax.export: the density of {leaf.path} follows a schedule, which cannot be "
-                "written. Export a function whose plan has numbers."
+                "exported. Use a plan whose densities are numbers."
             )
     return [
         {**vars(leaf), "pattern": leaf.pattern and _encoded_pattern(leaf.pattern)}
@@ -204,7 +204,7 @@ def _encoded(plan: Plan) -> list:
     ]
 
 
-def _encoded_pattern(pattern: Pattern) -> list:
+def _encoded_pattern(pattern: Any) -> list:
     fields = {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern) if f.init}
     return [type(pattern).__name__, fields]
 

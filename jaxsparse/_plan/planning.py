@@ -1,13 +1,15 @@
-"""Rules to a plan, whose axes are named or learnt from the program."""
+"""Makes plans from rules; axes are named by the rules or learnt from the traced program."""
 
 import collections
 import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import leaf_paths
 from jaxsparse._plan.pattern import Pattern, axes_in, why_not
@@ -20,45 +22,48 @@ __all__ = ["learned_plan", "plan", "traced"]
 
 
 def plan(
-    params, rules: Mapping[str, Pattern | str | None], fn: Callable | None = None, *args, **kwargs
+    params: PyTree,
+    rules: Mapping[str, Pattern | str | None],
+    fn: Callable | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Plan:
     """Plans the sparsity of any pytree of parameters.
 
     With a function, the axis of each weight is learnt from `fn(params, *args, **kwargs)`, which is
-    traced once, abstractly: no arithmetic, no device memory. What the traced program does with a
-    leaf decides. A weight is grouped along the innermost axis that its matrix product sums over
-    (for a convolution the input channels), and by `TransposableNM` and `Block` along the innermost
-    output axis too (for a convolution the output channels). It is followed to that product through
-    casts, reshapes, transpositions, slices, concatenations, through scaling, normalisation and
+    traced once, abstractly: no arithmetic, no device memory. How the traced program uses a leaf
+    decides. A weight is grouped along the innermost axis that its matrix product sums over (for a
+    convolution the input channels), and by `TransposableNM` and `Block` along the innermost output
+    axis too (for a convolution the output channels). Weights are followed to their products through
+    casts, reshapes, transpositions, slices and concatenations, through scaling, normalisation and
     standardisation along the summed axis, and through `jit`, `vmap`, `scan`, `while_loop`, `cond`,
-    `remat`, `shard_map` and custom derivatives. In a stack every weight is masked for itself,
-    unless all take the same input, as under `vmap(..., in_axes=(None, 0))`: then they are one
-    weight.
+    `remat`, `shard_map` and custom derivatives. In a stack every weight is masked separately,
+    unless all of them take the same input, as under `vmap(..., in_axes=(None, 0))`: then they count
+    as one weight.
 
-    Without a function every rule names its axes.
+    Without a function, every rule must name its axes.
 
     Args:
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      rules: from a path, or a pattern of paths with `*`, `?` and `[...]` as in file names (`*` also
-        crosses `/`), to a pattern, or to None for dense. The first rule that matches a leaf
-        decides. A leaf that no rule matches stays dense. A pattern with its axes, as in `NM(2, 4,
-        axis=0)`, is checked against the program, and taken at its word where the program cannot
-        tell.
+      rules: maps paths to patterns, or to None for dense. A path may contain `*`, `?` and `[...]`
+        as in file names, where `*` also matches `/`. The first rule that matches a leaf decides; a
+        leaf without a matching rule stays dense. A pattern that names its axes, as in `NM(2, 4,
+        axis=0)`, is checked against the program; where the program does not determine the axes,
+        those of the rule are used.
       fn: the model, a function of (params, *args, **kwargs), such as `model.apply`. Use
         `functools.partial` to bind arguments that are not arrays.
-      *args: what else `fn` takes, arrays or `jax.ShapeDtypeStruct`.
+      *args: the other arguments of `fn`, arrays or `jax.ShapeDtypeStruct`.
       **kwargs: its keyword arguments, likewise.
 
     Returns:
       The plan. A leaf that cannot follow its rule stays dense, with the reason in the report
-      (`print` the plan): tables that rows are looked up in, kernels of grouped convolutions and
-      everything that is not an operand of a product, unless their rule names the axis.
+      (`print` the plan). These are embedding tables, kernels of grouped convolutions and leaves
+      that are not an operand of a product, unless their rule names the axis.
 
     Raises:
-      TypeError: a rule gives something that is not a pattern, or an argument of `fn` is not an
-        array.
-      ValueError: a rule matches no leaf; names an axis that is not the one that the program sums
-        over; names a leaf exactly that cannot follow it; or, without `fn`, names no axis.
+      TypeError: the value of a rule is not a pattern, or an argument of `fn` is not an array.
+      ValueError: a rule matches no leaf; names a different axis than the program sums over; gives
+        the exact path of a leaf that cannot follow it; or, without `fn`, names no axis.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,21 +80,21 @@ def plan(
       -1
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for which layers to
-      prune.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for the choice of layers
+      (arXiv:2104.08378).
     """
     if fn is None:
         if args or kwargs:
             raise TypeError(
-                "plan: there are arguments but no function. Pass `fn`, the function that takes "
+                "plan: there are arguments but no function. Pass as `fn` the function that takes "
                 "them."
             )
         return _named_plan(params, rules)
     return learned_plan("plan", params, rules, traced("plan", fn, params, *args, **kwargs))
 
 
-def _named_plan(params, rules) -> Plan:
-    """The plan of rules that name their axes."""
+def _named_plan(params: PyTree, rules: Any) -> Plan:
+    """Makes a plan from rules that name their axes."""
     ranks = collections.defaultdict(set)
 
     def decide(path, leaf, rule, pattern):
@@ -99,26 +104,28 @@ def _named_plan(params, rules) -> Plan:
                 f"{jnp.shape(leaf)}; the axis is never guessed from a shape. {pattern.hint} Or "
                 "pass the function that uses the parameters, as in plan(params, rules, fn, *args)."
             )
-        decided = _at_its_word("plan", path, leaf, rule, pattern, "")
+        decided = _with_named_axes("plan", path, leaf, rule, pattern, "")
         if decided.pattern is not None and decided.pattern.axes and len(decided.shape) > 1:
             ranks[rule].add(len(decided.shape))
         return decided
 
-    made = apply_rules("plan", params, rules, decide)
+    result = apply_rules("plan", params, rules, decide)
     for rule, counts in ranks.items():
         if len(counts) > 1:
             warnings.warn(
                 f"plan: rule {rule!r} names one axis for weights of "
                 f"{' and '.join(map(str, sorted(counts)))} axes, whose products may sum over "
                 "different ones. Pass the function that uses the parameters, as in plan(params, "
-                "rules, fn, *args), which tells, or one rule for each kind.",
+                "rules, fn, *args), to learn the axes, or write one rule for each kind.",
                 stacklevel=3,
             )
-    return made
+    return result
 
 
-def _at_its_word(call: str, path: str, leaf, rule: str, pattern: Pattern, note: str) -> Leaf:
-    """A leaf that follows the axes that its rule names."""
+def _with_named_axes(
+    call: str, path: str, leaf: Any, rule: str, pattern: Pattern, note: str
+) -> Leaf:
+    """A leaf with the axes that its rule names."""
     shape = jnp.shape(leaf)
     reason = why_not(pattern, shape, jnp.result_type(leaf))
     if reason and rule.removeprefix("params/") == path:
@@ -136,8 +143,8 @@ def _at_its_word(call: str, path: str, leaf, rule: str, pattern: Pattern, note: 
     )
 
 
-def traced(call: str, fn: Callable, params, *args, **kwargs) -> list[set[Use]]:
-    """How `fn(params, *args, **kwargs)` uses each leaf of `params`."""
+def traced(call: str, fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> list[set[Use]]:
+    """Traces `fn(params, *args, **kwargs)` and finds how it uses each leaf of `params`."""
     for path, leaf in jax.tree.leaves_with_path((args, kwargs)):
         if not is_traceable(leaf):
             raise TypeError(
@@ -150,9 +157,8 @@ def traced(call: str, fn: Callable, params, *args, **kwargs) -> list[set[Use]]:
         try:
             program = jax.make_jaxpr(fn, axis_env=names or None)(params, *args, **kwargs)
             break
-        except (
-            NameError
-        ) as error:  # a named axis, of vmap or a mesh, that is bound where the model is trained
+        except NameError as error:
+            # a named axis, of vmap or a mesh, that only the training step binds
             unbound = re.search(r"unbound axis name: (\w+)", str(error))
             if unbound is None or unbound[1] in dict(names):
                 raise
@@ -167,9 +173,9 @@ def traced(call: str, fn: Callable, params, *args, **kwargs) -> list[set[Use]]:
 
 
 def learned_plan(
-    call: str, params, rules: Mapping[str, Pattern | str | None], used: list[set[Use]]
+    call: str, params: PyTree, rules: Mapping[str, Pattern | str | None], used: list[set[Use]]
 ) -> Plan:
-    """Plans by rules whose axes the program tells; `used` says how it uses each leaf."""
+    """Makes a plan whose axes come from the program; `used` holds the uses of each leaf."""
     known = dict(zip(leaf_paths(params), used, strict=True))
 
     def decide(path, leaf, rule, pattern):
@@ -178,7 +184,7 @@ def learned_plan(
     return apply_rules(call, params, rules, decide)
 
 
-def _decide(call: str, path: str, leaf, rule: str, pattern: Pattern, used: set[Use]) -> Leaf:
+def _decide(call: str, path: str, leaf: Any, rule: str, pattern: Pattern, used: set[Use]) -> Leaf:
     shape = jnp.shape(leaf)
     ndim, count = len(shape), len(pattern.multiples)
     products = [use for use in used if not use.reason]
@@ -195,17 +201,17 @@ def _decide(call: str, path: str, leaf, rule: str, pattern: Pattern, used: set[U
         reason = "the product has no output axis of its own"
     if reason:
         if pattern.axes:
-            return _at_its_word(call, path, leaf, rule, pattern, f"axis as named: {reason}")
+            return _with_named_axes(call, path, leaf, rule, pattern, f"axis as named: {reason}")
         return Leaf(path, shape, None, reason=reason)
     (learned,) = axes
     if (
         pattern.axes is not None
         and tuple(axis - ndim if axis >= 0 else axis for axis in pattern.axes) != learned
     ):
-        named, told = (", ".join(map(str, one)) for one in (pattern.axes, learned))
+        named, expected = (", ".join(map(str, one)) for one in (pattern.axes, learned))
         raise ValueError(
             f"{call}: rule {rule!r} names axis {named} for {path} of shape {shape}, but the "
-            f"program sums over axis {told}. "
+            f"program sums over axis {expected}. "
             f'Leave the axis out, as in "{pattern.along(None)}".'
         )
     pattern = pattern.along(learned)
@@ -217,33 +223,32 @@ def _decide(call: str, path: str, leaf, rule: str, pattern: Pattern, used: set[U
 
 
 def _innermost(use: Use, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The innermost axis that a product sums over, and the innermost of those it keeps, if there is
-    one.
-    """
-    kept = [
+    """The innermost axis that a product sums over, and its innermost output axis, if it has one."""
+    outputs = [
         axis
         for axis, n in enumerate(shape)
         if axis not in use.summed and axis not in use.stack and n != 1
     ]
-    return (use.summed[-1], *kept[-1:])
+    return (use.summed[-1], *outputs[-1:])
 
 
 def _summed_by_all(products: list[Use], ndim: int) -> tuple[int, ...]:
-    """The axes that every product of a weight sums over, the one along which groups run last."""
+    """The axes that every product of a weight sums over; groups run along the last."""
     common = set.intersection(*(set(use.summed) for use in products))
     *others, last = (axis for axis in products[0].summed if axis in common)
-    # a convolution whose window comes after its channels: a sum of products, one a place
+    # a convolution whose window comes after its channels: a sum of products, one for each position
     if others and max(others) > last:
         others = []
     return tuple(axis - ndim for axis in (*others, last))
 
 
 def apply_rules(
-    call: str, params, rules: Mapping[str, Pattern | str | None], decide: Callable[..., Leaf]
+    call: str,
+    params: PyTree,
+    rules: Mapping[str, Pattern | str | None],
+    decide: Callable[..., Leaf],
 ) -> Plan:
-    """The plan in which `decide(path, leaf, rule, pattern)` settles every leaf that a rule makes
-    sparse.
-    """
+    """Makes a plan; `decide(path, leaf, rule, pattern)` plans the leaves with a sparse rule."""
     if not isinstance(rules, Mapping):
         raise TypeError(
             f'{call}: `rules` must map paths to patterns, as in {{"*/kernel": "2:4"}}, not '

@@ -1,4 +1,4 @@
-"""The patterns through which structure decay tightens an N:M pattern."""
+"""The stages of structure decay, which tighten an N:M pattern."""
 
 from jaxsparse import _checks
 
@@ -6,7 +6,7 @@ __all__ = ["geometric_stages", "stepwise_stages"]
 
 
 def stepwise_stages(n: int, m: int) -> tuple[tuple[int, int], ...]:
-    """The patterns of SDGF-Stepwise: one of m weights dropped, then half of m kept, ..., `n:m`.
+    """The stages of SDGF-Stepwise: one of m weights dropped, then half of m kept, ..., `n:m`.
 
     Args:
       n: how many of each group the last stage keeps, `1 <= n <= m`.
@@ -37,13 +37,13 @@ def stepwise_stages(n: int, m: int) -> tuple[tuple[int, int], ...]:
 
 
 def geometric_stages(n: int, m: int, k: int = 16) -> tuple[tuple[int, int], ...]:
-    """The patterns of SDGF-Geometric: one density in groups that halve, `(k*n):(k*m)` to `n:m`.
+    """The stages of SDGF-Geometric: equal density in groups that halve, `(k*n):(k*m)` to `n:m`.
 
     Args:
       n: how many of each group the last stage keeps, `1 <= n <= m`.
       m: the group length of the last stage.
-      k: how much longer the groups of the first stage are, a power of two; there are
-        `log2(k) + 1` stages.
+      k: the ratio of the first group length to the last, a power of two; there are `log2(k) + 1`
+        stages.
 
     Returns:
       The stages in order, each `(n, m)`; the last is `(n, m)` itself.
@@ -64,7 +64,7 @@ def geometric_stages(n: int, m: int, k: int = 16) -> tuple[tuple[int, int], ...]
     n, m = _checks.counts("geometric_stages", n, m)
     if _checks.integer(k, "geometric_stages: `k`") < 1 or k & (k - 1):
         raise ValueError(
-            f"geometric_stages: k={k} is not a power of two. The group halves from k*m={k * m} "
-            f"down to m={m}."
+            f"geometric_stages: k={k} is not a power of two. The group length halves from "
+            f"k*m={k * m} to m={m}."
         )
     return tuple((n << i, m << i) for i in reversed(range(k.bit_length())))

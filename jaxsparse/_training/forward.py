@@ -1,7 +1,10 @@
-"""Weights, mask and decay factor to the effective weights that a forward pass uses."""
+"""Effective weights, which the forward pass uses, from weights, mask and decay factor."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real
 
 from jaxsparse import _checks
 from jaxsparse._plan.paths import by_path
@@ -11,29 +14,32 @@ __all__ = ["apply_masks", "effective_params", "effective_weight", "map_masked", 
 
 
 def effective_weight(
-    w, mask, decay_factor=0.0, *, gradient: _checks.Gradient = "dense"
-) -> jax.Array:
-    """The effective weight `w * (M + D * (1 - M))`: `w` where the mask participates, `D * w`
-    elsewhere.
+    w: Float[ArrayLike, "*shape"],
+    mask: Bool[ArrayLike, "*shape"] | Bool[ArrayLike, ""],
+    decay_factor: Real[ArrayLike, ""] = 0.0,
+    *,
+    gradient: _checks.Gradient = "dense",
+) -> Float[Array, "*shape"]:
+    """The effective weight `w * (M + D * (1 - M))`: `w` where it participates, `D * w` elsewhere.
 
-    Selects rather than multiplies, so that inf and NaN in a weight that is dropped (`D = 0`) stay
-    out.
+    It is computed by selection rather than multiplication, so that inf and NaN in a dropped weight
+    (`D = 0`) do not reach the result.
 
     Args:
       w: weights, floating array of any shape.
       mask: boolean array of the shape of `w`, or a boolean scalar; True = participates.
       decay_factor: the factor D in [0, 1], a float or a traced scalar.
       gradient: `"dense"`, the straight-through estimator: every weight receives the gradient with
-        respect to the effective weight, unscaled. `"masked"`, the chain rule: scaled as the weight
-        is.
+        respect to the effective weight, unscaled. `"masked"`, the chain rule: the gradient is
+        scaled as the weight is.
 
     Returns:
       Array of the shape and dtype of `w`.
 
     Raises:
       TypeError: the mask is not boolean, or `w` is not floating.
-      ValueError: the mask has another shape than `w`, `decay_factor` is not a scalar, or
-        `gradient` is neither of the two.
+      ValueError: the shapes of the mask and of `w` differ, `decay_factor` is not a scalar, or
+        `gradient` is not one of the two.
 
     Example:
       >>> import jax
@@ -47,7 +53,8 @@ def effective_weight(
 
     References:
       Advances in Sparse Neural Model Training, Algorithm 1, for the dense gradient; Bambhaniya et
-      al., Progressive Gradient Flow, section 3, for the decay factor and the masked one.
+      al., Progressive Gradient Flow, section 3, for the decay factor and the masked gradient
+      (arXiv:2402.04744).
     """
     w = _checks.array(w, "effective_weight: `w`")
     mask = _checks.array(mask, "effective_weight: `mask`")
@@ -61,13 +68,13 @@ def effective_weight(
         )
     if mask.shape not in ((), w.shape):
         raise ValueError(
-            f"effective_weight: `mask` has shape {mask.shape}, but `w` has shape {w.shape}. Make "
+            f"effective_weight: `mask` has shape {mask.shape}, but `w` has shape {w.shape}. Pass "
             "the mask of these weights."
         )
     if jnp.shape(_checks.array(decay_factor, "effective_weight: `decay_factor`")):
         raise ValueError(
-            f"effective_weight: `decay_factor` has shape {jnp.shape(decay_factor)}, but it is one "
-            "factor for all weights. Pass a scalar."
+            f"effective_weight: `decay_factor` has shape {jnp.shape(decay_factor)}, but it applies "
+            "to all weights. Pass a scalar."
         )
     return (_straight_through if gradient == "dense" else _effective)(w, mask, decay_factor)
 
@@ -87,21 +94,23 @@ def _straight_through(w, mask, decay_factor):
 
 @_straight_through.defjvp
 def _(primals, tangents):
-    # not _effective: a second derivative goes straight through, too
+    # not _effective, so that second derivatives also go straight through
     return _straight_through(*primals), tangents[0]
 
 
-def match_masks(masks, params, call: str, *, partial: bool = False) -> list[jax.Array | None]:
-    """For every leaf of `params`, in tree order, its mask, or None where it is dense.
+def match_masks(
+    masks: PyTree, params: PyTree, call: str, *, partial: bool = False
+) -> list[jax.Array | None]:
+    """The mask of every leaf of `params`, in tree order, or None where it is dense.
 
     Args:
       masks: pytree of masks.
-      params: what they were made for.
+      params: the parameters that the masks were made for.
       call: the name of the public function, for errors.
       partial: whether `params` may lack leaves, as under `optax.masked`.
 
     Raises:
-      ValueError: `params` has not the leaves that the masks were made for, or in another shape.
+      ValueError: `params` lacks a leaf that the masks were made for, or has it with another shape.
     """
     known, leaves = by_path(masks), by_path(params)
     sparse = {path: mask for path, mask in known.items() if mask.ndim}
@@ -122,29 +131,33 @@ def match_masks(masks, params, call: str, *, partial: bool = False) -> list[jax.
     return [sparse.get(path) for path in leaves]
 
 
-def map_masked(f, masks, tree, *rest, call: str, partial: bool = False):
-    """The tree with `f(path, mask, leaf, *others)` in place of its masked leaves.
+def map_masked(
+    f: Any, masks: PyTree, tree: PyTree, *rest: PyTree, call: str, partial: bool = False
+) -> Any:
+    """Replaces the masked leaves of a tree by `f(path, mask, leaf, *others)`.
 
     Args:
       f: a function of a path, the mask, the leaf of the tree and those of the other trees.
       masks: pytree of masks.
-      tree: what the masks were made for.
+      tree: the tree that the masks were made for.
       *rest: pytrees of the same structure.
       call: the name of the public function, for errors.
       partial: whether `tree` may lack leaves, as under `optax.masked`.
     """
-    found = match_masks(masks, tree, call, partial=partial)
+    leaf_masks = match_masks(masks, tree, call, partial=partial)
     structure = jax.tree.structure(tree)
     others = [jax.tree.leaves(one) for one in rest]
-    joined = zip(found, by_path(tree).items(), *others, strict=True)
+    joined = zip(leaf_masks, by_path(tree).items(), *others, strict=True)
     return jax.tree.unflatten(
         structure,
         [x if mask is None else f(path, mask, x, *xs) for mask, (path, x), *xs in joined],
     )
 
 
-def effective_params(params, opt_state, *, gradient: _checks.Gradient | None = None):
-    """The effective parameters: every sparse leaf masked, the dense ones as they are.
+def effective_params(
+    params: PyTree, opt_state: PyTree, *, gradient: _checks.Gradient | None = None
+) -> Any:
+    """The effective params: the effective weight of every sparse leaf; dense leaves are unchanged.
 
     The masks, the decay factor and the gradient are those that the optimizer state holds for the
     next forward pass.
@@ -152,12 +165,12 @@ def effective_params(params, opt_state, *, gradient: _checks.Gradient | None = N
     Args:
       params: pytree of weights.
       opt_state: an optimizer state that holds masks (see `masks`), or a pytree of masks.
-      gradient: `"dense"` or `"masked"`, as for `effective_weight`. None means what the recipe in
-        `opt_state` asks for, and `"dense"` where it asks for nothing.
+      gradient: `"dense"` or `"masked"`, as for `effective_weight`. None selects the gradient of the
+        recipe in `opt_state`, or `"dense"` for bare masks.
 
     Returns:
-      A pytree of the structure of `params`. A function of the dense weights: differentiate through
-      it.
+      A pytree of the structure of `params`. Differentiate through this function to get the gradient
+      of the dense weights.
 
     Raises:
       TypeError: a sparse leaf is not floating.
@@ -180,8 +193,10 @@ def effective_params(params, opt_state, *, gradient: _checks.Gradient | None = N
     )
 
 
-def apply_masks(params, masked: Masked, call: str, gradient: str | None = None):
-    """The parameters with every sparse leaf in its effective form."""
+def apply_masks(
+    params: PyTree, masked: Masked, call: str, gradient: _checks.Gradient | None = None
+) -> Any:
+    """Replaces every sparse leaf of the parameters by its effective weight."""
     if gradient is not None:
         _checks.choice(call, "gradient", gradient, _checks.Gradient)
 

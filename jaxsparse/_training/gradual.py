@@ -1,5 +1,6 @@
-"""Gradual pruning: the density falls to the one planned."""
+"""Gradual pruning: the density falls to its planned value."""
 
+import jax
 import optax
 
 from jaxsparse._plan.plan import Plan
@@ -19,33 +20,32 @@ def gradual(
     initial: float = 1.0,
     dense_until: int | float = 0.05,
     fine_tune_from: int | float = 0.7,
-    every: int = 1,
+    every: int | jax.Array = 1,
     renew: Renew = BY_MAGNITUDE,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gradual pruning: the density of `Unstructured` and `Block` falls along a cubic to the one
-    planned, where masks then stay.
+    """Gradual pruning: the density falls along a cubic to its planned value; then masks stay.
 
-    The gradient is masked: weights that do not participate are not updated, beyond what the
-    optimizer's own momentum and weight decay do.
+    It applies to `Unstructured` and `Block`. The gradient is masked: non-participating weights are
+    only updated by the optimizer's own momentum and weight decay.
 
     Args:
-      inner: the optimizer, any of optax.
+      inner: any optax optimizer.
       plan: which leaf follows which pattern in the end.
       total_steps: the optimizer steps of the whole run.
       initial: the density at `dense_until`.
       dense_until: the step up to which every weight participates.
       fine_tune_from: the step at which the planned density is reached; the masks of that step stay.
-      every: the steps between two changes of the masks, counted from `dense_until`; the paper takes
-        100 to 1000.
+      every: the steps between two changes of the masks, counted from `dense_until`; 100 to 1000 in
+        the paper.
       renew: how masks are renewed, as for `rewire`.
 
     Returns:
-      The transformation to use in place of `inner`; `masks` finds its masks.
+      The transformation to use in place of `inner`; `masks` reads its masks from the state.
 
     Raises:
-      TypeError: `plan` is no plan, or an argument is no number.
-      ValueError: no leaf of the plan is sparse, a leaf is planned under another pattern or already
-        under a schedule, an argument is out of range, or a phase has no step.
+      TypeError: `plan` is not a plan, or an argument is not a number.
+      ValueError: no leaf of the plan is sparse, a leaf is planned with another pattern or already
+        follows a schedule, an argument is out of range, or no steps are left for a phase.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,7 +64,7 @@ def gradual(
 
     References:
       Zhu and Gupta, To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model
-      Compression.
+      Compression (arXiv:1710.01878).
     """
     call = "recipes.gradual"
     begin, end = phases(call, total_steps, dense_until, fine_tune_from)
@@ -72,18 +72,18 @@ def gradual(
     def falling(leaf, pattern):
         if not pattern.adjustable:
             raise ValueError(
-                f"{call}: {leaf.path} is planned {pattern}, which has no density to change. Use "
+                f"{call}: {leaf.path} is planned as {pattern}, whose density is fixed. Use "
                 "recipes.sdgf."
             )
         if pattern.schedule is not None:
             raise ValueError(
-                f"{call}: the density of {leaf.path} follows a schedule. Plan it with the number "
-                "to end at."
+                f"{call}: the density of {leaf.path} follows a schedule. Plan it with its final "
+                "density, a number."
             )
         if initial < pattern.density:
             raise ValueError(
                 f"{call}: initial={initial} is below {pattern.density}, the density planned for "
-                f"{leaf.path}. Pass more."
+                f"{leaf.path}. Pass a higher density."
             )
         density = gradual_density(pattern.density, begin=begin, end=end, initial=initial)
         return pattern.with_density(density)

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import optax
 
 from jaxsparse import _checks
@@ -13,7 +14,7 @@ from jaxsparse._training.schedules import exponential_decay, linear_decay
 
 __all__ = ["mdgf"]
 
-_LAST_FACTOR = 0.01  # of the exponential, before it is cut to 0
+_LAST_FACTOR = 0.01  # the exponential reaches this before it is cut to 0
 
 
 def mdgf(
@@ -25,38 +26,37 @@ def mdgf(
     dense_until: int | float = 0.05,
     fine_tune_from: int | float = 0.7,
     gradient: _checks.Gradient = "masked",
-    every: int = 1,
+    every: int | jax.Array = 1,
     renew: Renew = BY_MAGNITUDE,
 ) -> optax.GradientTransformationExtraArgs:
-    """Mask Decay Gradient Flow: non-participating weights fade out of the forward pass, scaled by a
-    factor D from 1 to 0.
+    """Mask Decay Gradient Flow: non-participating weights fade out of the forward pass.
 
-    Three phases: dense; decay, where D falls from 1; fine-tuning, where D is exactly 0. Masks
-    follow the weights in the last two. D is in the optimizer state, where `effective_params` and
-    `flax.intercept` find it.
+    They are scaled by the decay factor D. There are three phases: dense; decay, in which D falls
+    from 1; and fine-tuning, in which D is exactly 0. Masks follow the weights in the last two. D is
+    kept in the optimizer state, where `effective_params` and `flax.intercept` find it.
 
     Args:
-      inner: the optimizer, any of optax.
+      inner: any optax optimizer.
       plan: which leaf follows which pattern.
       total_steps: the optimizer steps of the whole run.
-      curve: how D falls; with j the steps since `dense_until`: `"linear"`, `D = 1 - beta * j`,
-        which is 0 at `fine_tune_from`; or `"exponential"`, `D = exp(-beta * j)`, which would be
-        0.01 at `fine_tune_from` and is cut to 0 there.
-      dense_until: the step up to which every weight participates; the paper takes 1.25 to 10 % of
-        training.
-      fine_tune_from: the step from which on D is 0; the paper recommends about 70 % of training.
-      gradient: `"masked"`, D scales the gradient of non-participating weights too, as the paper
-        says; `"dense"`, it does not, as in the authors' code.
+      curve: how D falls, with j the steps since `dense_until`: `"linear"`, `D = 1 - beta * j`,
+        which reaches 0 at `fine_tune_from`; or `"exponential"`, `D = exp(-beta * j)`, which would
+        be 0.01 at `fine_tune_from` and is cut to 0 there.
+      dense_until: the step up to which every weight participates; 1.25 to 10 % of training in the
+        paper.
+      fine_tune_from: the step from which D is 0; the paper recommends about 70 % of training.
+      gradient: `"masked"`: D also scales the gradient of non-participating weights, as in the
+        paper; `"dense"`: it does not, as in the authors' code.
       every: the steps between two rewirings, counted from `dense_until`.
       renew: how masks are renewed, as for `rewire`.
 
     Returns:
-      The transformation to use in place of `inner`; `masks` finds its masks.
+      The transformation to use in place of `inner`; `masks` reads its masks from the state.
 
     Raises:
-      TypeError: `plan` is no plan, or an argument is no number.
-      ValueError: no leaf of the plan is sparse, an argument is out of range, or a phase has no
-        step.
+      TypeError: `plan` is not a plan, or an argument is not a number.
+      ValueError: no leaf of the plan is sparse, an argument is out of range, or no steps are left
+        for a phase.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,7 +81,7 @@ def mdgf(
 
     References:
       Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers,
-      section 3.
+      section 3 (arXiv:2402.04744).
     """
     call = "recipes.mdgf"
     begin, end = phases(call, total_steps, dense_until, fine_tune_from)

@@ -1,9 +1,10 @@
-"""The phases of a training run: boundaries as steps, and the plans by which a plan is reached."""
+"""The phases of a training run: their boundaries as steps, and plans that change at them."""
 
 import dataclasses
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 from jaxsparse import _checks
 from jaxsparse._plan.pattern import Pattern
@@ -12,14 +13,14 @@ from jaxsparse._plan.plan import Leaf, Plan, check_plan
 __all__ = ["as_step", "in_stages", "phases", "with_patterns"]
 
 
-def as_step(call: str, name: str, value, total_steps: int | None) -> int:
-    """A boundary as an optimizer step: an int is one, a float the fraction of `total_steps`,
-    rounded half up.
+def as_step(call: str, name: str, value: Any, total_steps: int | None) -> int:
+    """Converts a boundary to an optimizer step.
+
+    An int is a step; a float is a fraction of `total_steps`, rounded half up.
 
     Raises:
-      TypeError: it is no number.
-      ValueError: it is below 0, above the end of training, or a fraction that leaves its phase
-        without a step.
+      TypeError: the boundary is not a number.
+      ValueError: it is below 0 or beyond the end of training, or it is a fraction that rounds to 0.
     """
     if isinstance(value, numbers.Integral):
         step = int(value)
@@ -43,43 +44,43 @@ def as_step(call: str, name: str, value, total_steps: int | None) -> int:
         )
     if total_steps is None:
         raise ValueError(
-            f"{call}: {name}={value} is a fraction of total_steps, which is missing. Pass it, or "
-            f"{name} as an int."
+            f"{call}: {name}={value} is a fraction of total_steps, which is missing. Pass "
+            f"total_steps, or {name} as an int."
         )
     step = math.floor(value * total_steps + 0.5)
     if value and not step:
         raise ValueError(
-            f"{call}: {name}={value} of total_steps={total_steps} rounds to no step. Pass 0, or "
+            f"{call}: {name}={value} of total_steps={total_steps} rounds to step 0. Pass 0, or "
             "train longer."
         )
     return step
 
 
-def phases(call: str, total_steps: int, dense_until, fine_tune_from) -> tuple[int, int]:
-    """The steps at which the dense phase ends and the fine-tune phase begins, once every phase is
-    known to have a step.
+def phases(call: str, total_steps: int, dense_until: Any, fine_tune_from: Any) -> tuple[int, int]:
+    """The steps at which the dense phase ends and fine-tuning begins; every phase has a step.
 
     Raises:
-      TypeError: `total_steps` is no integer, or a boundary is no number.
-      ValueError: a boundary is out of range, or they are not in order, or one phase has no step.
+      TypeError: `total_steps` is not an integer, or a boundary is not a number.
+      ValueError: a boundary is out of range, the boundaries are not in order, or no steps are left
+        for a phase.
     """
     total = _checks.integer(total_steps, f"{call}: `total_steps`")
     begin = as_step(call, "dense_until", dense_until, total)
     end = as_step(call, "fine_tune_from", fine_tune_from, total)
     for phase, first, last in (
-        ("sparsification, from dense_until to fine_tune_from,", begin, end),
+        ("sparsification, from dense_until to fine_tune_from", begin, end),
         ("the fine-tune phase", end, total),
     ):
         if first >= last:
             raise ValueError(
-                f"{call}: {phase} has no step: dense_until is step {begin}, fine_tune_from step "
-                f"{end}, total_steps {total}. Pass them in order, with room between."
+                f"{call}: no steps are left for {phase}: dense_until is step {begin}, "
+                f"fine_tune_from step {end}, total_steps {total}. Pass them in increasing order."
             )
     return begin, end
 
 
 def with_patterns(call: str, plan: Plan, change: Callable[[Leaf, Pattern], Pattern]) -> Plan:
-    """The plan with `change(leaf, its pattern)` in place of the patterns of its sparse leaves."""
+    """Replaces the pattern of each sparse leaf of a plan by `change(leaf, pattern)`."""
     check_plan(call, plan)
     return Plan(
         tuple(
@@ -92,26 +93,26 @@ def with_patterns(call: str, plan: Plan, change: Callable[[Leaf, Pattern], Patte
 def in_stages(
     call: str, plan: Plan, stages: Callable[[Leaf, Pattern], list[Pattern]], begin: int, end: int
 ) -> tuple[tuple[Plan, int], ...]:
-    """The plans before `plan`, each with the step at which it ends, when every leaf goes through
-    its stages in equal intervals.
+    """The plans that lead to `plan`, each with the step at which it ends.
+
+    Every leaf goes through its stages in equal intervals.
 
     Raises:
-      TypeError: `plan` is no plan.
+      TypeError: `plan` is not a plan.
       ValueError: a leaf has more stages than there are steps from `begin` to `end`.
     """
     check_plan(call, plan)
-    found = {leaf.path: stages(leaf, leaf.pattern) for leaf in plan.leaves if leaf.pattern}
-    for path, patterns in found.items():
+    stages_by_path = {leaf.path: stages(leaf, leaf.pattern) for leaf in plan.leaves if leaf.pattern}
+    for path, patterns in stages_by_path.items():
         if len(patterns) > end - begin:
             raise ValueError(
                 f"{call}: {path} goes through {len(patterns)} stages, "
-                f"{', '.join(map(str, patterns))}, but there are {end - begin} steps from step "
-                f"{begin} to {end}, so that not every stage gets one. Train longer, or move the "
-                "boundaries."
+                f"{', '.join(map(str, patterns))}, but there are only {end - begin} steps from "
+                f"step {begin} to {end}. Train longer, or move the boundaries."
             )
     starts = {
         path: [begin + i * (end - begin) // len(patterns) for i in range(len(patterns))]
-        for path, patterns in found.items()
+        for path, patterns in stages_by_path.items()
     }
     cuts = sorted({start for one in starts.values() for start in one[1:]})
 
@@ -119,7 +120,9 @@ def in_stages(
         return with_patterns(
             call,
             plan,
-            lambda leaf, _: found[leaf.path][sum(start < cut for start in starts[leaf.path]) - 1],
+            lambda leaf, _: stages_by_path[leaf.path][
+                sum(start < cut for start in starts[leaf.path]) - 1
+            ],
         )
 
     return tuple((before(cut), cut) for cut in cuts)

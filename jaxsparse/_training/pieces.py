@@ -1,7 +1,6 @@
-"""Optax transformations that treat non-participating weights in their own way, for the chain inside
-`rewire`.
+"""Optax transformations for non-participating weights, for use inside `rewire`.
 
-Order matters: `scale_nonparticipating` and `add_decayed_nonparticipating` act on gradients, before
+Order matters. `scale_nonparticipating` and `add_decayed_nonparticipating` act on gradients, before
 the optimizer; `decay_nonparticipating`, `reset_nonparticipating` and `fix_nonparticipating` act on
 updates, after it.
 """
@@ -25,19 +24,19 @@ __all__ = [
 ]
 
 
-def scale_nonparticipating(s: float) -> optax.GradientTransformationExtraArgs:
+def scale_nonparticipating(s: float | jax.Array) -> optax.GradientTransformationExtraArgs:
     """Scales the gradient of non-participating weights by `s`; place it before the optimizer.
 
     Args:
-      s: the factor, 1 for the dense gradient. The paper finds that error grows as it falls to 0.
+      s: the factor; 1 leaves the gradient dense. In the paper, the error grows as it falls to 0.
 
     Returns:
       A transformation without state. Its `update` needs the extra argument `masks`, which `rewire`
       provides.
 
     Raises:
-      ValueError: `s` is below 0 or not finite; in `update`, there are no masks, or they are of
-        other parameters.
+      ValueError: `s` is below 0 or not finite; in `update`, there are no masks, or they were made
+        for other parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,10 +56,12 @@ def scale_nonparticipating(s: float) -> optax.GradientTransformationExtraArgs:
     return _stateless("scale_nonparticipating", scaled)
 
 
-def add_decayed_nonparticipating(weight_decay: float) -> optax.GradientTransformationExtraArgs:
+def add_decayed_nonparticipating(
+    weight_decay: float | jax.Array,
+) -> optax.GradientTransformationExtraArgs:
     """Adds `weight_decay * w` to the gradient of non-participating weights, as SR-STE does.
 
-    It pulls them towards zero. Place it before the optimizer.
+    This pulls them towards zero. Place it before the optimizer.
 
     Args:
       weight_decay: `lambda` in the paper, which uses 2e-4.
@@ -70,8 +71,8 @@ def add_decayed_nonparticipating(weight_decay: float) -> optax.GradientTransform
       which `rewire` provides.
 
     Raises:
-      ValueError: `weight_decay` is below 0 or not finite; in `update`, there are no masks or no
-        parameters, or they do not belong together.
+      ValueError: `weight_decay` is below 0 or not finite; in `update`, the masks or `params` are
+        missing, or do not match the updates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,7 +83,8 @@ def add_decayed_nonparticipating(weight_decay: float) -> optax.GradientTransform
       Array([10.0002, 10.0004, 10.    , 10.    ], dtype=float32)
 
     References:
-      Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch.
+      Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch
+      (arXiv:2102.04010).
     """
     _checks.factor("add_decayed_nonparticipating", "weight_decay", weight_decay)
 
@@ -94,21 +96,23 @@ def add_decayed_nonparticipating(weight_decay: float) -> optax.GradientTransform
     return _stateless("add_decayed_nonparticipating", pulled, needs_params=True)
 
 
-def decay_nonparticipating(weight_decay: float) -> optax.GradientTransformationExtraArgs:
+def decay_nonparticipating(
+    weight_decay: float | jax.Array,
+) -> optax.GradientTransformationExtraArgs:
     """Shrinks updated non-participating weights by `1 - weight_decay` (REGULARIZE).
 
     Place it after the optimizer.
 
     Args:
-      weight_decay: what they lose each step; the paper uses 2e-4.
+      weight_decay: the fraction that they lose in each step; the paper uses 2e-4.
 
     Returns:
       A transformation without state. Its `update` needs `params` and the extra argument `masks`,
       which `rewire` provides.
 
     Raises:
-      ValueError: `weight_decay` is not in [0, 1]; in `update`, there are no masks or no parameters,
-        or they do not belong together.
+      ValueError: `weight_decay` is not in [0, 1]; in `update`, the masks or `params` are missing,
+        or do not match the updates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,19 +137,21 @@ def decay_nonparticipating(weight_decay: float) -> optax.GradientTransformationE
 
 
 class ResetState(NamedTuple):
-    """The state of `reset_nonparticipating` and `fix_nonparticipating`: updates so far, an int32
-    scalar.
+    """The state of `reset_nonparticipating` and `fix_nonparticipating`.
+
+    Attributes:
+      count: the number of updates so far, int32 scalar.
     """
 
     count: jax.Array  # type: ignore[assignment]
 
 
-def reset_nonparticipating(every: int) -> optax.GradientTransformationExtraArgs:
-    """Sets non-participating weights to 0 at every step t that is a multiple of `every`
-    (RESET); place it after the optimizer.
+def reset_nonparticipating(every: int | jax.Array) -> optax.GradientTransformationExtraArgs:
+    """Sets non-participating weights to 0 at every step that is a multiple of `every` (RESET).
 
-    Steps count from 0, so the first update resets too, as Algorithm 1 writes it. Updates keep their
-    dtype: where they are narrower than the weights, what rounding leaves of a weight stays.
+    Place it after the optimizer. Steps count from 0, so the first update resets too, as in
+    Algorithm 1. Updates keep their dtype: if it is narrower than that of the weights, a weight is
+    reset up to rounding.
 
     Args:
       every: the steps between two resets (`z` in the paper, about 1000); 1 trains without rewiring.
@@ -155,8 +161,8 @@ def reset_nonparticipating(every: int) -> optax.GradientTransformationExtraArgs:
       `masks`, which `rewire` provides.
 
     Raises:
-      ValueError: `every` is below 1; in `update`, there are no masks or no parameters, or they do
-        not belong together.
+      ValueError: `every` is below 1; in `update`, the masks or `params` are missing, or do not
+        match the updates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -173,12 +179,12 @@ def reset_nonparticipating(every: int) -> optax.GradientTransformationExtraArgs:
     return _zeroing("reset_nonparticipating", lambda count: count % every == 0)
 
 
-def fix_nonparticipating(after: int) -> optax.GradientTransformationExtraArgs:
-    """Holds non-participating weights at exactly 0 from step `after` on (FIX); place it after the
-    optimizer.
+def fix_nonparticipating(after: int | jax.Array) -> optax.GradientTransformationExtraArgs:
+    """Holds non-participating weights at exactly 0 from step `after` on (FIX).
 
-    Updates keep their dtype, as in `reset_nonparticipating`. Rewiring must stop at the same step: `rewire(..., until=after)`, as
-    `recipes.explore_exploit(fix_after=...)` does.
+    Place it after the optimizer. Updates keep their dtype, as in `reset_nonparticipating`. Rewiring
+    must stop at the same step, `rewire(..., until=after)`, as in
+    `recipes.explore_exploit(fix_after=...)`.
 
     Args:
       after: the first step that holds them at 0 (`v` in the paper: half of training).
@@ -188,8 +194,8 @@ def fix_nonparticipating(after: int) -> optax.GradientTransformationExtraArgs:
       `masks`, which `rewire` provides.
 
     Raises:
-      ValueError: `after` is below 0; in `update`, there are no masks or no parameters, or they do
-        not belong together.
+      ValueError: `after` is below 0; in `update`, the masks or `params` are missing, or do not
+        match the updates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -209,29 +215,32 @@ def fix_nonparticipating(after: int) -> optax.GradientTransformationExtraArgs:
 def _on_nonparticipating(call, f, updates, params, masks, needs_params):
     if masks is None:
         raise ValueError(
-            f"{call}: there are no masks. Wrap the chain in jaxsparse.rewire, which passes them to "
-            "it; optax.MultiSteps between the two would drop them and belongs outside."
+            f"{call}: there are no masks. Wrap the chain in jaxsparse.rewire, which passes them. "
+            "optax.MultiSteps must go outside of rewire, since it drops them."
         )
     if needs_params and params is None:
         raise ValueError(f"{call}: `params` is missing. Call update(grads, opt_state, params).")
     if needs_params:
         _check_alike(call, updates, params)
 
-    def treated(path, mask, u, *w):
+    def masked_update(path, mask, u, *w):
         return jnp.where(mask, u, f(u, *w))
 
     rest = (params,) if needs_params else ()
-    return map_masked(treated, masks, updates, *rest, call=call, partial=True)
+    return map_masked(masked_update, masks, updates, *rest, call=call, partial=True)
 
 
 def _check_alike(call, updates, params):
-    given, wanted = by_path(updates), by_path(params)
-    for path in (*wanted, *given):
-        shapes = [jnp.shape(tree[path]) if path in tree else None for tree in (given, wanted)]
+    update_leaves, param_leaves = by_path(updates), by_path(params)
+    for path in (*param_leaves, *update_leaves):
+        shapes = [
+            jnp.shape(tree[path]) if path in tree else None
+            for tree in (update_leaves, param_leaves)
+        ]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"{call}: {path} has shape {shapes[0]} in the updates, but {shapes[1]} in "
-                "`params`. Pass the parameters that the gradients were taken of."
+                "`params`. Pass the parameters that the gradients were computed for."
             )
 
 

@@ -1,4 +1,4 @@
-"""How masks are renewed: by a score, in stages, or by a rule of one's own."""
+"""How masks are renewed: by a score, in stages, or by a custom rule."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,20 +19,20 @@ class Renew:
     """How `rewire` renews the masks.
 
     Args:
-      masks: a function `(plan, params, gradients, masks, step, key, extra)` to new masks, a pytree
-        as `magnitude_masks` returns it. `params` are the updated weights; `gradients` those that
-        `update` received; `masks` the present ones; `step` the number of updates so far, int32;
-        `key` a random key for this step; `extra` a dict of the extra arguments by name, with the
-        state under `"state"` if there is one. When the optimizer is initialised, `gradients` and
-        `masks` are None and `extra` holds no extra arguments.
-      needs_gradient: whether it takes the gradients, which are not there at first.
+      masks: a function `(plan, params, gradients, masks, step, key, extra)` that returns new masks,
+        a pytree as `magnitude_masks` returns it. `params` are the updated weights; `gradients`
+        those that `update` received; `masks` the current ones; `step` the number of updates so far,
+        int32; `key` a random key for this step; `extra` a dict of the extra arguments by name, with
+        the state under `"state"` if there is one. When the optimizer is initialised, `gradients`
+        and `masks` are None and `extra` holds no extra arguments.
+      needs_gradient: whether it needs the gradients, which do not exist at initialisation.
       extra_args: the names of the extra arguments of `update` that it takes.
-      changes_at: steps at which masks are renewed besides every `every`.
-      init: a function `(plan, params)` to the state that it keeps; None where it keeps none.
-      observe: a function `(plan, state, params, gradients, extra)` to the new state; called at
-        every update.
-      check: a function of the plan that raises an error where the two do not go together.
-      seed: of the random keys.
+      changes_at: further steps at which masks are renewed, besides every `every` steps.
+      init: a function `(plan, params)` that returns the initial state; None if it keeps no state.
+      observe: a function `(plan, state, params, gradients, extra)` that returns the new state;
+        called at every update.
+      check: a function of the plan that raises an error if it does not fit.
+      seed: the seed of the random keys.
 
     Example:
       >>> import jax
@@ -61,12 +61,12 @@ class Renew:
 def by_score(score: str | Score = "magnitude") -> Renew:
     """Renews masks so that the weights of highest score participate.
 
-    Until there is a gradient, scores that need one, or an extra argument, are replaced by the
-    magnitude.
+    A score that needs a gradient or an extra argument is replaced by the magnitude at
+    initialisation.
 
     Args:
       score: `"magnitude"`; `"first_order"`, the magnitude of weight times gradient; `"fisher"`, the
-        squared weight times what `diagonal_fisher` gives, passed as `update(..., fisher=...)`;
+        squared weight times the result of `diagonal_fisher`, passed as `update(..., fisher=...)`;
         `"random"`, a fixed random mask; or a `Score`.
 
     Returns:
@@ -92,22 +92,24 @@ def by_score(score: str | Score = "magnitude") -> Renew:
       Hoefler et al., Sparsity in Deep Learning, sections 3.2 to 3.5 (arXiv:2102.00554).
     """
     score = as_score(score, "by_score")
+    start: Any = score.init
+    notice: Any = score.observe
     late = score.needs_gradient or bool(score.extra_args)
 
     def arguments(trees):
-        """The gradient, if it is needed, as positional and the rest as keyword arguments."""
+        """Splits trees into the gradient, if needed, and the extra arguments by keyword."""
         positional = trees[: int(score.needs_gradient)]
         return positional, dict(zip(score.extra_args, trees[len(positional) :], strict=False))
 
-    def asked(gradients, extra):
-        taken = [gradients] if score.needs_gradient else []
-        return taken + [extra[name] for name in score.extra_args]
+    def needed_trees(gradients, extra):
+        trees = [gradients] if score.needs_gradient else []
+        return trees + [extra[name] for name in score.extra_args]
 
     def masks(plan, params, gradients, masks, step, key, extra):
         if score is SCORES["magnitude"] or (late and gradients is None):
             return magnitude_masks(params, plan, step=step)
 
-        def scored(leaf, w, *trees):
+        def score_leaf(leaf, w, *trees):
             gs, kwargs = arguments(trees)
             if score.init is not None:
                 kwargs["state"] = extra["state"][leaf.path]
@@ -119,28 +121,30 @@ def by_score(score: str | Score = "magnitude") -> Renew:
                 )
             return scores
 
-        scores = map_planned(scored, plan, params, *asked(gradients, extra), call="rewire")
+        scores = map_planned(
+            score_leaf, plan, params, *needed_trees(gradients, extra), call="rewire"
+        )
         return score_masks(scores, plan, step=step)
 
     def init(plan, params):
         states = {}
 
-        def first(leaf, w):
-            states[leaf.path] = score.init(leaf.path, w)
+        def init_leaf(leaf, w):
+            states[leaf.path] = start(leaf.path, w)
             return w
 
-        map_planned(first, plan, params, call="rewire")
+        map_planned(init_leaf, plan, params, call="rewire")
         return states
 
     def observe(plan, state, params, gradients, extra):
         states = dict(state)
 
-        def seen(leaf, w, *trees):
+        def observe_leaf(leaf, w, *trees):
             gs, kwargs = arguments(trees)
-            states[leaf.path] = score.observe(leaf.path, state[leaf.path], w, *gs, **kwargs)
+            states[leaf.path] = notice(leaf.path, state[leaf.path], w, *gs, **kwargs)
             return w
 
-        map_planned(seen, plan, params, *asked(gradients, extra), call="rewire")
+        map_planned(observe_leaf, plan, params, *needed_trees(gradients, extra), call="rewire")
         return states
 
     return Renew(
@@ -156,20 +160,20 @@ BY_MAGNITUDE = by_score("magnitude")
 
 
 def staged(renew: Renew, earlier: Sequence[tuple[Plan, int]]) -> Renew:
-    """Renews masks under earlier plans first, each up to a step, and then under the last.
+    """Renews masks under earlier plans first, each up to a step, and then under the last plan.
 
     Args:
       renew: how the masks of each stage are renewed.
-      earlier: the plans before the last, of the same sparse leaves, each with the step at which it
-        ends and the next begins.
+      earlier: the plans before the last, with the same sparse leaves, each with the step at which
+        it ends and the next one begins.
 
     Returns:
-      The argument `renew` of `rewire`, whose own plan is the last.
+      The argument `renew` of `rewire`; the last plan is that of `rewire`.
 
     Raises:
       TypeError: a plan is not a plan, or an end is not an integer.
-      ValueError: the ends are not in ascending order; in `rewire`, an earlier plan has other sparse
-        leaves than the last.
+      ValueError: the ends are not in ascending order; in `rewire`, an earlier plan has different
+        sparse leaves than the last.
 
     Example:
       >>> import jax.numpy as jnp
@@ -210,7 +214,7 @@ def staged(renew: Renew, earlier: Sequence[tuple[Plan, int]]) -> Renew:
                 if before != last:
                     raise ValueError(
                         f"rewire: {path} is {before} in an earlier plan, but {last} in the last. "
-                        "Make the same leaves sparse in all."
+                        "Make the same leaves sparse in all plans."
                     )
 
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The wrapper of an optimizer that holds the masks and renews them."""
+"""The optimizer wrapper that holds the masks and renews them."""
 
 import functools
 import inspect
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from jaxsparse import _checks
 from jaxsparse._plan.plan import Plan, check_plan, map_planned, match
@@ -28,42 +29,42 @@ def rewire(
     plan: Plan,
     *,
     renew: Renew = BY_MAGNITUDE,
-    every: int = 1,
-    begin: int = 0,
-    until: int | None = None,
+    every: int | jax.Array = 1,
+    begin: int | jax.Array = 0,
+    until: int | jax.Array | None = None,
     decay_factor: Schedule | None = None,
     gradient: _checks.Gradient = "dense",
 ) -> optax.GradientTransformationExtraArgs:
     """Holds the masks and renews them from the updated weights; wraps the whole optimizer.
 
-    The state after t updates holds the masks and the decay factor of forward pass t, the first
-    being 0. Its masks are those of the weights at the last step that was `begin`, a number of times
-    `every` after it, or one at which `renew` changes. The transformations inside receive them as
-    the extra argument `masks`, with the gradient that they produced. Nothing may transform the
-    updates after `rewire`: the next masks are computed from the weights those updates produce.
+    After t updates, the state holds the masks and the decay factor for forward pass t, starting
+    from 0. The masks are those of the weights at the last step that was `begin`, a multiple of
+    `every` after it, or one at which `renew` changes. The transformations inside receive the masks
+    that produced the gradient, as the extra argument `masks`. Nothing may transform the updates
+    after `rewire`: the next masks are computed from the weights those updates produce.
 
     Args:
       inner: the optimizer, usually a chain with the transformations for non-participating weights.
       plan: which leaf follows which pattern.
-      renew: how masks are renewed, as `by_score` and `staged` make it.
+      renew: how masks are renewed, as `by_score` and `staged` return it.
       every: the updates between two rewirings (`r` in the paper).
       begin: the step before which every weight participates.
-      until: the step from which on the masks stay; None for never.
+      until: the step from which the masks stay; None to keep rewiring.
       decay_factor: a function from the step to the factor D that scales non-participating weights
-        in the forward pass, such as `linear_decay` makes; None for 0.
-      gradient: what `effective_params` and `flax.intercept` take for this state: `"dense"` or
-        `"masked"`.
+        in the forward pass, such as `linear_decay` returns; None for 0.
+      gradient: the gradient that `effective_params` and `flax.intercept` use for this state:
+        `"dense"` or `"masked"`.
 
     Returns:
       A transformation with state `RewireState`. Its `update` needs `params`.
 
     Raises:
-      TypeError: `plan` is not a plan, or `renew` is not a `Renew`; in `update`, the state was not
-        created by `rewire`, or by one with another kind of forward pass.
+      TypeError: `plan` is not a plan, or `renew` is not a `Renew`; in `update`, `state` was not
+        created by `rewire`, or was created by a different recipe.
       ValueError: no leaf of the plan is sparse; `every`, `begin`, `until` or a step at which
         `renew` changes is out of range or not in order; `gradient` is not one of the two; in `init`
-        and `update`, the parameters or gradients are not those of the plan; in `update`, the
-        parameters or an extra argument of `renew` are missing, or the state is of another plan.
+        and `update`, the parameters or gradients do not match the plan; in `update`, `params` or an
+        extra argument of `renew` is missing, or the state was made for a different plan.
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,7 +95,7 @@ def rewire(
     dense_start = not (isinstance(begin, int) and begin == 0)
     every_step = not dense_start and until is None and isinstance(every, int) and every == 1
 
-    def renewed(params, gradients, masks, step, state, extra, like=None):
+    def new_masks(params, gradients, masks, step, state, extra, like=None):
         key = jax.random.fold_in(jax.random.key(renew.seed), step)
         extra = extra if renew.init is None else {**extra, "state": state}
         masks = renew.masks(plan, params, gradients, masks, step, key, extra)
@@ -106,12 +107,12 @@ def rewire(
 
     def init(params):
         count = jnp.zeros((), jnp.int32)
-        if is_placeholder(params):  # of optax.tree_utils.tree_map_params
+        if is_placeholder(params):  # called by optax.tree_utils.tree_map_params
             state = None if renew.init is None else count
             return RewireState(count, count, plan, forward(0), state, inner.init(params))
         match(plan, params, "rewire")
         state = None if renew.init is None else renew.init(plan, params)
-        masks = renewed(params, None, None, count, state, {})
+        masks = new_masks(params, None, None, count, state, {})
         if dense_start:
             full = pack_masks(_all_participate(params, plan), plan)
             masks = jax.tree.map(lambda bits, ones: jnp.where(begin > 0, ones, bits), masks, full)
@@ -126,12 +127,13 @@ def rewire(
         inner_args = {**_accepting_masks(extra_args), "masks": masks}
         updates, inner_state = inner.update(gradients, state.inner_state, params, **inner_args)
         count = optax.safe_increment(state.count)
-        updated = optax.apply_updates(params, updates)
-        remembered = state.renew_state
+        with jax.numpy_dtype_promotion("standard"):  # as optax adds, whatever the dtypes
+            updated = optax.apply_updates(params, updates)
+        renew_state = state.renew_state
         if renew.observe is not None:
-            remembered = renew.observe(plan, remembered, updated, gradients, extra)
-        arguments = (updated, gradients, masks, count, remembered, extra, state.masks)
-        new = functools.partial(renewed, *arguments)
+            renew_state = renew.observe(plan, renew_state, updated, gradients, extra)
+        arguments = (updated, gradients, masks, count, renew_state, extra, state.masks)
+        new = functools.partial(new_masks, *arguments)
         if every_step:
             words = new()
         else:
@@ -139,7 +141,7 @@ def rewire(
             due = functools.reduce(jnp.logical_or, (count == at for at in renew.changes_at), due)
             due &= (count >= begin) & (True if until is None else count < until)
             words = jax.lax.cond(due, new, lambda: state.masks)
-        return updates, RewireState(count, words, plan, forward(count), remembered, inner_state)
+        return updates, RewireState(count, words, plan, forward(count), renew_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -151,8 +153,8 @@ def _check_order(every, begin, until, changes_at):
         _checks.steps("rewire", "end", step)
     if until is not None:
         _checks.steps("rewire", "until", until, least=0)
-    given = (begin, *changes_at, until)
-    order = [int(step) for step in given if step is not None and not isinstance(step, jax.Array)]
+    steps = (begin, *changes_at, until)
+    order = [int(step) for step in steps if step is not None and not isinstance(step, jax.Array)]
     if order != sorted(set(order)) and order != [0, 0]:
         raise ValueError(
             f"rewire: `begin`, the steps at which `renew` changes and `until` are {order}, not in "
@@ -163,8 +165,8 @@ def _check_order(every, begin, until, changes_at):
 def _check_update(plan, gradient, decay_factor, state, params):
     if params is None:
         raise ValueError(
-            "rewire: `params` is missing. Masks rank weights: call update(grads, opt_state, "
-            "params)."
+            "rewire: `params` is missing, but masks are computed from weights. Call update(grads, "
+            "opt_state, params)."
         )
     if not isinstance(state, RewireState):
         raise TypeError(
@@ -173,21 +175,22 @@ def _check_update(plan, gradient, decay_factor, state, params):
         )
     if state.plan != plan:
         raise ValueError(
-            f"rewire: the state is of another plan: {_difference(state.plan, plan)}. Pass the "
-            "state that init of this transformation returned."
+            "rewire: the state was made for a different plan: "
+            f"{_difference(state.plan, plan)}. Pass the state that init of this transformation "
+            "returned."
         )
     theirs = (state.forward.gradient, state.forward.decay_factor is None)
     if theirs != (gradient, decay_factor is None):
         raise TypeError(
-            "rewire: this RewireState is of another recipe. Pass the optimizer state that init of "
-            "this one returned."
+            "rewire: this RewireState was created by a different recipe. Pass the optimizer state "
+            "that init of this one returned."
         )
 
 
 def _difference(theirs: Plan, ours: Plan) -> str:
-    """The first leaf in which two plans differ."""
+    """Describes the first leaf in which two plans differ."""
 
-    def told(plan, path):
+    def described(plan, path):
         leaf = plan.sparse.get(path)
         if leaf is None:
             return "dense"
@@ -197,11 +200,12 @@ def _difference(theirs: Plan, ours: Plan) -> str:
     paths = dict.fromkeys((*theirs.sparse, *ours.sparse))
     differ = [path for path in paths if theirs.sparse.get(path) != ours.sparse.get(path)]
     if not differ:
-        return "its dense leaves are others"
-    return f"there {differ[0]} is {told(theirs, differ[0])}, here {told(ours, differ[0])}"
+        return "its dense leaves differ"
+    path = differ[0]
+    return f"{path} is {described(theirs, path)} there, and {described(ours, path)} here"
 
 
-def _extra(extra_args: dict, name: str):
+def _extra(extra_args: dict, name: str) -> Any:
     if extra_args.get(name) is None:
         hint = "jaxsparse.diagonal_fisher(...)" if name == "fisher" else "..."
         raise ValueError(
@@ -211,7 +215,7 @@ def _extra(extra_args: dict, name: str):
 
 
 def _accepting_masks(extra_args: dict[str, Any]) -> dict[str, Any]:
-    """The extra arguments with a loss that takes `masks`, as line searches hand all on to it."""
+    """The extra arguments, with a loss that accepts `masks`; line searches pass them all to it."""
     loss = extra_args.get("value_fn")
     if loss is None:
         return extra_args
@@ -225,11 +229,12 @@ def _accepting_masks(extra_args: dict[str, Any]) -> dict[str, Any]:
     extra = inspect.Parameter("masks", inspect.Parameter.KEYWORD_ONLY, default=None)
     others = list(signature.parameters.values())
     last = len(others) - any(one.kind is inspect.Parameter.VAR_KEYWORD for one in others)
-    value_fn.__signature__ = signature.replace(parameters=[*others[:last], extra, *others[last:]])
+    named = signature.replace(parameters=[*others[:last], extra, *others[last:]])
+    value_fn.__signature__ = named  # type: ignore[attr-defined]
     return {**extra_args, "value_fn": value_fn}
 
 
-def _all_participate(params, plan: Plan):
+def _all_participate(params: PyTree, plan: Plan) -> Any:
     return map_planned(
         lambda leaf, w: jnp.ones(jnp.shape(w), bool),
         plan,

@@ -1,4 +1,4 @@
-"""Steps to decay factors and densities: pure functions, safe under `jit` with a traced step."""
+"""Schedules: functions from the step to a decay factor or density, which accept a traced step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,17 +14,18 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def linear_decay(beta: float, begin: int = 0) -> Schedule:
-    """The decay factor of MDGF-Linear, `D = max(1 - beta * j, 0)` with `j` the steps since `begin`.
+    """The decay factor of MDGF-Linear, `D = max(1 - beta * j, 0)`, j steps after `begin`.
 
     Args:
-      beta: what D loses a step, above 0; D reaches exactly 0 after `1 / beta` steps.
-      begin: the optimizer step at which sparsification begins; D is 1 up to there.
+      beta: the amount that D loses in each step, above 0; D reaches exactly 0 after `1 / beta`
+        steps.
+      begin: the optimizer step at which sparsification begins; until then D is 1.
 
     Returns:
       A function from an optimizer step, int or traced, to D, a float32 scalar.
 
     Raises:
-      TypeError: `begin` is no integer.
+      TypeError: `begin` is not an integer.
       ValueError: `beta` is not above 0, or `begin` is below 0.
 
     Example:
@@ -34,27 +35,26 @@ def linear_decay(beta: float, begin: int = 0) -> Schedule:
 
     References:
       Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers,
-      section 3.
+      section 3 (arXiv:2402.04744).
     """
     _check_decay("linear_decay", beta, begin)
     return _LinearDecay(beta, begin)
 
 
 def exponential_decay(beta: float, begin: int = 0, end: int | None = None) -> Schedule:
-    """The decay factor of MDGF-Exponential, `D = exp(-beta * j)` with `j` the steps since `begin`;
-    exactly 0 from `end`.
+    """The decay factor of MDGF-Exponential, `D = exp(-beta * j)`, j steps after `begin`.
 
     Args:
-      beta: the rate a step, above 0.
-      begin: the optimizer step at which sparsification begins; D is 1 up to there.
-      end: the step at which fine-tuning with the binary mask begins, above `begin`; None never cuts
-        D off.
+      beta: the decay rate per step, above 0.
+      begin: the optimizer step at which sparsification begins; until then D is 1.
+      end: the step from which D is exactly 0, for fine-tuning with the binary mask, above `begin`;
+        None if D is never cut off.
 
     Returns:
       A function from an optimizer step, int or traced, to D, a float32 scalar.
 
     Raises:
-      TypeError: `begin` or `end` is no integer.
+      TypeError: `begin` or `end` is not an integer.
       ValueError: `beta` is not above 0, `begin` is below 0, or `end` is not above `begin`.
 
     Example:
@@ -66,13 +66,12 @@ def exponential_decay(beta: float, begin: int = 0, end: int | None = None) -> Sc
 
     References:
       Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers,
-      section 3.
+      section 3 (arXiv:2402.04744).
     """
     _check_decay("exponential_decay", beta, begin)
     if end is not None and _checks.integer(end, "exponential_decay: `end`") <= begin:
         raise ValueError(
-            f"exponential_decay: end={end} is not above begin={begin}. Fine-tuning follows the "
-            "decay."
+            f"exponential_decay: end={end} is not above begin={begin}. Pass a later `end`."
         )
     return _ExponentialDecay(beta, begin, end)
 
@@ -80,23 +79,24 @@ def exponential_decay(beta: float, begin: int = 0, end: int | None = None) -> Sc
 def gradual_density(
     final: float, *, begin: int, end: int, every: int = 1, initial: float = 1.0
 ) -> Schedule:
-    """The cubic schedule of gradual pruning, as a density: `d_f + (d_i - d_f) * (1 - (t - t0) / (n
-    * dt))^3`.
+    """The cubic schedule of gradual pruning, as a density.
+
+    At step t it is `d_f + (d_i - d_f) * (1 - (t - t0) / (n * dt))^3`.
 
     Args:
-      final: the density kept from `end` on, in (0, 1].
-      begin: the optimizer step `t0` at which pruning begins; the density is `initial` up to there.
-      end: the step `t0 + n * dt` at which it ends.
+      final: the density `d_f` from `end` on, in (0, 1].
+      begin: the optimizer step `t0` at which pruning begins; until then the density is `initial`.
+      end: the step `t0 + n * dt` at which pruning ends.
       every: `dt`, the steps between two changes of density.
-      initial: the density at the start, in (0, 1].
+      initial: the density `d_i` at the start, in (0, 1].
 
     Returns:
       A function from an optimizer step, int or traced, to the density, a float32 scalar.
 
     Raises:
-      TypeError: a step is no integer.
+      TypeError: a step is not an integer.
       ValueError: a density is not in (0, 1], `end` is not above `begin`, or `every` does not divide
-        the steps between.
+        the number of steps between them.
 
     Example:
       >>> import jaxsparse as js
@@ -105,7 +105,7 @@ def gradual_density(
 
     References:
       Zhu and Gupta, To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model
-      Compression.
+      Compression (arXiv:1710.01878).
     """
     call = "gradual_density"
     for name, value in (("final", final), ("initial", initial)):
@@ -127,7 +127,8 @@ def gradual_density(
     return _GradualDensity(final, begin, end, every, initial)
 
 
-# classes rather than closures, so that schedules, and what holds them, can be pickled and compared
+# classes rather than closures, so that schedules and the patterns with them can be pickled and
+# compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +137,10 @@ class _LinearDecay:
     begin: int
 
     def __call__(self, step):
-        lifetime = 1.0 / self.beta  # D then ends at 0, not at the rounding error of 1 - beta * j
+        lifetime = 1.0 / self.beta  # so that D ends at exactly 0; 1 - beta * j would be rounded
         since = jnp.asarray(_since(self.begin, step), jnp.float32)
         falling = jnp.maximum(lifetime - since, 0.0) / lifetime
-        # compiled, the quotient of equal numbers need not be 1
+        # in compiled code the quotient of equal numbers may differ from 1
         return jnp.where(since > 0, falling, 1.0)
 
 
@@ -176,7 +177,7 @@ def _since(begin, step):
 
 def _check_decay(call, beta, begin):
     if not beta > 0:
-        raise ValueError(f"{call}: beta={beta} is not above 0. D loses it every step.")
+        raise ValueError(f"{call}: beta={beta} is not above 0. Pass a positive decay per step.")
     if _checks.integer(begin, f"{call}: `begin`") < 0:
         raise ValueError(
             f"{call}: begin={begin} is below 0. Pass the step at which sparsification begins."

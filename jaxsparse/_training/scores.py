@@ -1,4 +1,4 @@
-"""Scores: what masks rank, computed from a leaf's weights and, for some, its gradient."""
+"""Scores, which masks rank: computed from a leaf's weights and, for some, its gradient."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxsparse._masks.ranking import wide
 
@@ -16,19 +17,19 @@ __all__ = ["SCORES", "Score", "as_score", "diagonal_fisher", "random_score", "ru
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What masks rank: the weights of highest score participate.
+    """The importance of each weight, which masks rank: the highest scores participate.
 
     Args:
-      rank: a function of a leaf's path and its weights, and of its gradient if `needs_gradient`, to
-        an array of scores of the weights' shape. It receives the leaf's part of each of
-        `extra_args`, and of the state as `state`, as keyword arguments.
+      rank: a function of a leaf's path and weights, and of its gradient if `needs_gradient`, that
+        returns scores of the weights' shape. It receives the leaf's part of each of `extra_args`,
+        and its state as `state`, as keyword arguments.
       needs_gradient: whether `rank` and `observe` take the gradient.
       extra_args: the names of the extra arguments of `update` that it takes, pytrees of the
         structure of the parameters, as in `update(grads, opt_state, params, fisher=...)`.
-      init: a function of a leaf's path and its weights to the state that the score keeps for the
-        leaf; None where it keeps none.
-      observe: a function of a leaf's path, its state and what `rank` takes to the new state; called
-        at every update.
+      init: a function of a leaf's path and weights that returns the initial state of the score for
+        the leaf; None if it keeps no state.
+      observe: a function of a leaf's path, its state and the arguments of `rank` that returns the
+        new state; called at every update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,10 +50,10 @@ class Score:
 
 
 def random_score(seed: int) -> Score:
-    """Scores that are random and the same at every step: a fixed random mask, as a control.
+    """Random scores that are the same at every step: a fixed random mask, as a control.
 
     Args:
-      seed: another seed gives another mask.
+      seed: the seed of the mask.
 
     Returns:
       A score for `by_score`.
@@ -74,14 +75,14 @@ def running_mean(score: Score, decay: float) -> Score:
     """The exponential running mean of a score, kept in the state of `rewire`.
 
     Args:
-      score: a score without state of its own.
+      score: a score without a state of its own.
       decay: the share of the mean that stays at each update, in [0, 1).
 
     Returns:
       A score for `by_score`.
 
     Raises:
-      ValueError: `decay` is not in [0, 1), or `score` keeps state.
+      ValueError: `decay` is not in [0, 1), or `score` keeps a state.
 
     Example:
       >>> import jaxsparse as js
@@ -89,9 +90,9 @@ def running_mean(score: Score, decay: float) -> Score:
       >>> renew = js.by_score(js.running_mean(squared_gradient, 0.99))
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"running_mean: decay={decay} is not in [0, 1). Pass a number in it.")
+        raise ValueError(f"running_mean: decay={decay} is not in [0, 1). Pass one in this range.")
     if score.init is not None:
-        raise ValueError("running_mean: `score` keeps a state of its own. Pass one that does not.")
+        raise ValueError("running_mean: `score` keeps its own state. Pass one that does not.")
 
     def init(path, w):
         return jnp.zeros(jnp.shape(w), jnp.float32)
@@ -105,20 +106,20 @@ def running_mean(score: Score, decay: float) -> Score:
     return Score(rank, score.needs_gradient, score.extra_args, init, observe)
 
 
-def diagonal_fisher(loss: Callable[..., jax.Array], params, *batch):
+def diagonal_fisher(loss: Callable[..., jax.Array], params: PyTree, *batch: Any) -> Any:
     """The diagonal of the empirical Fisher information: the mean of squared per-example gradients.
 
-    Not the square of the mean gradient, which vanishes where training has converged. Goes through
-    the examples one by one, so that it takes the memory of one gradient. For
-    `by_score("fisher")`, pass it to `update(..., fisher=...)`.
+    It is not the square of the mean gradient, which vanishes when training has converged. Examples
+    are processed one by one, so it needs the memory of one gradient. For `by_score("fisher")`, pass
+    it to `update(..., fisher=...)`.
 
     Args:
-      loss: function of (params, *example) to the scalar loss of one example.
+      loss: function of (params, *example) that returns the scalar loss of one example.
       params: pytree of weights.
       *batch: pytrees of arrays whose leading axis runs over the examples.
 
     Returns:
-      A pytree of the structure of `params`, in float32 where these are narrower.
+      A pytree of the structure of `params`, in float32 where the weights are narrower.
 
     Example:
       >>> import jax.numpy as jnp
@@ -167,7 +168,7 @@ SCORES = {
 
 
 def as_score(score: str | Score, call: str) -> Score:
-    """The score of a name; a score passes through."""
+    """Looks up a score by its name; a score passes through."""
     if isinstance(score, Score):
         return score
     if isinstance(score, str) and score in SCORES:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import optax
 
 from jaxsparse import _checks
@@ -22,36 +23,35 @@ def sdgf(
     k: int = 16,
     dense_until: int | float = 0.05,
     fine_tune_from: int | float = 0.7,
-    every: int = 1,
+    every: int | jax.Array = 1,
     renew: Renew = BY_MAGNITUDE,
 ) -> optax.GradientTransformationExtraArgs:
-    """Structure Decay Gradient Flow: the pattern tightens in stages, down to the one planned; the
-    gradient is dense.
+    """Structure Decay Gradient Flow: the pattern tightens in stages, with dense gradients.
 
-    After the dense phase every leaf goes through its stages, of which the last is its pattern in
-    the plan, in intervals of equal length up to `fine_tune_from`; from there on it keeps the last.
+    After the dense phase every leaf goes through its stages in intervals of equal length, up to
+    `fine_tune_from`. The last stage is its pattern in the plan, which it then keeps.
 
     Args:
-      inner: the optimizer, any of optax.
-      plan: which leaf follows which pattern in the end: `NM`, or `TransposableNM` where its stages
-        exist.
+      inner: any optax optimizer.
+      plan: which leaf follows which pattern in the end: `NM`, or `TransposableNM` if it has stages.
       total_steps: the optimizer steps of the whole run.
-      stages: `"stepwise"`, those of `stepwise_stages`, as 7:8, 4:8, 2:8, 1:8; `"geometric"`, those
-        of `geometric_stages`, as 16:128, 8:64, 4:32, 2:16, 1:8.
-      k: how much longer the groups of the first geometric stage are, a power of two.
+      stages: `"stepwise"`, those of `stepwise_stages`, such as 7:8, 4:8, 2:8, 1:8; or
+        `"geometric"`, those of `geometric_stages`, such as 16:128, 8:64, 4:32, 2:16, 1:8.
+      k: the ratio of the group length of the first geometric stage to the last, a power of two.
       dense_until: the step up to which every weight participates.
       fine_tune_from: the step at which the stages end.
-      every: the steps between two rewirings, counted from `dense_until`; masks are made anew where
-        a stage begins, too.
+      every: the steps between two rewirings, counted from `dense_until`; masks are also renewed
+        where a stage begins.
       renew: how masks are renewed, as for `rewire`.
 
     Returns:
-      The transformation to use in place of `inner`; `masks` finds its masks.
+      The transformation to use in place of `inner`; `masks` reads its masks from the state.
 
     Raises:
-      TypeError: `plan` is no plan, or an argument is no number.
-      ValueError: no leaf of the plan is sparse, a leaf is planned under another pattern or cannot
-        follow one of its stages, an argument is out of range, or a phase or a stage has no step.
+      TypeError: `plan` is not a plan, or an argument is not a number.
+      ValueError: no leaf of the plan is sparse, a leaf is planned with another pattern or cannot
+        follow one of its stages, an argument is out of range, or no steps are left for a phase or a
+        stage.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,21 +72,21 @@ def sdgf(
 
     References:
       Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers,
-      section 3.
+      section 3 (arXiv:2402.04744).
     """
     call = "recipes.sdgf"
     begin, end = phases(call, total_steps, dense_until, fine_tune_from)
     _checks.choice(call, "stages", stages, _checks.StageKind)
 
     def stages_of(leaf, pattern):
-        found = pattern.stages(stages, k)
-        if not found:
+        patterns = pattern.stages(stages, k)
+        if not patterns:
             raise ValueError(
-                f"{call}: {leaf.path} is planned {pattern}, which has no {stages} stages. Pass "
+                f"{call}: {leaf.path} is planned as {pattern}, which has no {stages} stages. Pass "
                 "other `stages`. Use recipes.gradual for patterns of any density."
             )
-        _check_first(call, leaf, found[0])
-        return found
+        _check_first(call, leaf, patterns[0])
+        return patterns
 
     renew = staged(renew, in_stages(call, plan, stages_of, begin, end))
     return rewire(inner, plan, renew=renew, every=every, begin=begin)
@@ -99,6 +99,6 @@ def _check_first(call, leaf, first):
         if size % m:
             raise ValueError(
                 f"{call}: axis {axis} of {leaf.path} has size {size}, not a multiple of {m}, the "
-                f"group of its first stage {first}. Pass k={math.gcd(size // last, m // last)}, or "
-                'stages="stepwise".'
+                f"group length of its first stage {first}. Pass "
+                f'k={math.gcd(size // last, m // last)}, or stages="stepwise".'
             )

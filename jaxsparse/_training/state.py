@@ -1,4 +1,4 @@
-"""Where the masks live: the state of `rewire`, found wherever an optimizer nests it."""
+"""The state of `rewire`, which holds the masks, found wherever an optimizer nests it."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import serialization
 from jax import export
+from jaxtyping import Array, ArrayLike, Bool, PyTree, UInt8
 
 from jaxsparse._checks import Gradient
 from jaxsparse._masks.bits import pack, unpack
@@ -44,7 +45,7 @@ class Forward:
       gradient: `"dense"` or `"masked"`, as for `effective_weight`, static.
     """
 
-    decay_factor: jax.Array | None = None
+    decay_factor: Any = None
     gradient: Gradient = "dense"
 
 
@@ -52,12 +53,12 @@ class RewireState(NamedTuple):
     """The state of `rewire`.
 
     Attributes:
-      count: updates so far, int32 scalar.
-      masks: the masks at one bit a weight, uint8, in the places of the sparse leaves; `masks` makes
-        booleans of them.
+      count: the number of updates so far, int32 scalar.
+      masks: the masks of the sparse leaves, packed in uint8 at one bit a weight; `masks` unpacks
+        them to booleans.
       plan: the plan, static.
       forward: how the next forward pass treats non-participating weights.
-      renew_state: what the renewal of masks remembers; empty for most.
+      renew_state: the state of the `Renew`; None for most.
       inner_state: the state of the wrapped transformation.
     """
 
@@ -70,7 +71,7 @@ class RewireState(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """What an optimizer state, or a tree of masks, says of the next forward pass.
+    """The masks in an optimizer state or tree of masks, and how the next forward pass uses them.
 
     Attributes:
       masks: the masks, a pytree of booleans.
@@ -83,34 +84,34 @@ class Masked(NamedTuple):
     planned: dict[str, Leaf]
 
 
-def rewire_states(opt_state) -> list[RewireState]:
-    """Every `RewireState` in an optimizer state, however deep."""
+def rewire_states(opt_state: PyTree) -> list[RewireState]:
+    """Finds every `RewireState` in an optimizer state, however deep it is nested."""
 
     def is_one(node):
         return isinstance(node, RewireState)
 
-    # an nnx.Optimizer is a pytree too, but its Variables are not the arrays that masks are
+    # an nnx.Optimizer is a pytree too, but its leaves are in Variables, which masks are not
     opt_state = getattr(opt_state, "opt_state", opt_state)
     return [node for node in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(node)]
 
 
-def is_placeholder(params) -> bool:
-    """Whether these are the stand-in parameters of `optax.tree_utils.tree_map_params`."""
+def is_placeholder(params: PyTree) -> bool:
+    """Whether these are the placeholder parameters of `optax.tree_utils.tree_map_params`."""
     container = isinstance(params, (dict, list, tuple)) or params is None
     return not container and not jax.tree.leaves(params)
 
 
 def masks(opt_state):
-    """The masks in an optimizer state, however deep the user nests it.
+    """Returns the masks in an optimizer state, however deep they are nested.
 
     Args:
-      opt_state: the state of an optimizer that holds `rewire`, inside `optax.chain`, `MultiSteps`,
-        `inject_hyperparams`, `multi_transform` and the like, or an `nnx.Optimizer`.
+      opt_state: the state of an optimizer that contains `rewire`, inside `optax.chain`,
+        `MultiSteps`, `inject_hyperparams`, `multi_transform` and the like, or an `nnx.Optimizer`.
 
     Returns:
-      A pytree of the structure of the parameters: boolean arrays where leaves are sparse (True =
-      participates), the scalar True where they are dense. Where `multi_transform` or `masked` gives
-      several parts of the tree a recipe each, they are merged; a part that no recipe sees is True.
+      A pytree of the structure of the parameters: boolean arrays for sparse leaves (True =
+      participates), the scalar True for dense ones. If `multi_transform` or `masked` applies
+      recipes to parts of the tree, their masks are merged; parts without a recipe are True.
 
     Raises:
       ValueError: the state holds no masks.
@@ -137,13 +138,13 @@ def masks(opt_state):
     )
 
 
-def read_state(source, call: str) -> Masked:
-    """What an optimizer state, or a tree of masks, says of the next forward pass."""
+def read_state(source: PyTree, call: str) -> Masked:
+    """Reads the masks of an optimizer state, and how the forward pass uses them; or bare masks."""
     states = rewire_states(source)
     if states:
         forwards, planned = {}, {}
         for state in reversed(states):
-            factor = jax.tree.leaves(state.forward.decay_factor)  # nnx.Optimizer: in a Variable
+            factor = jax.tree.leaves(state.forward.decay_factor)  # nnx wraps it in a Variable
             forward = Forward(factor[0] if factor else None, state.forward.gradient)
             forwards.update(dict.fromkeys(state.plan.sparse, forward))
             planned.update(state.plan.sparse)
@@ -165,10 +166,10 @@ def read_state(source, call: str) -> Masked:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class _Bits:
-    """The mask of a sparse leaf at one bit a weight, in the box of the leaf if it has one.
+    """The packed mask of a sparse leaf, inside the leaf's box if it has one.
 
-    Its key in the tree names the pattern, so that a checkpoint of another pattern is refused even
-    where the shapes agree.
+    Its key in the tree names the pattern, so that a checkpoint with another pattern is refused even
+    if the shapes agree.
     """
 
     words: Any
@@ -184,7 +185,7 @@ class _Bits:
 
 @dataclasses.dataclass(frozen=True)
 class _Dense:
-    """Stands for the mask of a dense leaf; `box` is the structure of the box around it, if any."""
+    """Represents the mask of a dense leaf; `box` is the structure of the box around it, if any."""
 
     box: tuple = ()
 
@@ -192,7 +193,7 @@ class _Dense:
 def _bits_from_dict(bits: _Bits, state: dict) -> _Bits:
     if state.keys() != {bits.pattern}:
         raise ValueError(
-            f"RewireState: the saved masks are of {', '.join(state)}, but the plan says "
+            f"RewireState: the saved masks follow {', '.join(state)}, but the plan has "
             f"{bits.pattern}. Restore into the state of the recipe that was saved."
         )
     return _Bits(serialization.from_state_dict(bits.words, state[bits.pattern]), bits.pattern)
@@ -215,8 +216,8 @@ register_saved(
 export.register_namedtuple_serialization(RewireState, serialized_name="jaxsparse.RewireState")
 
 
-def pack_masks(masks, plan: Plan, like=None):
-    """The masks as a `RewireState` keeps them, with the dense leaves of `like` if that is given.
+def pack_masks(masks: PyTree, plan: Plan, like: PyTree = None) -> Any:
+    """Packs masks as a `RewireState` keeps them, with the dense leaves of `like` if it is given.
 
     NNX initialises with boxed parameters and updates with bare ones.
     """
@@ -234,8 +235,8 @@ def pack_masks(masks, plan: Plan, like=None):
     return jax.tree.unflatten(structure, map(packed, paths, nodes, *([known] if known else [])))
 
 
-def unpack_masks(state: RewireState):
-    """The masks of a `RewireState` as booleans."""
+def unpack_masks(state: RewireState) -> Any:
+    """Unpacks the masks of a `RewireState` to booleans."""
 
     nodes, structure = jax.tree.flatten(
         state.masks, is_leaf=lambda node: _is_mask(node) or _is_hole(node)
@@ -254,28 +255,28 @@ def unpack_masks(state: RewireState):
     return jax.tree.unflatten(structure, map(unpacked, paths, nodes))
 
 
-def mask_words(opt_state) -> dict[str, tuple[jax.Array, Leaf]]:
-    """The masks of an optimizer state as they are packed, by path, each with its planned leaf."""
+def mask_words(opt_state: PyTree) -> dict[str, tuple[Any, Leaf]]:
+    """The packed masks of an optimizer state by path, each with its planned leaf."""
 
-    found = {}
+    words_by_path = {}
     for state in rewire_states(opt_state):
         nodes, structure = jax.tree.flatten(state.masks, is_leaf=_is_mask)
         paths = leaf_paths(jax.tree.unflatten(structure, [0] * len(nodes)))
         for path, node in zip(paths, nodes, strict=True):
             if isinstance(node, _Bits):
                 (words,) = jax.tree.leaves(node.words)
-                found[path] = (words, state.plan.sparse[path])
-    return found
+                words_by_path[path] = (words, state.plan.sparse[path])
+    return words_by_path
 
 
-def unpack_mask(words: jax.Array, leaf: Leaf) -> jax.Array:
-    """The boolean mask of one leaf."""
+def unpack_mask(words: UInt8[ArrayLike, "..."], leaf: Leaf) -> Bool[Array, "..."]:
+    """Unpacks the boolean mask of one leaf."""
     axis = _bit_axis(leaf)
     return unpack(words, leaf.shape[axis], axis)
 
 
 def _bit_axis(leaf: Leaf) -> int:
-    """The axis along which eight neighbours share a byte: that of the groups, if there are any."""
+    """The axis along which eight neighbours share a byte: the group axis, if there is one."""
     return (leaf.pattern.axes or (-1,))[0] if leaf.pattern else -1
 
 
@@ -284,16 +285,16 @@ def _label(leaf: Leaf) -> str:
     return re.sub(r"[^\w-]+", "_", f"{leaf.pattern}{' along' if axes else ''}{axes}")
 
 
-def _is_mask(node) -> bool:
+def _is_mask(node: Any) -> bool:
     return isinstance(node, _Bits | _Dense)
 
 
-def _is_hole(node) -> bool:
+def _is_hole(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
 def _fill_holes(a, b):
-    """`a`, with the parts of `b` in place of its `MaskedNode`s, which stand for leaves or trees."""
+    """Fills the `MaskedNode`s of `a`, which replace leaves or trees, with the parts of `b`."""
     if _is_hole(b):
         return a
     if _is_hole(a):

@@ -1,8 +1,9 @@
-"""Pruning once: masks that stay."""
+"""Pruning once, with masks that stay."""
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import by_path
 from jaxsparse._plan.plan import Plan, check_plan
@@ -19,31 +20,30 @@ def static(
     inner: optax.GradientTransformation,
     plan: Plan,
     *,
-    masks=None,
+    masks: PyTree = None,
     renew: Renew = BY_MAGNITUDE,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes once and keeps the masks: weights that do not participate are 0 after the first
-    update, and stay 0.
+    """Prunes once and keeps the masks: non-participating weights are 0 from the first update on.
 
-    For the workflow that trains dense, prunes, and trains again: give it the trained weights and a
-    fresh optimizer, with the schedule of the first training. The gradient is masked, so that the
+    It is meant for training dense, pruning, and training again: pass the trained weights and a
+    fresh optimizer with the schedule of the first training. The gradient is masked, so that the
     optimizer sees a smaller model.
 
     Args:
-      inner: the optimizer, any of optax.
+      inner: any optax optimizer.
       plan: which leaf follows which pattern.
-      masks: a pytree of masks, or an optimizer state that holds some, for the sparse leaves of the
-        plan, of any density; None for those of the weights that `init` is called with.
-      renew: how masks are renewed, as for `rewire`, but for what needs a gradient, of which there
-        is none yet. To prune by such scores pass `masks=jaxsparse.score_masks(scores, plan)`.
+      masks: a pytree of masks of any density for the sparse leaves of the plan, or an optimizer
+        state that holds them; None to compute them from the weights that `init` receives.
+      renew: how masks are computed, as for `rewire`, but it must not need a gradient, since none
+        exists yet. To prune by such scores, pass `masks=jaxsparse.score_masks(scores, plan)`.
 
     Returns:
-      The transformation to use in place of `inner`; `masks` finds its masks.
+      The transformation to use in place of `inner`; `masks` reads its masks from the state.
 
     Raises:
-      TypeError: `plan` is no plan.
-      ValueError: no leaf of the plan is sparse, `masks` are none, or of other leaves or shapes than
-        those of the plan, or `score` needs a gradient.
+      TypeError: `plan` is not a plan.
+      ValueError: no leaf of the plan is sparse, `masks` holds no masks, or its leaves or shapes do
+        not match the plan, or `renew` needs a gradient.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,51 +56,51 @@ def static(
       Array([ 0., -5.,  2.,  0.], dtype=float32)
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.1.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.1 (arXiv:2104.08378).
     """
     call = "recipes.static"
     check_plan(call, plan)
     if isinstance(renew, Renew) and (renew.needs_gradient or renew.extra_args):
         raise ValueError(
             f"{call}: `renew` needs {'a gradient' if renew.needs_gradient else renew.extra_args}, "
-            "and masks are made before there is one. Compute the scores and pass "
+            "which does not exist yet when the masks are made. Compute the scores and pass "
             "masks=jaxsparse.score_masks(scores, plan)."
         )
     chain = optax.chain(inner, fix_nonparticipating(0))
     tx = rewire(chain, plan, renew=renew, until=0, gradient="masked")
     if masks is None:
         return tx
-    given = _given_masks(call, masks, plan)
+    initial_masks = _checked_masks(call, masks, plan)
 
     def init(params):
         if is_placeholder(params):
             return tx.init(params)
-        found = match_masks(given, params, call)
+        leaf_masks = match_masks(initial_masks, params, call)
         state = tx.init(params)
-        whole = [jnp.asarray(True) if mask is None else mask for mask in found]
+        whole = [jnp.asarray(True) if mask is None else mask for mask in leaf_masks]
         packed = pack_masks(jax.tree.unflatten(jax.tree.structure(params), whole), plan)
         return state._replace(masks=packed)
 
     return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
-def _given_masks(call, masks, plan):
+def _checked_masks(call, masks, plan):
     masks = read_state(masks, call).masks
-    given = {path: mask.shape for path, mask in by_path(masks).items() if mask.ndim}
-    for path in sorted(given.keys() | plan.sparse.keys()):
-        if path not in given:
+    shapes = {path: mask.shape for path, mask in by_path(masks).items() if mask.ndim}
+    for path in sorted(shapes.keys() | plan.sparse.keys()):
+        if path not in shapes:
             raise ValueError(
-                f"{call}: the plan makes {path} sparse, but `masks` have no mask of it. Pass one, "
+                f"{call}: the plan makes {path} sparse, but `masks` has no mask for it. Pass one, "
                 "or plan it dense."
             )
         if path not in plan.sparse:
             raise ValueError(
-                f"{call}: `masks` have a mask of {path}, which the plan keeps dense. Plan it, or "
-                "leave its mask out."
+                f"{call}: `masks` has a mask for {path}, which the plan keeps dense. Make it "
+                "sparse in the plan, or leave its mask out."
             )
-        if given[path] != plan.sparse[path].shape:
+        if shapes[path] != plan.sparse[path].shape:
             raise ValueError(
-                f"{call}: the mask of {path} has shape {given[path]}, but the plan was made for "
+                f"{call}: the mask of {path} has shape {shapes[path]}, but the plan was made for "
                 f"{plan.sparse[path].shape}. Pass masks of these parameters."
             )
     return masks
