@@ -2,11 +2,13 @@
 # make test: the tests and doctests.   make lint: format, lint, types.   make docs: the documentation, into docs/_build/html.
 # make notebooks: run them all and keep their outputs.
 # Each makes a virtual environment the first time. Tests and documentation have their own: the tests need the CUDA
-# plugin, about which jax warns on machines without a GPU. PYTHON=... and VENV=... choose others.
+# plugin, about which jax warns on machines without a GPU. PYTHON=... and VENV=... choose others, and PYTEST=... gives
+# pytest further arguments.
 
 PYTHON ?= python3
 VENV ?= .venv
 REQUIRE ?=
+PYTEST ?=
 TESTS := $(VENV)-test
 DOCS := $(VENV)-docs
 
@@ -23,7 +25,7 @@ notebooks: $(VENV)/notebooks
 	  --NotebookExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor notebooks/*.ipynb
 
 test: $(TESTS)/test
-	$(TESTS)/bin/python -m pytest -n auto --maxprocesses 8
+	$(TESTS)/bin/python -m pytest -n auto --maxprocesses 8 $(PYTEST)
 
 lint: $(TESTS)/test
 	$(TESTS)/bin/ruff format --check .

@@ -30,6 +30,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 optax.tree.bias_correction = promotion.promoting(optax.tree.bias_correction)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("aot") or item.get_closest_marker("once"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _promotion(request):
     """Lets a test promote whose marker says what needs it that is not the library's."""

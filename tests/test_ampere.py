@@ -69,6 +69,7 @@ def compiled(tmp_path_factory):
     }
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_compiled_kernel_is_exact(compiled, with_bias):
     x, w, bias, exact = problem(128, 256, 320)
@@ -76,6 +77,7 @@ def test_the_compiled_kernel_is_exact(compiled, with_bias):
     np.testing.assert_array_equal(y, jnp.asarray(exact + bias * with_bias, x.dtype))
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [("wait_group\\s+4;", "wait_group 9;"), (r"(mma\.sp.*), 1;", r"\1, 0;")],
@@ -100,6 +102,7 @@ AHEAD = {
 }
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(("n", "m", "k", "options"), AHEAD.values(), ids=AHEAD.keys())
 def test_compiled_ahead_of_time_it_holds_the_sparse_instruction(tmp_path, n, m, k, options):
     code = aot.compile_ptx(tmp_path / "kernel.ptx", "a100", "ampere", n, m, k, **options)

@@ -86,6 +86,7 @@ EXECUTED = {
 }
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(("n", "m", "k", "options"), EXECUTED.values(), ids=EXECUTED.keys())
 def test_the_compiled_kernel_is_exact(tmp_path, gpu, n, m, k, options):
@@ -109,6 +110,7 @@ def test_the_compiled_kernel_is_exact(tmp_path, gpu, n, m, k, options):
     np.testing.assert_array_equal(y, jnp.asarray(exact + bias * with_bias, x.dtype))
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(("n", "m", "k"), [(16, 14336, 4096), (1, 50257, 1600), (64, 4096, 14336)])
 def test_compiled_ahead_of_time_it_holds_the_sparse_instruction(tmp_path, gpu, n, m, k):

@@ -288,6 +288,7 @@ def test_boxed_parameters():
     assert planned(dense, X) == {"kernel": (-2, 1, ())}
 
 
+@pytest.mark.clock
 def test_planning_runs_nothing_on_the_device():
     features, compiled = 2**18, []
     js.flax.plan(nn.Dense(4), {"kernel": "2:4"}, X)  # makes the key

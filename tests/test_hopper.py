@@ -113,6 +113,7 @@ AHEAD = {
 }
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(("n", "m", "k", "options"), AHEAD.values(), ids=AHEAD.keys())
 def test_compiled_ahead_of_time_it_holds_the_sparse_instruction(
     tmp_path, n, m, k, options, record_property

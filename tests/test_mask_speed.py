@@ -32,6 +32,7 @@ def claimed():
     }
 
 
+@pytest.mark.clock
 def test_masks_cost_what_the_readme_says():
     bars = {pattern: MARGIN * ratio for pattern, ratio in claimed().items()}
     least = {}
@@ -64,6 +65,7 @@ def test_a_bfloat16_is_ranked_as_integers(pattern, axis):
         assert "f32[" not in jax.jit(f).lower(w).compile().as_text()
 
 
+@pytest.mark.aot
 def test_a_gpu_reads_the_weights_once():
     for name, program in json.loads(aot.in_process(TESTS / "gpu_masks.py")).items():
         assert program["readers"] == ["fusion"], name

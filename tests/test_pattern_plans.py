@@ -43,10 +43,13 @@ def test_flax_plans_learn_both_axes(model, x, axes, stack):
         )
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1])
-def test_each_weight_of_a_stack_is_masked_for_itself(axis):
+@pytest.mark.parametrize(
+    ("axis", "patterns"),
+    [(0, (T24, HALF, BLOCK)), (1, (T24, js.Block((3, 3), 0.5, pool="l2"))), (-1, (HALF, BLOCK))],
+)
+def test_each_weight_of_a_stack_is_masked_for_itself(axis, patterns):
     model, rng = Stack(scanned(axis, 3)), np.random.default_rng(0)
-    for pattern in (T24, HALF, BLOCK, js.Block((3, 3), 0.5, pool="l2")):
+    for pattern in patterns:
         plan = js.flax.plan(model, {"*": pattern}, spec(2, 8))
         (leaf,) = plan.leaves
         weights = rng.normal(size=leaf.shape).astype("float32") * np.moveaxis(

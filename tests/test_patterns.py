@@ -14,7 +14,7 @@ from test_masks import random_scores
 import jaxsparse as js
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int32", "uint8")
-topk_mask = jax.jit(js.topk_mask, static_argnums=1)
+topk_mask = jax.jit(js.topk_mask)
 transposable = jax.jit(js.transposable_nm_mask, static_argnums=(1, 2), static_argnames="axes")
 block_mask = jax.jit(js.block_mask, static_argnums=(1, 2), static_argnames=("axes", "pool"))
 
@@ -34,21 +34,18 @@ def few(rng, dtype, shape):
     return np.where(rng.random(shape) < 0.1, rng.choice(special, shape), scores)
 
 
-@st.composite
-def arrays(draw, least=1):
-    shape = draw(st.lists(st.integers(1, 9), min_size=least, max_size=3))
-    return random_scores(
-        np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
-        draw(st.sampled_from(DTYPES)),
-        tuple(shape),
-    )
-
-
-@hypothesis.given(arrays(), st.floats(0.001, 1.0))
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-def test_topk_equals_the_reference(scores, density):
-    k = reference.half_up(density * scores.size)
-    np.testing.assert_array_equal(topk_mask(scores, density), reference.topk_mask(wide(scores), k))
+@hypothesis.given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(7,), (4, 9), (3, 5, 2)]),  # each shape and dtype is compiled once
+    st.sampled_from(DTYPES),
+    st.floats(2**-10, 1.0, width=32),
+)
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+def test_topk_equals_the_reference(seed, shape, dtype, density):
+    scores = random_scores(np.random.default_rng(seed), dtype, shape)
+    k = reference.half_up(np.float32(density) * np.float32(scores.size))
+    found = topk_mask(scores, jnp.float32(density))
+    np.testing.assert_array_equal(found, reference.topk_mask(wide(scores), k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,15 +76,15 @@ def test_all_equal_keeps_the_first(value):
 def test_numbers_are_rounded_half_up_and_at_least_one_stays():
     for density, size, k in [
         (0.5, 5, 3),
-        (0.5, 4, 2),
-        (0.25, 2, 1),
+        (0.4, 5, 2),
+        (0.1, 5, 1),
+        (1.0, 5, 5),
         (0.01, 10, 1),
         (0.3, 10, 3),
         (0.34, 10, 3),
-        (1.0, 7, 7),
     ]:
         assert js.topk_mask(jnp.arange(size), density).sum() == k
-        assert jax.jit(js.topk_mask)(jnp.arange(size), density).sum() == k
+        assert topk_mask(jnp.arange(size), density).sum() == k
     assert js.topk_mask(jnp.zeros((0, 3)), 0.5).shape == (0, 3)
 
 
@@ -168,14 +165,14 @@ def test_transposable_masks_of_negative_and_huge_scores_stay_patterns():
 
 @hypothesis.given(
     st.integers(0, 2**32 - 1),
-    st.lists(st.integers(1, 9), min_size=2, max_size=3),
-    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.sampled_from([(4, 6), (5, 9), (7, 3, 4)]),
+    st.sampled_from([(1, 1), (2, 3), (4, 2), (5, 5)]),
     st.sampled_from(["max", "mean", "l2"]),
     st.sampled_from(DTYPES),
     st.floats(0.01, 1),
     st.permutations(range(3)),
 )
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 def test_blocks_equal_the_reference(seed, sizes, shape, score, dtype, density, order):
     axes = tuple(axis for axis in order if axis < len(sizes))[:2]
     scores = few(np.random.default_rng(seed), dtype, tuple(sizes))
