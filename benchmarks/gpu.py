@@ -421,7 +421,7 @@ def main(argv=None):
     )
     device = jax.devices()[0]
     if device.platform != "gpu" and not args.smoke:
-        parser.error(f"{device.device_kind} is no GPU; --smoke runs the steps without one")
+        parser.error(f"{device.device_kind} is not a GPU; --smoke runs the steps without one")
 
     folder = (
         pathlib.Path(tempfile.mkdtemp()) if args.smoke and args.out == timing.RESULTS else args.out

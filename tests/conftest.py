@@ -1,7 +1,7 @@
 import os
 
-# GPU interpret mode holds one thread of XLA's pool for each thread of a kernel; the pool of two
-# cores is too small and hangs
+# GPU interpret mode occupies one thread of XLA's pool for each thread of a kernel; the pool of a
+# machine with two cores is too small, and hangs
 os.environ.setdefault("NPROC", "16")
 
 import jax
@@ -11,7 +11,7 @@ import pytest
 
 # for the tests of sharding; the others run on the first
 jax.config.update("jax_num_cpu_devices", 8)
-# the library promotes nothing silently, so that programs which forbid it can use it
+# the library never promotes implicitly, so that it works in programs that forbid promotion
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # of Adam, which raises a float to an integer step
@@ -20,7 +20,7 @@ optax.tree.bias_correction = promotion.promoting(optax.tree.bias_correction)
 
 @pytest.fixture(autouse=True)
 def _promotion(request):
-    """Lets a test promote whose marker says what needs it that is not the library's."""
+    """Allows promotion in tests with the marker `promotes`, which names the foreign code."""
     if request.node.get_closest_marker("promotes") is None:
         yield
     else:

@@ -45,7 +45,7 @@ def test_imports_point_one_way():
 
 
 def imported(path):
-    """The files of the package that a file imports from, at its top or within."""
+    """The files of the package that a file imports, at its top or inside."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("jaxsparse"):
