@@ -35,7 +35,7 @@ import tabulate
 import timing
 
 import jaxsparse as js
-from jaxsparse._kernels import KERNELS, misfit
+from jaxsparse._kernels import KERNELS
 from jaxsparse._packed.sparse24 import transposed
 
 SHAPES = {  # output features M, contraction K
@@ -64,8 +64,6 @@ CHECKED_ROWS = (1, 8, 13, 64, 1024)
 # at the first of the rows
 GRADIENTS = ("8192 x 8192", "Llama-3-8B gate", "Llama-3-8B down", "Llama-3-8B attention out")
 ROWS = (8192, 16, 4096, 1, 1024, 64, 256, 8)  # the most telling first, should the time run out
-# with fewer or more, another kernel is meant
-TIMED_ROWS = {"hopper": (64, 1 << 31), "ampere": (64, 1 << 31), "decode": (1, 64)}
 MASKS = (
     "2:4 axis 0",
     "2:4 axis 1",
@@ -76,38 +74,6 @@ MASKS = (
     "blocks of 32x32, 50%",
 )
 SMOKE_SHAPES, SMOKE_ROWS = {"small": (128, 128), "padded": (133, 132)}, (8, 3)
-
-# kernel: N, M, K, and the configurations that only hardware can decide between
-VARIANTS = {
-    "hopper": (
-        *(8192, 8192, 8192),
-        [
-            {"cluster": c, "in_flight": f, "stripe": s}
-            for c, f, s in [(1, 0, 8), (2, 0, 8), (2, 1, 8), (2, 0, 4), (2, 0, 16)]
-        ],
-    ),
-    "ampere": (
-        4096,
-        4096,
-        4096,
-        [{"tile_m": t, "stages": s} for t, s in [(128, 3), (128, 4), (256, 3), (256, 4)]],
-    ),
-    "decode": (
-        *(16, 14336, 4096),
-        [
-            {"tile_m": t, "unroll": u, "warpgroups": w}
-            for t, u, w in [
-                (16, 8, 1),
-                (32, 4, 1),
-                (32, 2, 2),
-                (64, 1, 1),
-                (64, 1, 2),
-                (64, 2, 2),
-                (64, 1, 4),
-            ]
-        ],
-    ),
-}
 
 # device: sparse 16-bit FLOP/s of the tensor cores without a power limit, bytes/s of memory
 PEAKS = {
@@ -192,7 +158,7 @@ def turned(w):
 
 
 def fits(name, n):
-    return name == "dense" or misfit(name, n, jnp.dtype("bfloat16")) is None
+    return name == "dense" or KERNELS[name].misfit(n, jnp.bfloat16) is None
 
 
 def checks(name, shapes, rows):
@@ -361,7 +327,7 @@ def variants(name, n, m, k, configs, rounds):
     """Seconds of a kernel under each configuration, given by keyword, and how far its result is
     from the dense product.
     """
-    kernel = importlib.import_module(f"jaxsparse._kernels.{name}")
+    kernel = KERNELS[name].module
     x, w = (
         gpu_checks.random_rows(jax.random.key(0), n, k),
         gpu_checks.random_weight(jax.random.key(1), m, k),
@@ -461,14 +427,16 @@ def main(argv=None):
         found["weights once"] = weights_once(256 if args.smoke else 16384, rounds)
 
     def time_variants(name):
-        found["variants"][name] = variants(name, *VARIANTS[name], rounds)
+        found["variants"][name] = variants(
+            name, *KERNELS[name].tuned_at, KERNELS[name].configs, rounds
+        )
 
     def able(n):
         return [
             name
             for name in names
             if fits(name, n)
-            and (name == "dense" or TIMED_ROWS[name][0] <= n <= TIMED_ROWS[name][1])
+            and (name == "dense" or KERNELS[name].timed_rows[0] <= n <= KERNELS[name].timed_rows[1])
         ]
 
     def time_gradients(shape, n):
@@ -494,7 +462,7 @@ def main(argv=None):
     jobs |= {
         f"variants of {name}": functools.partial(time_variants, name)
         for name in names
-        if name in VARIANTS and not args.smoke
+        if name in KERNELS and not args.smoke
     }
     turned_shapes = ["small"] if args.smoke else GRADIENTS
     jobs |= {

@@ -2,12 +2,14 @@
 
 import math
 import operator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
+    "AnArray",
     "Budget",
     "Curve",
     "Gradient",
@@ -28,6 +30,7 @@ __all__ = [
     "two_axes",
 ]
 
+AnArray = jax.Array | np.ndarray
 Budget = Literal["uniform", "er", "erk", "global"]
 Curve = Literal["exponential", "linear"]
 Gradient = Literal["dense", "masked"]
@@ -36,7 +39,7 @@ Scope = Literal["leaf", "global"]
 StageKind = Literal["stepwise", "geometric"]
 
 
-def choice(call: str, name: str, value, words) -> None:
+def choice(call: str, name: str, value: Any, words: Any) -> None:
     """Checks that a value is one of the strings of a `Literal` or of a tuple."""
     allowed = words if isinstance(words, tuple) else get_args(words)
     if value not in allowed:
@@ -44,7 +47,7 @@ def choice(call: str, name: str, value, words) -> None:
         raise ValueError(f"{call}: {name}={value!r} is not one of {listed}. Pass one of them.")
 
 
-def integer(value, what: str) -> int:
+def integer(value: Any, what: str) -> int:
     """Returns the value as an int."""
     try:
         return operator.index(value)
@@ -52,7 +55,7 @@ def integer(value, what: str) -> int:
         raise TypeError(f"{what} must be an integer, not {value!r}.") from None
 
 
-def integers(values, what: str) -> tuple[int, ...]:
+def integers(values: Any, what: str) -> tuple[int, ...]:
     """Returns the values as a tuple of ints."""
     try:
         values = tuple(values)
@@ -61,7 +64,7 @@ def integers(values, what: str) -> tuple[int, ...]:
     return tuple(integer(value, what) for value in values)
 
 
-def array(value, what: str) -> jax.Array:
+def array(value: Any, what: str) -> jax.Array:
     """Returns the value as an array."""
     try:
         return jnp.asarray(value)
@@ -72,12 +75,12 @@ def array(value, what: str) -> jax.Array:
         ) from error
 
 
-def rankable(dtype) -> bool:
+def rankable(dtype: Any) -> bool:
     """Whether values of a dtype can be ranked."""
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def counts(call: str, n, m) -> tuple[int, int]:
+def counts(call: str, n: Any, m: int) -> tuple[int, int]:
     """Returns `n` and `m` as ints with `1 <= n <= m`."""
     n, m = integer(n, f"{call}: `n`"), integer(m, f"{call}: `m`")
     if not 1 <= n <= m:
@@ -87,7 +90,7 @@ def counts(call: str, n, m) -> tuple[int, int]:
     return n, m
 
 
-def two_axes(axes, what: str) -> tuple[int, ...]:
+def two_axes(axes: Any, what: str) -> tuple[int, ...]:
     """Returns two different axes as ints."""
     axes = integers(axes, what)
     if len(set(axes)) != 2 or len(axes) != 2:
@@ -95,7 +98,7 @@ def two_axes(axes, what: str) -> tuple[int, ...]:
     return axes
 
 
-def shape_of_block(call: str, shape) -> tuple[int, ...]:
+def shape_of_block(call: str, shape: Any) -> tuple[int, ...]:
     """Returns the two sizes of a block as ints."""
     sizes = integers(shape, f"{call}: `shape`")
     if len(sizes) != 2 or min(sizes) < 1:
@@ -106,7 +109,7 @@ def shape_of_block(call: str, shape) -> tuple[int, ...]:
     return sizes
 
 
-def density(call: str, value) -> float:
+def density(call: str, value: Any) -> float:
     """Returns a density in (0, 1] as a float."""
     try:
         fraction = float(value)
@@ -119,13 +122,13 @@ def density(call: str, value) -> float:
     return fraction
 
 
-def steps(call: str, name: str, value, *, least: int = 1) -> None:
+def steps(call: str, name: str, value: Any, *, least: int = 1) -> None:
     """Checks a number of optimizer steps; accepts arrays, which `inject_hyperparams` passes."""
     if not isinstance(value, jax.Array) and integer(value, f"{call}: `{name}`") < least:
         raise ValueError(f"{call}: {name}={value} is below {least}. Pass a number of steps.")
 
 
-def factor(call: str, name: str, value, *, most: float = math.inf) -> None:
+def factor(call: str, name: str, value: Any, *, most: float = math.inf) -> None:
     """Checks a factor of 0 or more; accepts arrays, which `inject_hyperparams` passes."""
     if not isinstance(value, jax.Array) and (not 0 <= value <= most or math.isinf(value)):
         end = f"{most:g}]" if math.isfinite(most) else "inf)"
@@ -133,7 +136,7 @@ def factor(call: str, name: str, value, *, most: float = math.inf) -> None:
 
 
 def misfit(
-    axes: tuple[int, ...], multiples: tuple[int, ...], shape: tuple[int, ...], dtype
+    axes: tuple[int, ...], multiples: tuple[int, ...], shape: tuple[int, ...], dtype: Any
 ) -> str | None:
     """Why an array cannot be grouped in `multiples` along `axes`, or None if it can."""
     if not rankable(dtype):

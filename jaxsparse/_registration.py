@@ -23,7 +23,7 @@ def register_static(cls: type, encode: Callable[[Any], Any], decode: Callable[[A
 
 
 def register_exported(
-    cls: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any], **kwargs
+    cls: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any], **kwargs: Any
 ) -> None:
     """Registers how `jax.export` serializes the static part of a pytree, as JSON."""
     export.register_pytree_node_serialization(

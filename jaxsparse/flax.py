@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import core
 from flax import linen as nn
+from jaxtyping import PyTree
 
 from jaxsparse import _checks
 from jaxsparse._execution.sparsify import sparsify
@@ -29,7 +30,7 @@ __all__ = ["intercept", "plan"]
 
 
 def plan(
-    model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args, **init_kwargs
+    model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args: Any, **init_kwargs: Any
 ) -> Plan:
     """Plans the sparsity of a Flax Linen model; axes are those that the model sums over.
 
@@ -87,7 +88,7 @@ def plan(
     )
 
 
-def _trace(model, args, kwargs) -> tuple[Any, list[str], list[set[Use]]]:
+def _trace(model: Any, args: Any, kwargs: Any) -> tuple[Any, list[str], list[set[Use]]]:
     """Traces a model: its parameter shapes, and the kind of module and the uses of each leaf."""
     key = jax.random.key(0)
     rngs = kwargs.pop("rngs", None)
@@ -145,7 +146,7 @@ class _Token:
 _tokens: "weakref.WeakValueDictionary[tuple, _Token]" = weakref.WeakValueDictionary()
 
 
-def _token_of(opt_state, gradient, implementation) -> _Token:
+def _token_of(opt_state: PyTree, gradient: Any, implementation: Any) -> _Token:
     """The token of these masks.
 
     It is the same one as long as the arrays are the same, so that functions are not traced again.
@@ -169,7 +170,7 @@ class _Sparse:
 
     token: _Token
     masked: Masked | None
-    gradient: str | None
+    gradient: _checks.Gradient | None
     implementation: str | None
     inside: bool = False  # while a model runs sparse: models that it applies are left alone
 
@@ -311,7 +312,10 @@ def _installed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def intercept(
-    opt_state=None, *, gradient: str | None = None, implementation: str | None = None
+    opt_state: PyTree = None,
+    *,
+    gradient: _checks.Gradient | None = None,
+    implementation: str | None = None,
 ) -> Iterator[None]:
     """Runs Flax Linen models with sparse weights inside the context, without changing their code.
 

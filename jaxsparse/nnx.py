@@ -8,10 +8,13 @@ A trained model runs compressed through `jaxsparse.sparsify`: merge the Params t
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from flax import errors, nnx
+from jaxtyping import PyTree
 
+from jaxsparse._checks import Gradient
 from jaxsparse._plan.pattern import Pattern
 from jaxsparse._plan.plan import Plan
 from jaxsparse._plan.planning import learned_plan, traced
@@ -25,9 +28,9 @@ __all__ = ["intercept", "plan"]
 def plan(
     model: nnx.Module,
     rules: Mapping[str, Pattern | str | None],
-    *args,
+    *args: Any,
     method: str = "__call__",
-    **kwargs,
+    **kwargs: Any,
 ) -> Plan:
     """Plans the sparsity of a Flax NNX model; axes are those that the model sums over.
 
@@ -100,17 +103,19 @@ def plan(
     )
 
 
-def _is_layer(node) -> bool:
+def _is_layer(node: Any) -> bool:
     return isinstance(node, nnx.Module) and not isinstance(node, (nnx.List, nnx.Dict))
 
 
-def _check_module(model, call: str):
+def _check_module(model: Any, call: str) -> None:
     if not isinstance(model, nnx.Module):
         raise TypeError(f"{call}: `model` is a {type(model).__name__}, not a flax.nnx.Module.")
 
 
 @contextlib.contextmanager
-def intercept(model: nnx.Module, opt_state, *, gradient: str | None = None) -> Iterator[None]:
+def intercept(
+    model: nnx.Module, opt_state: PyTree, *, gradient: Gradient | None = None
+) -> Iterator[None]:
     """Puts the effective weights into the Params of a Flax NNX model inside the context.
 
     They are what `effective_params` computes, with the masks, the decay factor and the gradient

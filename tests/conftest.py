@@ -3,11 +3,21 @@ import os
 # GPU interpret mode occupies one thread of XLA's pool for each thread of a kernel; the pool of a
 # machine with two cores is too small, and hangs
 os.environ.setdefault("NPROC", "16")
+# most of the time of the tests is compilation; `programs.output` runs without these flags
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
+import jaxtyping
 import optax
 import promotion
 import pytest
+
+# signatures, with the shapes in them, are held at run time
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("jaxsparse", CHECKER)
 
 # for the tests of sharding; the others run on the first
 jax.config.update("jax_num_cpu_devices", 8)
@@ -26,3 +36,11 @@ def _promotion(request):
     else:
         with promotion.allowed():
             yield
+
+
+@pytest.fixture
+def unchecked_types():
+    """Lets bad input reach the errors of the library."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

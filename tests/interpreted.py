@@ -66,7 +66,12 @@ def decode_ops(config, n, has_bias):
         for warp in range(decode.WARPS):
             ours = (owner // (warps * config.unroll) == i) & (owner % warps == 4 * warpgroup + warp)
             parts.append(
-                jnp.einsum("pmk,nk->pmn", weight * ours, x, preferred_element_type=jnp.float32)
+                jnp.einsum(
+                    "pmk,nk->pmn",
+                    jnp.where(ours[None, None], weight, 0),
+                    x,
+                    preferred_element_type=jnp.float32,
+                )
             )
         return total + jnp.stack(parts, 1).reshape(total.shape)
 

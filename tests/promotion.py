@@ -25,8 +25,7 @@ def promoting(fn):
 
 
 def marked(cases, names, reason):
-    """The cases of a parametrized test, those in `names` with leave to promote."""
-    return [
-        pytest.param(*case, marks=pytest.mark.promotes(reason)) if case[0] in names else case
-        for case in (case if isinstance(case, tuple) else (case,) for case in cases)
-    ]
+    """The cases of a parametrized test; those that begin with one of `names` may promote."""
+    marks = pytest.mark.promotes(reason)
+    tuples = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=marks if case[0] in names else ()) for case in tuples]

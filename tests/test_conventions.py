@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import promotion
 import pytest
 
 import jaxsparse as js
 
-PARAMS = {"a": {"w": jnp.arange(1.0, 33.0).reshape(8, 4) * jnp.array([1.0, -1.0, 1.0, -1.0])}}
+PARAMS = {"a": {"w": jnp.arange(1.0, 33.0).reshape(8, 4) * jnp.array([[1.0, -1.0, 1.0, -1.0]])}}
 PARAMS["b"] = jnp.ones(3)
 PLAN = js.plan(PARAMS, {"a/w": js.NM(2, 4, axis=0)})
 FREE = js.plan(PARAMS, {"a/w": js.Unstructured(0.5)})
@@ -70,7 +71,12 @@ EVERY = pytest.mark.parametrize("name", [*WRAPPERS, *PIECES])
 
 
 @EVERY
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    promotion.marked(
+        ["float32", "bfloat16"], ["bfloat16"], "optax.apply_updates adds updates of another dtype"
+    ),
+)
 def test_updates_keep_the_dtype_of_the_gradients_and_the_state_its_form(name, dtype):
     tx = transformation(name, optax.sgd(0.1))
     state = tx.init(PARAMS)
@@ -83,6 +89,7 @@ def test_updates_keep_the_dtype_of_the_gradients_and_the_state_its_form(name, dt
         params = optax.apply_updates(params, updates)
 
 
+@pytest.mark.promotes("optax.apply_updates adds updates of another dtype")
 @EVERY
 def test_apply_if_finite(name):
     tx = optax.apply_if_finite(transformation(name, optax.sgd(0.1)), 2)
@@ -107,6 +114,7 @@ def test_unknown_extra_arguments_pass_and_reach_the_optimizer(name):
     assert seen == [{"value", "other", "masks"}]
 
 
+@pytest.mark.promotes("optax.MultiSteps divides by an integer")
 @EVERY
 def test_multi_steps(name):
     tx = optax.MultiSteps(transformation(name), 2)
@@ -118,6 +126,7 @@ def test_multi_steps(name):
     assert js.masks(state)["a"]["w"].shape == (8, 4)
 
 
+@pytest.mark.promotes("optax.contrib.sam multiplies by booleans")
 @EVERY
 def test_sharpness_aware_minimization(name):
     tx = optax.contrib.sam(transformation(name), optax.sgd(0.05), sync_period=2)
@@ -183,6 +192,7 @@ def test_a_flattened_optimizer_belongs_inside():
         piece.update(grads(), piece.init(PARAMS), PARAMS)
 
 
+@pytest.mark.promotes("optax.apply_updates adds updates of another dtype")
 @pytest.mark.parametrize(
     "numbers",
     [

@@ -11,10 +11,14 @@ import ptx
 import pytest
 from problems import problem
 
-from jaxsparse._kernels import ACTIVATIONS, decode
+from jaxsparse._kernels import ACTIVATIONS, KERNELS, decode
 
 # jax 0.10 aborts the process when it compiles for Ampere
-GPUS = ["h200", "a100"] if jax.__version_info__ >= (0, 11) else ["h200"]
+GPUS = [
+    gpu
+    for gpu in KERNELS["decode"].targets
+    if not KERNELS["decode"].unavailable(aot.CAPABILITY[gpu])
+]
 interpret = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="jax 0.10 interprets too little"
 )

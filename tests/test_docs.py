@@ -36,6 +36,7 @@ PAGES = (
 )
 
 
+@pytest.mark.promotes("pages show programs as users write them")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_runs(page):
     run(page)

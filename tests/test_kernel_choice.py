@@ -19,7 +19,7 @@ from problems import problem
 
 import jaxsparse as js
 from jaxsparse import _kernels as kernels
-from jaxsparse._kernels import ACTIVATIONS, KERNELS, misfit, preferred, unavailable
+from jaxsparse._kernels import ACTIVATIONS, KERNELS, preferred
 from jaxsparse._packed import matmul
 
 LOWERED = pathlib.Path(__file__).parent / "lowered.py"
@@ -202,7 +202,9 @@ def test_nothing_is_chosen_but_by_the_table(monkeypatch):
 
     def chosen(table):
         monkeypatch.setattr(kernels, "_PREFERENCES", table)
-        names = [preferred(n, m, k, jnp.dtype(dtype), gpu) for n, (m, k), dtype, gpu in sizes]
+        names = [
+            preferred(n, m, k, jnp.dtype(dtype), "mma16", gpu) for n, (m, k), dtype, gpu in sizes
+        ]
         return {size: name for size, name in zip(sizes, names, strict=True) if name != "dense"}
 
     large = (4096, 14336), (14336, 4096), (14336, 14336)
@@ -221,7 +223,7 @@ def test_nothing_is_chosen_but_by_the_table(monkeypatch):
 def test_guards_on_every_device(monkeypatch):
     monkeypatch.setattr(kernels, "_PREFERENCES", PREFERENCES)
     fits = {
-        c: [k for k in KERNELS if unavailable(k, c) is None]
+        c: [k for k in KERNELS if KERNELS[k].unavailable(c) is None]
         for c in [None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
     }
     before_hopper = [] if OLD else ["ampere", "decode"]
@@ -235,15 +237,20 @@ def test_guards_on_every_device(monkeypatch):
         (12, 0): ["decode"],
     }
     bf16 = jnp.dtype("bfloat16")
-    assert misfit("hopper", 0, bf16) == "there are no rows" and misfit("hopper", 65, bf16) is None
     assert (
-        preferred(8, 14337, 4096, bf16, (9, 0)) == "decode"
-        and preferred(8, 14336, 4100, bf16, (9, 0)) == "dense"
+        KERNELS["hopper"].misfit(0, bf16) == "there are no rows"
+        and KERNELS["hopper"].misfit(65, bf16) is None
     )
     assert (
-        preferred(1, 14336, 4096, bf16, (10, 0)) == preferred(1, 14336, 4096, bf16, None) == "dense"
+        preferred(8, 14337, 4096, bf16, "mma16", (9, 0)) == "decode"
+        and preferred(8, 14336, 4100, bf16, "mma16", (9, 0)) == "dense"
     )
-    assert preferred(8192, 8192, 8192, bf16, (9, 0)) == "hopper"
+    assert (
+        preferred(1, 14336, 4096, bf16, "mma16", (10, 0))
+        == preferred(1, 14336, 4096, bf16, "mma16", None)
+        == "dense"
+    )
+    assert preferred(8192, 8192, 8192, bf16, "mma16", (9, 0)) == "hopper"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

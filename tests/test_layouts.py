@@ -162,6 +162,7 @@ def test_flax_writes_canonical_metadata_and_restores_the_layout_of_the_target():
         chex.assert_trees_all_equal(restored, w)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_layouts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="no metadata layout 'mma8'"):
         packed(layout="mma8")

@@ -159,6 +159,7 @@ def damaged(**changes):
 BFLOAT16 = packed(jnp.bfloat16)["a"]["w"].with_layout("mma16")
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("make", "says"),
     [

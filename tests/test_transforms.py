@@ -86,6 +86,7 @@ def test_rewire_holds_masks_between_and_after_its_steps():
     assert seen == [at[min(step // 3 * 3, 6)] for step in range(12)]
 
 
+@pytest.mark.promotes("optax.apply_updates adds updates of another dtype")
 @pytest.mark.parametrize(
     "weights, updates", list(itertools.product([jnp.float32, jnp.bfloat16, jnp.float16], repeat=2))
 )

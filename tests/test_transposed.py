@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import serialization
-from test_compress import DTYPES, bits, check_round_trip, packed_row, random_weights
+from test_compress import DTYPES, bits, check_round_trip, optimized, packed_row, random_weights
 
 import jaxsparse as js
 from jaxsparse._kernels import decode, hopper
@@ -126,7 +126,7 @@ def test_turned_it_is_packed_along_the_other_axis_bit_by_bit(shape, dtype):
         {"w": jnp.asarray(w)}, {"w": jnp.asarray(mask)}, plan, layout="canonical"
     )["w"]
     check_round_trip(w, mask, compressed)
-    values, words = jax.jit(transposed)(compressed.values, compressed.metadata)
+    values, words = optimized(transposed)(compressed.values, compressed.metadata)
     expected = [
         packed_row(*row)
         for row in zip(w.reshape(-1, shape[-1]), mask.reshape(-1, shape[-1]), strict=True)
@@ -217,7 +217,7 @@ def test_gradients_equal_those_of_the_dense_product(name, how):
         y = (
             y
             if bias is None
-            else jax.nn.relu(y + (bias[:, None] if sums.startswith("s") else bias))
+            else jax.nn.relu(y + (bias[:, None] if sums.startswith("s") else bias[None]))
         )
         return jnp.sin(y.astype(dtype).astype(jnp.float32)).sum()
 
@@ -297,7 +297,7 @@ def test_the_turned_product_has_second_derivatives_and_gradients_of_values():
 def by_expanding(x, values, metadata, *bias):
     """What a kernel is asked for."""
     y = x @ expand(values, layouts.untile(metadata, values.shape[0], -(-values.shape[1] // 8))).T
-    return y + bias[0].astype(y.dtype) if bias else y
+    return y + bias[0][None].astype(y.dtype) if bias else y
 
 
 @pytest.mark.parametrize("layout", ["canonical", "mma16"])

@@ -4,12 +4,13 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import leaf_paths
 from jaxsparse._plan.pattern import Pattern
@@ -139,7 +140,7 @@ class Costs:
         )
 
 
-def costs(fn: Callable, plan: Plan, params, *args) -> Costs:
+def costs(fn: Callable, plan: Plan, params: PyTree, *args: Any) -> Costs:
     """Counts the FLOPs and bytes of a model in inference and training, dense and under a plan.
 
     The programs of `fn` and of its gradient with respect to the parameters are traced abstractly.
@@ -184,7 +185,8 @@ def costs(fn: Callable, plan: Plan, params, *args) -> Costs:
       >>> import jaxsparse as js
       >>> params = {"w": jnp.zeros((64, 32), jnp.bfloat16), "b": jnp.zeros(32, jnp.bfloat16)}
       >>> plan, x = js.plan(params, {"w": js.NM(2, 4, axis=0)}), jnp.zeros((10, 64), jnp.bfloat16)
-      >>> cost = js.analysis.costs(lambda params, x: x @ params["w"] + params["b"], plan, params, x)
+      >>> model = lambda params, x: x @ params["w"] + params["b"][None]
+      >>> cost = js.analysis.costs(model, plan, params, x)
       >>> cost.inference_flops, cost.dense.inference_flops  # 2 * 10 * 64 * 32, halved
       (20480.0, 40960.0)
       >>> cost.training_flops  # and the gradient of w, which is dense
@@ -251,7 +253,7 @@ class _Flops:
         self.densities = densities
         self.flops = Flops()
 
-    def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
+    def visit(self, eqn: Any, values: list[Value], outputs: list[Value]) -> None:
         name = eqn.primitive.name
         if name in _PRODUCTS:
             shares = [
@@ -281,13 +283,13 @@ class _Flops:
                 "its loops, lax.scan."
             )
 
-    def lose(self, eqn, values: list[Value]) -> None:
+    def lose(self, eqn: Any, values: list[Value]) -> None:
         """Ignores these values: products with them belong to no weight."""
 
-    def enter(self, eqn) -> "_Flops":
+    def enter(self, eqn: Any) -> "_Flops":
         return _Flops(self.densities)
 
-    def leave(self, eqn, inner: "list[_Flops]") -> None:
+    def leave(self, eqn: Any, inner: "list[_Flops]") -> None:
         name = eqn.primitive.name
         counted = [one.flops for one in inner]
         if name in ("while", "shard_map") and any(counted):
@@ -302,7 +304,7 @@ class _Flops:
         )
 
 
-def _programs(params) -> Iterator[Jaxpr]:
+def _programs(params: PyTree) -> Iterator[Jaxpr]:
     """The programs among the parameters of an equation."""
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
@@ -310,7 +312,7 @@ def _programs(params) -> Iterator[Jaxpr]:
                 yield open_program(one)
 
 
-def _uncounted(eqn) -> bool:
+def _uncounted(eqn: Any) -> bool:
     """Whether an equation that is not a product itself contains one, or may contain one."""
     name = eqn.primitive.name
     if "dot" in name or "matmul" in name or name == "ffi_call":
@@ -322,7 +324,7 @@ def _uncounted(eqn) -> bool:
     )
 
 
-def _matrix_product(eqn) -> int:
+def _matrix_product(eqn: Any) -> int:
     ((summed, _), _), (lhs, _) = (
         eqn.params["dimension_numbers"],
         (atom.aval.shape for atom in eqn.invars),
@@ -330,7 +332,7 @@ def _matrix_product(eqn) -> int:
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in summed)
 
 
-def _convolution(eqn) -> int:
+def _convolution(eqn: Any) -> int:
     """The FLOPs of a convolution.
 
     In each dimension, any two of input, window position and output determine the third, so the
@@ -350,7 +352,7 @@ def _convolution(eqn) -> int:
     return 2 * out[batch] * out[features] * rhs[channels] * math.prod(multiply_adds)
 
 
-def _ragged_product(eqn) -> int:
+def _ragged_product(eqn: Any) -> int:
     """The FLOPs of a ragged product, where every left row meets the matrix of its group."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (summed, _), _ = numbers.dot_dimension_numbers

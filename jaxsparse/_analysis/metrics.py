@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import by_path
 from jaxsparse._training.forward import match_masks
@@ -10,7 +11,7 @@ from jaxsparse._training.state import read_state
 __all__ = ["mask_churn", "mask_density", "retained_magnitude", "second_moments"]
 
 
-def mask_density(opt_state) -> dict[str, jax.Array]:
+def mask_density(opt_state: PyTree) -> dict[str, jax.Array]:
     """The fraction of weights that participate, for every sparse leaf.
 
     Args:
@@ -31,7 +32,7 @@ def mask_density(opt_state) -> dict[str, jax.Array]:
     return {path: _share(mask) for path, mask in _sparse_masks(opt_state, "mask_density").items()}
 
 
-def mask_churn(before, after) -> dict[str, jax.Array]:
+def mask_churn(before: PyTree, after: PyTree) -> dict[str, jax.Array]:
     """The fraction of weights whose mask differs between two sets of masks, for every sparse leaf.
 
     Where both sets keep the same number of weights, half of the changes are weights that start to
@@ -70,7 +71,7 @@ def mask_churn(before, after) -> dict[str, jax.Array]:
     return {path: _share(mask != new[path]) for path, mask in old.items()}
 
 
-def retained_magnitude(params, opt_state) -> dict[str, jax.Array]:
+def retained_magnitude(params: PyTree, opt_state: PyTree) -> dict[str, jax.Array]:
     """The participating share of the magnitude, `sum |w * M| / sum |w|`, for every sparse leaf.
 
     Sums are taken in float32. The share is 1 where all weights are 0.
@@ -103,7 +104,7 @@ def retained_magnitude(params, opt_state) -> dict[str, jax.Array]:
     return {path: _retained(w, mask) for mask, (path, w) in leaves if mask is not None}
 
 
-def second_moments(opt_state) -> dict[str, jax.Array]:
+def second_moments(opt_state: PyTree) -> dict[str, jax.Array]:
     """The second moments of Adam by path, from any optimizer state with a field `nu`."""
 
     def has_one(node):

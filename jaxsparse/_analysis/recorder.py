@@ -2,12 +2,13 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from jaxsparse import _checks
 from jaxsparse._analysis.metrics import mask_density, retained_magnitude, second_moments
@@ -148,7 +149,7 @@ def record(
     def init(params):
         if is_placeholder(params):  # called by optax.tree_utils.tree_map_params
             zero = jnp.zeros((), jnp.int32)
-            return RecordState(zero, zero, zero, zero, inner.init(params))
+            return RecordState(zero, zero, zero, zero, inner.init(params))  # type: ignore[arg-type]
         match(plan, params, "record")
         inner_state = inner.init(params)
         churn = {
@@ -193,9 +194,9 @@ def record(
             )
 
         new_samples = {}
-        for path, take in samplers(
-            optax.apply_updates(params, updates), gradients, churn, inner_state
-        ).items():
+        with jax.numpy_dtype_promotion("standard"):  # as optax adds, whatever the dtypes
+            updated = optax.apply_updates(params, updates)
+        for path, take in samplers(updated, gradients, churn, inner_state).items():
             none = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state.samples[path])
             # one cond for each leaf, so that their temporary arrays do not coexist
             new_samples[path] = jax.lax.cond(due, take, lambda none=none: none)
@@ -206,7 +207,7 @@ def record(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def recordings(opt_state) -> Recordings:
+def recordings(opt_state: PyTree) -> Recordings:
     """Reads what `record` has recorded so far from an optimizer state, however deep it is nested.
 
     Args:
@@ -258,14 +259,16 @@ def _places(leaf: Leaf, count: int) -> tuple[np.ndarray, ...]:
     return np.unravel_index(np.sort(indices), leaf.shape)
 
 
-def _flips(before: tuple[jax.Array, Leaf], after: tuple[jax.Array, Leaf]) -> jax.Array:
+def _flips(before: tuple[Any, Leaf], after: tuple[Any, Leaf]) -> jax.Array:
     """The fraction of weights of a leaf whose mask differs, computed from the packed masks."""
     changed = jax.lax.population_count(before[0] ^ after[0])
     size = math.prod(before[1].shape)
     return jnp.sum(changed, dtype=jnp.int32).astype(jnp.float32) / jnp.float32(size)
 
 
-def _sample(place, path, w, gradient, moment, masked, churn) -> dict[str, jax.Array]:
+def _sample(
+    place: Any, path: str, w: Any, gradient: Any, moment: Any, masked: Any, churn: Any
+) -> dict[str, jax.Array]:
     """The fields of `Recordings` for one leaf at one time, by name."""
     sample = {
         "weights": w[place].astype(jnp.float32),

@@ -1,14 +1,17 @@
 """How long weights remember: autocorrelation and decorrelation time."""
 
+from typing import SupportsIndex
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxsparse import _checks
 
 __all__ = ["autocorrelation", "decorrelation_by_magnitude", "decorrelation_time"]
 
 
-def autocorrelation(series) -> jax.Array:
+def autocorrelation(series: Real[ArrayLike, " T *weights"]) -> Float[Array, " T-1 *weights"]:
     """The Pearson correlation of each weight's series with itself at every lag.
 
     At lag tau it compares `w[:T-tau]` with `w[tau:]`, each window about its own mean. The result is
@@ -61,7 +64,7 @@ def _centred(x, where):
     return jnp.where(where, x - x.sum(0, keepdims=True) / count, 0)
 
 
-def decorrelation_time(series) -> jax.Array:
+def decorrelation_time(series: Real[ArrayLike, " T *weights"]) -> Float[Array, " *weights"]:
     """Delta: the first lag at which the autocorrelation of each weight's series is 0 or below.
 
     A lag also counts if one of its two windows is constant and the other is not, as for a weight
@@ -88,14 +91,16 @@ def decorrelation_time(series) -> jax.Array:
     References:
       Advances in Sparse Neural Model Training, section 2.
     """
-    series = _checked(series, "decorrelation_time")
-    rho = _autocorrelation(series)
+    samples = _checked(series, "decorrelation_time")
+    rho = _autocorrelation(samples)
     decorrelated = ~(rho > 0)  # rho is NaN where one of the two windows is constant
-    first = jnp.where(decorrelated.any(0), decorrelated.argmax(0), len(series)).astype(jnp.float32)
+    first = jnp.where(decorrelated.any(0), decorrelated.argmax(0), len(samples)).astype(jnp.float32)
     return jnp.where(jnp.isnan(rho[0]), jnp.nan, first)
 
 
-def decorrelation_by_magnitude(series, bins: int = 10) -> tuple[jax.Array, jax.Array]:
+def decorrelation_by_magnitude(
+    series: Real[ArrayLike, " T *weights"], bins: SupportsIndex = 10
+) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
     """Groups weights by final magnitude and computes the median Delta of each group.
 
     Weights are sorted by the magnitude of their last sample into bins of equal size; if the number
@@ -125,19 +130,20 @@ def decorrelation_by_magnitude(series, bins: int = 10) -> tuple[jax.Array, jax.A
     References:
       Advances in Sparse Neural Model Training, section 2, figure 1.
     """
-    series = _checked(series, "decorrelation_by_magnitude")
-    series = series.reshape(len(series), -1)
-    if not 1 <= _checks.integer(bins, "decorrelation_by_magnitude: `bins`") <= series.shape[1]:
+    samples = _checked(series, "decorrelation_by_magnitude")
+    samples = samples.reshape(len(samples), -1)
+    count = _checks.integer(bins, "decorrelation_by_magnitude: `bins`")
+    if not 1 <= count <= samples.shape[1]:
         raise ValueError(
-            f"decorrelation_by_magnitude: bins={bins} is not in 1..{series.shape[1]}, the number "
+            f"decorrelation_by_magnitude: bins={count} is not in 1..{samples.shape[1]}, the number "
             "of weights."
         )
-    magnitude = jnp.abs(series[-1].astype(jnp.float32))
+    magnitude = jnp.abs(samples[-1].astype(jnp.float32))
     order = jnp.argsort(magnitude)
-    delta = decorrelation_time(series) / len(series)
+    delta = decorrelation_time(samples) / len(samples)
     columns = (magnitude, jnp.median), (delta, jnp.nanmedian)
     magnitudes, deltas = (
-        jnp.stack([middle(part) for part in jnp.array_split(x[order], bins)])
+        jnp.stack([middle(part) for part in jnp.array_split(x[order], count)])
         for x, middle in columns
     )
     return magnitudes, deltas

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Product:
         return self.multiply(bias=self.bias, activation=self.activation)
 
 
-def bias_of(product: Product, eqn, other, value: Value) -> jax.Array | None:
+def bias_of(product: Product, eqn: Any, other: Any, value: Value) -> jax.Array | None:
     """The bias `[*output]` that an addition adds to every row of a product, or None."""
     shape = eqn.outvars[0].aval.shape
     places = dict(product.outputs)
@@ -56,7 +57,9 @@ def bias_of(product: Product, eqn, other, value: Value) -> jax.Array | None:
     ).reshape(product.leaf.output)
 
 
-def activation_at(eqns: Sequence, first: int, operand, readers: Mapping) -> tuple[str, int] | None:
+def activation_at(
+    eqns: Sequence, first: int, operand: Any, readers: Mapping
+) -> tuple[str, int] | None:
     """The activation that the equations from `first` on apply to `operand`, and their number.
 
     None if kernels do not support it. `readers` counts the readers of each value: the intermediate
@@ -77,7 +80,7 @@ def activation_at(eqns: Sequence, first: int, operand, readers: Mapping) -> tupl
     return None
 
 
-def _same(expected, eqn, alike: dict) -> bool:
+def _same(expected: Any, eqn: Any, alike: dict) -> bool:
     """Whether an equation is the expected one; `alike` maps expected values to actual ones."""
     if expected.primitive is not eqn.primitive or len(expected.invars) != len(eqn.invars):
         return False
@@ -94,7 +97,7 @@ def _same(expected, eqn, alike: dict) -> bool:
 
 
 @functools.cache
-def _activations(shape: tuple[int, ...], dtype) -> dict[str, Jaxpr]:
+def _activations(shape: tuple[int, ...], dtype: Any) -> dict[str, Jaxpr]:
     """The programs of the activations in `jax.nn` that kernels support."""
     spec = jax.ShapeDtypeStruct(shape, dtype)
     return {name: jax.make_jaxpr(getattr(jax.nn, name))(spec).jaxpr for name in ACTIVATIONS if name}

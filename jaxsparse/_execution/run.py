@@ -15,7 +15,7 @@ from jaxsparse._execution import weights
 from jaxsparse._execution.fusion import Product, activation_at, bias_of
 from jaxsparse._execution.report import Usage
 from jaxsparse._execution.weights import UnfitError, Weight
-from jaxsparse._kernels import KERNELS
+from jaxsparse._kernels import may_run
 from jaxsparse._packed.matmul import chosen, common_dtype
 from jaxsparse._program.flow import Value, outputs
 from jaxsparse._program.walk import bind, called, calls, invariant, open_program, scan_counts
@@ -93,7 +93,9 @@ class Run:
             for atom in program.outvars
         ]
 
-    def fused(self, eqns, i: int, atom, env, values, readers) -> tuple[Product, int] | None:
+    def fused(
+        self, eqns: Any, i: int, atom: Any, env: Any, values: Any, readers: Any
+    ) -> tuple[Product, int] | None:
         """Fuses the equations from `i` on into a product; returns it and how many they are.
 
         None if no kernel can fuse them.
@@ -114,7 +116,9 @@ class Run:
             else (dataclasses.replace(product, activation=fusion[0]), fusion[1])
         )
 
-    def apply(self, eqn, operands: list, values: list[Value], result_values: list[Value]) -> list:
+    def apply(
+        self, eqn: Any, operands: list, values: list[Value], result_values: list[Value]
+    ) -> list:
         """The results of an equation that has a weight among its operands."""
         name = eqn.primitive.name
         self.site = id(eqn)
@@ -133,7 +137,7 @@ class Run:
 
     # --- products
 
-    def dot(self, eqn, operands) -> Any:
+    def dot(self, eqn: Any, operands: Any) -> Any:
         (summed, batch) = eqn.params["dimension_numbers"]
         side = 0 if isinstance(operands[0], Weight) else 1
         w, x = operands[side], operands[1 - side]
@@ -166,7 +170,7 @@ class Run:
             eqn, w, x, pairs, arranged, {first + i: place for i, place in enumerate(free)}
         )
 
-    def convolution(self, eqn, operands) -> Any:
+    def convolution(self, eqn: Any, operands: Any) -> Any:
         x, w = operands
         if isinstance(x, Weight):
             raise UnfitError("the input of a convolution")
@@ -199,7 +203,9 @@ class Run:
         pairs = ((channels,), (features,)), ((), ())
         return self.product(eqn, w, x, pairs, arranged, {numbers.out_spec[1]: outputs})
 
-    def product(self, eqn, w: Weight, x, pairs, arranged: Callable, places: dict[int, int]) -> Any:
+    def product(
+        self, eqn: Any, w: Weight, x: Any, pairs: Any, arranged: Callable, places: dict[int, int]
+    ) -> Any:
         """The sparse product of a weight, delayed where its kernel can fuse a bias or activation.
 
         `pairs` holds the summed and the batched axes, each for `w` and for `x`; `places` maps axes
@@ -221,10 +227,7 @@ class Run:
             )
             return arranged(y).reshape(aval.shape)
 
-        kernel = self.implementation in KERNELS or (
-            self.implementation is None and leaf.layout == "mma16"
-        )
-        if not kernel or "S" in leaf.kinds:
+        if not may_run(self.implementation, leaf.layout) or "S" in leaf.kinds:
             return multiply()
         return Product(
             multiply, leaf, tuple((place, w.origin.axes[axis]) for place, axis in places.items())
@@ -232,7 +235,7 @@ class Run:
 
     # --- calls
 
-    def call(self, eqn, operands) -> list:
+    def call(self, eqn: Any, operands: Any) -> list:
         """The results of an equation that passes a weight to the programs that it calls."""
         name, params = eqn.primitive.name, eqn.params
         place, self.place = self.place, (*self.place, id(eqn))
@@ -275,7 +278,9 @@ class Run:
         finally:
             self.place = place
 
-    def inner(self, program, rebuild, *arrays, same: "_PassedThrough | None" = None) -> list:
+    def inner(
+        self, program: Any, rebuild: Any, *arrays: Any, same: "_PassedThrough | None" = None
+    ) -> list:
         """The outputs of a called program as arrays, without the weights that `same` takes out."""
         operands = rebuild(arrays)
         results = self.evaluate(open_program(program), _consts(program), operands)
@@ -284,7 +289,7 @@ class Run:
             for result in (same.taken_out(results, operands) if same else results)
         ]
 
-    def custom(self, eqn, program, operands) -> list:
+    def custom(self, eqn: Any, program: Any, operands: Any) -> list:
         """The results of a function with a custom derivative.
 
         Its derivative is computed as written, from decompressed weights.
@@ -320,7 +325,7 @@ class Run:
 
         return _with_derivative(kind, inner, as_written)(*arrays)
 
-    def scan(self, eqn, operands) -> list:
+    def scan(self, eqn: Any, operands: Any) -> list:
         params = eqn.params
         program, consts = open_program(params["jaxpr"]), _consts(params["jaxpr"])
         fixed, carries = scan_counts(eqn)
@@ -359,7 +364,7 @@ class Run:
         )
         return [*full_carry(carry), *same.put_back(stacked)]
 
-    def loop(self, eqn, operands) -> list:
+    def loop(self, eqn: Any, operands: Any) -> list:
         params = eqn.params
         fixed, bodies = params["cond_nconsts"], params["body_nconsts"]
         test, loop = params["cond_jaxpr"], params["body_jaxpr"]
@@ -386,7 +391,7 @@ class Run:
 
         return full_carry(lax.while_loop(condition, body, carry))
 
-    def loop_carry(self, program: Jaxpr, consts: int, carry: Sequence):
+    def loop_carry(self, program: Jaxpr, consts: int, carry: Sequence) -> Any:
         """Splits the carry of a loop: weights that the loop returns unchanged stay outside of it.
 
         Returns the function that rebuilds the whole carry, the arrays that change, and for each
@@ -408,14 +413,14 @@ class Run:
 
     # --- the report
 
-    def dense(self, operand, what: str, reason: str = "returned by the function"):
+    def dense(self, operand: Any, what: str, reason: str = "returned by the function") -> Any:
         """The operand as an array, decompressed if it is a weight."""
         if not isinstance(operand, Weight):
             return operand
         self.note(operand, what, reason, "")
         return operand.dense()
 
-    def note(self, w: Weight, what: str, reason: str, implementation: str):
+    def note(self, w: Weight, what: str, reason: str, implementation: str) -> None:
         path = ", ".join(self.paths[source] for source in w.sources)
         self.rows.setdefault(
             (self.place, self.site, path, what), Usage(path, what, reason, implementation)
@@ -441,7 +446,7 @@ class _PassedThrough:
         return [next(rest) if i is None else self.operands[i] for i in self.which]
 
 
-def _consts(program) -> Sequence:
+def _consts(program: Any) -> Sequence:
     return program.consts if isinstance(program, ClosedJaxpr) else ()
 
 
@@ -453,11 +458,11 @@ def _constrained(result, sharding):
     return lax.with_sharding_constraint(result, sharding) if placed else result
 
 
-def _described(eqn) -> str:
+def _described(eqn: Any) -> str:
     return " ".join([eqn.primitive.name, *(str(atom.aval.shape) for atom in eqn.invars)])
 
 
-def _with_derivative(kind, run: Callable, as_written: Callable) -> Callable:
+def _with_derivative(kind: Any, run: Callable, as_written: Callable) -> Callable:
     """A function that computes `run`, with the derivative of the equivalent `as_written`."""
     function = kind(run)
     if kind is jax.custom_jvp:

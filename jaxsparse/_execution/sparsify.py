@@ -93,7 +93,7 @@ class Sparsified:
         """Calls the function; weights in its arguments may be compressed."""
         return self._call({}, args, kwargs)
 
-    def report(self, *args, **kwargs) -> Report:
+    def report(self, *args: Any, **kwargs: Any) -> Report:
         """Reports how the function uses the compressed weights in its arguments.
 
         The arguments may be abstract.
@@ -134,11 +134,11 @@ class Sparsified:
         )
 
 
-def _is_packed(leaf) -> bool:
+def _is_packed(leaf: Any) -> bool:
     return isinstance(leaf, Sparse24)
 
 
-def _checked_paths(args, kwargs) -> list[str]:
+def _checked_paths(args: Any, kwargs: Any) -> list[str]:
     """The path of every leaf of the arguments; raises if a leaf is not an array."""
     paths = []
     for name, part in [*((f"argument {i}", arg) for i, arg in enumerate(args)), ("", kwargs)]:

@@ -232,7 +232,7 @@ _VIEWS = {
 _OF_VALUES = {"copy", "copy_p", "name", "reduce_precision", "stop_gradient"}
 
 
-def move(eqn, operands: list, values: list[Value], result_values: list[Value]) -> list:
+def move(eqn: Any, operands: list, values: list[Value], result_values: list[Value]) -> list:
     """The results of an equation that moves, cuts or scales weights.
 
     Raises `UnfitError` if it does something else.
@@ -302,7 +302,7 @@ def move(eqn, operands: list, values: list[Value], result_values: list[Value]) -
     raise UnfitError(f"used by {name}")
 
 
-def _dynamic_slice(a: jax.Array, start, size: int, axis: int) -> jax.Array:
+def _dynamic_slice(a: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     """Slices an array along one axis; `start` is not negative, as the program ensures."""
     starts = [start if i == axis else jnp.zeros_like(start) for i in range(a.ndim)]
     sizes = [size if i == axis else n for i, n in enumerate(a.shape)]
@@ -360,7 +360,7 @@ def _concatenated(parts: list[Weight], dimension: int, shape: tuple[int, ...]) -
 
 
 def _scaled(
-    name: str, side: int, operands: list, values: list[Value], result_values: Value, shape
+    name: str, side: int, operands: list, values: list[Value], result_values: Value, shape: Any
 ) -> Weight:
     """The weight multiplied or divided by values that are constant along the contracted axes."""
     w, other = operands[side], operands[1 - side]
@@ -430,7 +430,7 @@ class Ready(NamedTuple):
 
 def operands(
     w: Weight,
-    x,
+    x: Any,
     summed: tuple[Sequence[int], Sequence[int]],
     batch: tuple[Sequence[int], Sequence[int]],
 ) -> Ready:

@@ -1,11 +1,17 @@
-"""Kernels for 2:4 products, one file each: where each can run, and which one runs. Nothing here
-imports Pallas.
+"""The kernels for 2:4 products: one row for each, which says all that others ask of it.
+
+Nothing here imports Pallas. To add a kernel, write its file, with `Config` and `matmul`, and a row.
 """
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["ACTIVATIONS", "KERNELS", "misfit", "preferred", "unavailable"]
+__all__ = ["ACTIVATIONS", "KERNELS", "Kernel", "may_run", "preferred"]
 
 ACTIVATIONS = {  # all by one tanh, which every kernel has
     None: lambda x: x,
@@ -14,75 +20,178 @@ ACTIVATIONS = {  # all by one tanh, which every kernel has
     "silu": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.5 * x)),
 }
 
-KERNELS = ("hopper", "ampere", "decode")
 
-# multiples of K and M up to which a kernel pads its operands, at every call
-_PADDED = {"hopper": (16, 8), "ampere": (64, 128), "decode": (16, 1)}
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel for `x @ w` with a compressed weight.
+
+    Attributes:
+      name: what users name it by, and its file in this folder.
+      least: the least compute capability that it runs on.
+      below: the compute capability from which on it does not run; None where there is no such one.
+      since: compute capabilities below that, and the jax version that they need.
+      dtypes: those of x and of the values, which are equal.
+      layout: that of the metadata.
+      most_rows: the most rows of x.
+      multiples: of K and M, up to which it pads its operands at every call.
+      timed_rows: the rows between which `benchmarks/gpu.py` times it; with others, another kernel
+        is meant.
+      targets: the GPUs that the tests compile it for ahead of time.
+      tuned_at: N, M and K of the product by which `benchmarks/gpu.py` tells `configs` apart.
+      configs: configurations that only hardware can decide between, fields of its `Config`.
+    """
+
+    name: str
+    least: tuple[int, int]
+    below: tuple[int, int] | None
+    since: tuple[tuple[int, int], tuple[int, int]]
+    dtypes: tuple[str, ...]
+    layout: str
+    most_rows: int
+    multiples: tuple[int, int]
+    timed_rows: tuple[int, int]
+    targets: tuple[str, ...]
+    tuned_at: tuple[int, int, int]
+    configs: tuple[dict[str, Any], ...]
+
+    @property
+    def module(self) -> ModuleType:
+        """The file with its `Config` and `matmul`."""
+        return importlib.import_module(f"jaxsparse._kernels.{self.name}")
+
+    def misfit(self, n: Any, dtype: Any) -> str | None:
+        """Why it cannot compute a product of n rows on any device, or None."""
+        if jnp.dtype(dtype).name not in self.dtypes:
+            return f"it takes {' and '.join(self.dtypes)}, and these are {dtype}"
+        if n < 1:
+            return "there are no rows"
+        if n > self.most_rows:
+            return f"it takes 1 to {self.most_rows} rows, and these are {n}"
+        return None
+
+    def unavailable(self, capability: tuple[int, int] | None) -> str | None:
+        """Why it cannot run on a CUDA device of a compute capability, if known, or None."""
+        if capability is None:
+            return "the compute capability is unknown, as when lowering for export or an absent GPU"
+        major, minor = capability
+        if capability < self.least or (self.below is not None and capability >= self.below):
+            return f"it needs compute capability {self._range}, and this device has {major}.{minor}"
+        old, version = self.since
+        if capability < old and jax.__version_info__ < version:
+            return (
+                f"compiling it for compute capability {major}.{minor} needs jax "
+                f"{'.'.join(map(str, version))}, and this is {jax.__version__}"
+            )
+        return None
+
+    @property
+    def _range(self) -> str:
+        least = ".".join(map(str, self.least))
+        if self.below is None:
+            return f"{least} or later"
+        if self.below == (self.least[0], self.least[1] + 1):
+            return least
+        return f"{least} to {self.below[0] - 1}.9"
+
+
+_SIXTEEN = ("bfloat16", "float16")
+_ASYNCHRONOUS_COPIES = ((9, 0), (0, 11))  # before Hopper they are in jax from 0.11 on
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(
+            "hopper",
+            least=(9, 0),
+            below=(9, 1),
+            since=_ASYNCHRONOUS_COPIES,
+            dtypes=_SIXTEEN,
+            layout="mma16",
+            most_rows=1 << 31,
+            multiples=(16, 8),
+            timed_rows=(64, 1 << 31),
+            targets=("h200",),
+            tuned_at=(8192, 8192, 8192),
+            configs=(
+                {"cluster": 1, "in_flight": 0, "stripe": 8},
+                {"cluster": 2, "in_flight": 0, "stripe": 8},
+                {"cluster": 2, "in_flight": 1, "stripe": 8},
+                {"cluster": 2, "in_flight": 0, "stripe": 4},
+                {"cluster": 2, "in_flight": 0, "stripe": 16},
+            ),
+        ),
+        Kernel(
+            "ampere",
+            least=(8, 0),
+            below=(9, 0),
+            since=_ASYNCHRONOUS_COPIES,
+            dtypes=_SIXTEEN,
+            layout="mma16",
+            most_rows=1 << 31,
+            multiples=(64, 128),
+            timed_rows=(64, 1 << 31),
+            targets=("a100",),
+            tuned_at=(4096, 4096, 4096),
+            configs=(
+                {"tile_m": 128, "stages": 3},
+                {"tile_m": 128, "stages": 4},
+                {"tile_m": 256, "stages": 3},
+                {"tile_m": 256, "stages": 4},
+            ),
+        ),
+        Kernel(
+            "decode",
+            least=(8, 0),
+            below=None,
+            since=_ASYNCHRONOUS_COPIES,
+            dtypes=_SIXTEEN,
+            layout="mma16",
+            most_rows=64,
+            multiples=(16, 1),
+            timed_rows=(1, 64),
+            targets=("h200", "a100"),
+            tuned_at=(16, 14336, 4096),
+            configs=(
+                {"tile_m": 16, "unroll": 8, "warpgroups": 1},
+                {"tile_m": 32, "unroll": 4, "warpgroups": 1},
+                {"tile_m": 32, "unroll": 2, "warpgroups": 2},
+                {"tile_m": 64, "unroll": 1, "warpgroups": 1},
+                {"tile_m": 64, "unroll": 1, "warpgroups": 2},
+                {"tile_m": 64, "unroll": 2, "warpgroups": 2},
+                {"tile_m": 64, "unroll": 1, "warpgroups": 4},
+            ),
+        ),
+    )
+}
 
 # What is measured faster than the dense product, as `benchmarks/gpu.py` prints it, with the result
-# file it printed it from: (compute capabilities, kernel, rows of x from, to, least output features
-# times contraction, least of either). Nothing is yet.
+# file that it printed it from: (compute capabilities, kernel, rows of x from, to, least output
+# features times contraction, least of either). Nothing is yet.
 _PREFERENCES: tuple[tuple[tuple[tuple[int, int], ...], str, int, int, int, int], ...] = ()
 
 
-def misfit(name: str, n, dtype) -> str | None:
-    """Why a kernel cannot compute a product on any device, or None.
-
-    Args:
-      name: one of `KERNELS`.
-      n: rows of x.
-      dtype: of x and of the values.
-    """
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 and float16, and these are {dtype}"
-    if not 0 < n <= (64 if name == "decode" else 1 << 31):
-        return (
-            f"it takes 1 to 64 rows, and these are {n}" if name == "decode" else "there are no rows"
-        )
-    return None
+def may_run(implementation: str | None, layout: str) -> bool:
+    """Whether a product may run on a kernel, which takes in the bias and the activation."""
+    if implementation is None:
+        return any(kernel.layout == layout for kernel in KERNELS.values())
+    return implementation in KERNELS
 
 
-def unavailable(name: str, capability: tuple[int, int] | None) -> str | None:
-    """Why a kernel cannot run on a CUDA device of a compute capability, or None; `capability` is
-    None where it is not known.
-    """
-    if capability is None:
-        return "the compute capability is unknown, as when lowering for export or for an absent GPU"
-    has = f"and this device has {capability[0]}.{capability[1]}"
-    if name == "hopper" and capability != (9, 0):
-        return f"it needs compute capability 9.0, {has}"
-    if name == "ampere" and not (8, 0) <= capability < (9, 0):
-        return f"it needs compute capability 8.0 to 8.9, {has}"
-    if capability < (8, 0):
-        return f"it needs compute capability 8.0, {has}"
-    if capability < (9, 0) and jax.__version_info__ < (0, 11):
-        major, minor = capability
-        return (
-            f"compiling it for compute capability {major}.{minor} needs jax 0.11, "
-            f"and this is {jax.__version__}"
-        )
-    return None
+def preferred(
+    n: Any, m: int, k: int, dtype: Any, layout: str, capability: tuple[int, int] | None
+) -> str:
+    """The kernel that is measured to beat the dense product on a device, or `"dense"`.
 
-
-def preferred(n, m: int, k: int, dtype, capability: tuple[int, int] | None) -> str:
-    """The kernel that is measured to beat the dense product on a device, or `"dense"`; none that
-    would have to copy the weight or y.
+    A kernel that would have to copy the weight, its metadata or the result is not chosen.
     """
     if capability is None:
         return "dense"
     for capabilities, name, least_n, most_n, least_weights, least_side in _PREFERENCES:
-        wins = (
-            capability in capabilities
-            and least_n <= n <= most_n
-            and m * k >= least_weights
-            and min(m, k) >= least_side
-        )
-        copies = k % _PADDED[name][0] or m % _PADDED[name][1]
-        if (
-            wins
-            and not copies
-            and misfit(name, n, dtype) is None
-            and unavailable(name, capability) is None
-        ):
+        kernel = KERNELS[name]
+        measured = capability in capabilities and least_n <= n <= most_n
+        large = m * k >= least_weights and min(m, k) >= least_side
+        copies = k % kernel.multiples[0] or m % kernel.multiples[1] or layout != kernel.layout
+        runs = kernel.misfit(n, dtype) is None and kernel.unavailable(capability) is None
+        if measured and large and runs and not copies:
             return name
     return "dense"

@@ -19,7 +19,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, PyTree, UInt32
 
+from jaxsparse._checks import AnArray
 from jaxsparse._kernels import ACTIVATIONS
 from jaxsparse._kernels.mosaic import (
     add,
@@ -318,7 +320,15 @@ def registers(config: Config, n: int, has_bias: bool) -> Ops:
     return Ops(step, gather, reduce, store)
 
 
-def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, ops):
+def _body(
+    x_ref: Any,
+    values_ref: Any,
+    metadata_ref: Any,
+    *rest: PyTree,
+    config: Config,
+    activation: Any,
+    ops: Any,
+) -> None:
     *bias_ref, y_ref = rest
     rows, k = x_ref.shape
     n = rows + -rows % 8
@@ -347,17 +357,17 @@ def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, op
 
 
 def matmul(
-    x,
-    values,
-    metadata,
-    bias=None,
+    x: Float[AnArray, "N K"],
+    values: Float[AnArray, "M K//2"],
+    metadata: UInt32[AnArray, "2*((M+127)//128) 2*((K+127)//128) 128"],
+    bias: Float[AnArray, " M"] | None = None,
     *,
-    activation=None,
+    activation: str | None = None,
     config: Config | None = None,
     cores: int = 132,
-    ops=registers,
-    **params,
-):
+    ops: Any = registers,
+    **params: Any,
+) -> Float[Array, "N M"]:
     """`activation(x @ W.T + bias)`, where W is given by its compressed values and metadata.
 
     Args:

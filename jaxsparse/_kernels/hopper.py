@@ -10,14 +10,16 @@ arrays must begin at multiples of 16 bytes.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, PyTree, UInt32
 
+from jaxsparse._checks import AnArray
 from jaxsparse._kernels import ACTIVATIONS
 from jaxsparse._kernels.mosaic import (
     arith,
@@ -203,7 +205,16 @@ def registers(config: Config) -> Ops:
     )
 
 
-def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, blocks, ops):
+def _body(
+    x_ref: Any,
+    values_ref: Any,
+    metadata_ref: Any,
+    *rest: PyTree,
+    config: Config,
+    activation: Any,
+    blocks: Any,
+    ops: Any,
+) -> None:
     *bias_ref, y_ref = rest
     n, k = x_ref.shape
     m = values_ref.shape[0]
@@ -330,17 +341,17 @@ def _body(x_ref, values_ref, metadata_ref, *rest, config: Config, activation, bl
 
 
 def matmul(
-    x,
-    values,
-    metadata,
-    bias=None,
+    x: Float[AnArray, "N K"],
+    values: Float[AnArray, "M K//2"],
+    metadata: UInt32[AnArray, "2*((M+127)//128) 2*((K+127)//128) 128"],
+    bias: Float[AnArray, " M"] | None = None,
     *,
-    activation=None,
+    activation: str | None = None,
     config: Config | None = None,
     cores: int = 132,
-    ops=registers,
-    **params,
-):
+    ops: Any = registers,
+    **params: Any,
+) -> Float[Array, "N M"]:
     """`activation(x @ W.T + bias)`, where W is given by its compressed values and metadata.
 
     Args:

@@ -42,7 +42,7 @@ VERSION = jax.__version_info__[:2]
 wait_copies = getattr(plgpu, "wait_gmem_to_smem", None)
 
 
-def kernel(body, name: str, out, **params):
+def kernel(body: Any, name: str, out: Any, **params: Any) -> Any:
     """`plgpu.kernel` with one output and lane semantics, as inline assembly requires.
 
     The name appears in the lowered program. `tanh` is the approximate instruction, exact to 11
@@ -55,7 +55,7 @@ def kernel(body, name: str, out, **params):
     return plgpu.kernel(body, **{output: out}, kernel_name=name, compiler_params=compiler, **params)
 
 
-def padded(x, values, multiple: int):
+def padded(x: Any, values: Any, multiple: int) -> Any:
     """Pads x `[N, K]` and values `[M, K/2]` with zeros to a multiple of the contraction.
 
     This copies them unless K already is a multiple.
@@ -69,7 +69,7 @@ def padded(x, values, multiple: int):
 
 
 @contextlib.contextmanager
-def architecture(capability: tuple[int, int]):
+def architecture(capability: tuple[int, int]) -> Any:
     """Lowers for a compute capability; by default Mosaic uses that of the default device."""
     modules: list[Any] = [module for module in (core, utils) if hasattr(module, "_infer_arch")]
     before = [module._infer_arch for module in modules]
@@ -88,12 +88,12 @@ def load(ref, layout):
     return plgpu.load(ref, *where, layout=layout, optimized=False)
 
 
-def constant(value: int, bits: int = 32):
+def constant(value: int, bits: int = 32) -> Any:
     """An integer constant of MLIR."""
     return utils.c(value, ir.IntegerType.get_signless(bits))
 
 
-def asm(results, text: str, constraints: str, operands, *, side_effects: bool):
+def asm(results: Any, text: str, constraints: str, operands: Any, *, side_effects: bool) -> Any:
     """Emits inline PTX and returns a list with one value for each MLIR type in `results`."""
     kind = llvm.StructType.get_literal(results) if len(results) > 1 else results[0]
     out: Any = llvm.inline_asm(
@@ -114,7 +114,7 @@ def add(*terms):
     return total
 
 
-def mma_sp(total, a, b, word, selector: int, dtype: str):
+def mma_sp(total: Any, a: Any, b: Any, word: Any, selector: int, dtype: str) -> Any:
     """Emits one `mma.sp` m16n8k32 for each warp of a warpgroup.
 
     Args:

@@ -4,12 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt8
+
+from jaxsparse._checks import AnArray
 
 __all__ = ["pack", "unpack"]
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def pack(mask, axis: int) -> jax.Array:
+def pack(mask: Bool[AnArray, "..."], axis: int) -> UInt8[Array, "..."]:
     """Packs a boolean mask into uint8: eight neighbours along `axis` a byte, lowest bit first."""
     axis %= mask.ndim
     size = mask.shape[axis]
@@ -21,7 +24,7 @@ def pack(mask, axis: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("size", "axis"))
-def unpack(words, size: int, axis: int) -> jax.Array:
+def unpack(words: UInt8[AnArray, "..."], size: int, axis: int) -> Bool[Array, "..."]:
     """Unpacks a boolean mask that has `size` along `axis`."""
     axis %= words.ndim
     repeated = jnp.expand_dims(words, axis + 1)

@@ -1,8 +1,11 @@
 """Masks of whole blocks of weights."""
 
-import jax
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsparse import _checks
 from jaxsparse._masks.ranking import magnitude_keys, once, order_keys, wide
@@ -12,8 +15,13 @@ __all__ = ["block_mask", "block_masks"]
 
 
 def block_mask(
-    scores, shape: tuple[int, int], density, *, axes: tuple[int, int], pool: _checks.Pool = "max"
-) -> jax.Array:
+    scores: Real[ArrayLike, "*dims"],
+    shape: Sequence[SupportsIndex],
+    density: Float[ArrayLike, ""] | int,
+    *,
+    axes: Sequence[SupportsIndex],
+    pool: _checks.Pool = "max",
+) -> Bool[Array, "*dims"]:
     """Marks the highest-scoring blocks, exactly `density * blocks` of them, as participating.
 
     All weights of a block participate, or none. Where a size is not a multiple of the block's, the
@@ -71,15 +79,15 @@ def block_mask(
 
 
 def block_masks(
-    arrays,
-    axes,
+    arrays: Any,
+    axes: Any,
     shape: tuple[int, ...],
-    density,
+    density: Any,
     pool: str,
     *,
     magnitude: bool = False,
     stack: tuple[int, ...] = (),
-):
+) -> Any:
     """The masks of arrays whose blocks are ranked together; `axes` has a pair for each array."""
     arrays = [lax.stop_gradient(array) for array in of_one_dtype(arrays)]
     keys = [

@@ -5,6 +5,7 @@ at different speeds.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxsparse._masks.ranking import once, wide_keys
 __all__ = ["algorithm", "mask_groups"]
 
 
-def algorithm(n, m: int, key_bits: int):
+def algorithm(n: Any, m: int, key_bits: int) -> Any:
     """The fastest algorithm for n of m, as measured on XLA:CPU by benchmarks/masks.py.
 
     On GPU and TPU each of them is ordinary XLA.
@@ -31,7 +32,7 @@ def algorithm(n, m: int, key_bits: int):
     return _bisect
 
 
-def mask_groups(groups, keys_of, n, m: int, axis: int):
+def mask_groups(groups: Any, keys_of: Any, n: Any, m: int, axis: int) -> Any:
     """The mask of `groups`, whose `axis` has size m, ranked by the integers `keys_of(groups)`."""
     return algorithm(n, m, jnp.iinfo(jax.eval_shape(keys_of, groups).dtype).bits)(
         groups, keys_of, n, m, axis

@@ -1,19 +1,28 @@
 """N:M masks: n of every m neighbours along one axis."""
 
 import functools
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Integer, Real
 
 from jaxsparse import _checks
+from jaxsparse._checks import AnArray
 from jaxsparse._masks.groups import mask_groups
 from jaxsparse._masks.ranking import magnitude_keys, once, order_keys
 
 __all__ = ["mask_of_magnitudes", "mask_of_scores", "nm_mask"]
 
 
-def nm_mask(scores, n, m: int, *, axis: int) -> jax.Array:
+def nm_mask(
+    scores: Real[ArrayLike, "*shape"],
+    n: Integer[ArrayLike, ""],
+    m: SupportsIndex,
+    *,
+    axis: SupportsIndex,
+) -> Bool[Array, "*shape"]:
     """Marks the `n` highest scores of every group of `m` as participating.
 
     Groups are runs of `m` neighbours along `axis`; they never wrap into the next row. Equal scores
@@ -109,12 +118,16 @@ def _identity(keys):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def mask_of_scores(scores, n: int, m: int, axis: int):
+def mask_of_scores(
+    scores: Real[AnArray, "*shape"], n: int, m: int, axis: int
+) -> Bool[Array, "*shape"]:
     """The mask of the n highest scores of each group; `axis` is not negative."""
     return _mask(scores, order_keys, n, m, axis)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def mask_of_magnitudes(weights, n: int, m: int, axis: int):
+def mask_of_magnitudes(
+    weights: Real[AnArray, "*shape"], n: int, m: int, axis: int
+) -> Bool[Array, "*shape"]:
     """The mask of the n largest magnitudes of each group; `axis` is not negative."""
     return _mask(weights, magnitude_keys, n, m, axis)

@@ -8,11 +8,12 @@ poor the other candidates are.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsparse import _checks
 from jaxsparse._masks.ranking import magnitude_keys, order_keys, wide, wide_keys
@@ -22,7 +23,9 @@ __all__ = ["checked_density", "of_one_dtype", "ranked_masks", "topk_mask"]
 _SAMPLE = 4096
 
 
-def topk_mask(scores, density) -> jax.Array:
+def topk_mask(
+    scores: Real[ArrayLike, "*shape"], density: Float[ArrayLike, ""] | int
+) -> Bool[Array, "*shape"]:
     """Marks the highest scores of the whole array, exactly `density * size` of them.
 
     The number is rounded half up and at least 1. Equal scores keep the lower flat index. NaN ranks
@@ -59,7 +62,7 @@ def topk_mask(scores, density) -> jax.Array:
     return ranked_masks([scores], checked_density("topk_mask", density))[0]
 
 
-def checked_density(call: str, value):
+def checked_density(call: str, value: Any) -> Any:
     """Returns a density as a float; a traced scalar passes through."""
     if not isinstance(value, jax.core.Tracer):
         return _checks.density(call, value)
@@ -70,7 +73,9 @@ def checked_density(call: str, value):
     return value
 
 
-def ranked_masks(arrays, density, *, magnitude: bool = False, stack: tuple[int, ...] = ()):
+def ranked_masks(
+    arrays: Any, density: Any, *, magnitude: bool = False, stack: tuple[int, ...] = ()
+) -> Any:
     """The masks, of the given density, of arrays ranked together by their values or magnitudes.
 
     All arrays have the axes `stack`; along these, each position is ranked separately.
@@ -86,15 +91,16 @@ def ranked_masks(arrays, density, *, magnitude: bool = False, stack: tuple[int, 
     return top(*arrays)
 
 
-def of_one_dtype(arrays) -> list:
+def of_one_dtype(arrays: Any) -> list:
     """Converts arrays to one dtype that holds all of their values, to rank them together."""
     dtypes = {array.dtype for array in arrays}
     if len(dtypes) == 1:
         return arrays
-    # jax does not promote 8-bit floats to other types implicitly
-    dtype = functools.reduce(
-        jnp.promote_types, (wide(a).dtype if a.dtype.itemsize == 1 else a.dtype for a in arrays)
-    )
+    with jax.numpy_dtype_promotion("standard"):  # explicit, whatever the program forbids
+        # jax does not promote 8-bit floats to other types implicitly
+        dtype = functools.reduce(
+            jnp.promote_types, (wide(a).dtype if a.dtype.itemsize == 1 else a.dtype for a in arrays)
+        )
     return [array.astype(dtype) for array in arrays]
 
 
@@ -111,7 +117,7 @@ class _Interval(NamedTuple):
     above_high: object
 
 
-def _how_many(density, size: int):
+def _how_many(density: Any, size: int) -> Any:
     """`density * size`, rounded half up, at least 1: an int for a float, else an int32 scalar."""
     if isinstance(density, float):
         return min(max(math.floor(density * size + 0.5), 1), size)

@@ -2,12 +2,16 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Real
 
 from jaxsparse import _checks
+from jaxsparse._checks import AnArray
 from jaxsparse._masks.ranking import once, wide
 
 __all__ = ["check_supported", "transposable_mask", "transposable_nm_mask"]
@@ -17,7 +21,13 @@ __all__ = ["check_supported", "transposable_mask", "transposable_nm_mask"]
 _FINITE, _INF, _NAN = 2.0**116, 2.0**120, 2.0**124
 
 
-def transposable_nm_mask(scores, n: int, m: int, *, axes: tuple[int, int]) -> jax.Array:
+def transposable_nm_mask(
+    scores: Real[ArrayLike, "*shape"],
+    n: SupportsIndex,
+    m: SupportsIndex,
+    *,
+    axes: Sequence[SupportsIndex],
+) -> Bool[Array, "*shape"]:
     """Marks `n` of every `m` scores along both of two axes, with the largest possible sum.
 
     Blocks of `m` by `m` neighbours are independent; each keeps exactly `n` in every row and column.
@@ -72,7 +82,7 @@ def transposable_nm_mask(scores, n: int, m: int, *, axes: tuple[int, int]) -> ja
     return transposable_mask(scores, n, tuple(axis % scores.ndim for axis in axes))
 
 
-def check_supported(call: str, n, m) -> tuple[int, int]:
+def check_supported(call: str, n: Any, m: Any) -> tuple[int, int]:
     """Returns `n` and `m` as ints; raises if there is no transposable pattern for them."""
     n, m = _checks.integer(n, f"{call}: `n`"), _checks.integer(m, f"{call}: `m`")
     if m != 4 or n not in (1, 2, 3):
@@ -84,7 +94,9 @@ def check_supported(call: str, n, m) -> tuple[int, int]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("magnitude",))
-def transposable_mask(scores, n: int, axes: tuple[int, ...], *, magnitude: bool = False):
+def transposable_mask(
+    scores: Real[AnArray, "*shape"], n: int, axes: tuple[int, ...], *, magnitude: bool = False
+) -> Bool[Array, "*shape"]:
     """The mask of `scores`, or of their magnitudes; sizes along `axes` are multiples of 4."""
     scores = lax.stop_gradient(scores)
     if magnitude:

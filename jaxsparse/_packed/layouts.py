@@ -1,9 +1,12 @@
 """Layouts of 2:4 metadata: the canonical one, and that of the lanes of a sparse tensor core."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, UInt16, UInt32
+
+from jaxsparse._checks import AnArray
 
 __all__ = ["FILLER", "Layout", "convert", "metadata_form", "preferred_layout", "tile", "untile"]
 
@@ -11,13 +14,13 @@ Layout = Literal["canonical", "mma16"]
 FILLER = 0x4444  # places 0 and 1 in each of four groups: legal for the hardware
 
 
-def preferred_layout(dtype) -> Layout:
+def preferred_layout(dtype: Any) -> Layout:
     """The fastest layout on the default backend; all layouts are correct on all backends."""
     sixteen = jnp.dtype(dtype).itemsize == 2
     return "mma16" if sixteen and jax.default_backend() == "gpu" else "canonical"
 
 
-def metadata_form(layout: str, values, call: str) -> jax.ShapeDtypeStruct:
+def metadata_form(layout: str, values: Any, call: str) -> jax.ShapeDtypeStruct:
     """The shape and dtype of the metadata of `values` `[..., M, K/2]` in a layout."""
     if layout not in get_args(Layout):
         raise ValueError(
@@ -35,7 +38,7 @@ def metadata_form(layout: str, values, call: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*stack, 2 * -(-m // 128), 2 * -(-columns // 8), 128), jnp.uint32)
 
 
-def convert(metadata, old: str, new: str, values):
+def convert(metadata: Any, old: str, new: str, values: Any) -> Any:
     """Converts the metadata of `values` `[..., M, K/2]` to another layout."""
     metadata_form(new, values, "Sparse24")
     if old == new:
@@ -45,7 +48,9 @@ def convert(metadata, old: str, new: str, values):
     return untile(metadata, values.shape[-2], -(-values.shape[-1] // 8))
 
 
-def tile(words):
+def tile(
+    words: UInt16[AnArray, "*stack M C"],
+) -> UInt32[Array, "*stack row_tiles column_tiles 128"]:
     """Converts canonical uint16 `[..., M, C]` to the layout `"mma16"`.
 
     The result is uint32 `[..., 2*ceil(M/128), 2*ceil(C/8), 128]`, whose last axis covers 64 rows by
@@ -64,7 +69,9 @@ def tile(words):
     return lanes.reshape(*lanes.shape[:-3], 128)
 
 
-def untile(lanes, rows: int, columns: int):
+def untile(
+    lanes: UInt32[AnArray, "*stack row_tiles column_tiles 128"], rows: int, columns: int
+) -> UInt16[Array, "*stack {rows} {columns}"]:
     """Inverts `tile`, cut to canonical `[..., rows, columns]`."""
     *stack, row_tiles, column_tiles, _ = lanes.shape
     # row tile, w, g, column tile, p

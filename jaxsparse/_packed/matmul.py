@@ -3,16 +3,19 @@
 import functools
 import importlib
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Real
 
 from jaxsparse import _checks
-from jaxsparse._kernels import ACTIVATIONS, KERNELS, misfit, preferred, unavailable
-from jaxsparse._packed.layouts import tile, untile
+from jaxsparse._kernels import ACTIVATIONS, KERNELS, preferred
+from jaxsparse._packed.layouts import convert
 from jaxsparse._packed.sparse24 import Sparse24, check_static, expand, kept_values
 from jaxsparse._packed.sparse24 import transposed as to_transposed
 
@@ -20,15 +23,15 @@ __all__ = ["chosen", "common_dtype", "sparse_matmul", "sparse_matmul_p"]
 
 
 def sparse_matmul(
-    x,
+    x: Real[ArrayLike, "..."],
     w: Sparse24,
     *,
-    bias=None,
+    bias: Real[ArrayLike, "..."] | None = None,
     activation: str | None = None,
     implementation: str | None = None,
     precision: lax.PrecisionLike = None,
-    preferred_element_type=None,
-) -> jax.Array:
+    preferred_element_type: DTypeLike | None = None,
+) -> Real[Array, "..."]:
     """`activation(x @ w + bias)` with a compressed weight.
 
     It sums over the last axes of `x` and the contracted axes of `w`. It is differentiable with
@@ -125,7 +128,11 @@ def sparse_matmul(
             if out_dtype != dtype
             else None
         )
-        _refuse(implementation, misfit(implementation, math.prod(rows), dtype) or wider, ValueError)
+        _refuse(
+            implementation,
+            KERNELS[implementation].misfit(math.prod(rows), dtype) or wider,
+            ValueError,
+        )
     operands = [
         x.reshape(*stack, math.prod(rows), k).astype(dtype),
         w.values.astype(dtype),
@@ -191,14 +198,15 @@ def check_implementation(implementation, call):
         )
 
 
-def chosen(implementation: str | None, rows: int, w: Sparse24, dtype, out_dtype) -> str:
+def chosen(implementation: str | None, rows: int, w: Sparse24, dtype: Any, out_dtype: Any) -> str:
     """The implementation of a product on the default device: `"dense"` or the name of a kernel."""
     if implementation is not None:
         return implementation
     device = jax.devices()[0]
-    if device.platform != "gpu" or w.layout != "mma16" or "S" in w.kinds or out_dtype != dtype:
+    if device.platform != "gpu" or "S" in w.kinds or out_dtype != dtype:
         return "dense"
-    return preferred(rows, w.values.shape[-2], 2 * w.values.shape[-1], dtype, _capability(device))
+    m, k = w.values.shape[-2], 2 * w.values.shape[-1]
+    return preferred(rows, m, k, dtype, w.layout, _capability(device))
 
 
 def _varying_alike(operands):
@@ -256,7 +264,7 @@ def _impl(*operands, **params):
 def _dense(x, values, metadata, *bias, activation, layout, precision, transposed, out_dtype, **_):
     y = _contract(
         x,
-        expand(values, _canonical(values, metadata, layout)),
+        expand(values, convert(metadata, layout, "canonical", values)),
         -1,
         -2 if transposed else -1,
         precision,
@@ -265,14 +273,6 @@ def _dense(x, values, metadata, *bias, activation, layout, precision, transposed
     if bias:
         y += bias[0][..., None, :]
     return ACTIVATIONS[activation](y).astype(out_dtype)
-
-
-def _canonical(values, metadata, layout):
-    return (
-        metadata
-        if layout == "canonical"
-        else untile(metadata, values.shape[-2], -(-values.shape[-1] // 8))
-    )
 
 
 def _sum_dtype(dtype):
@@ -310,40 +310,34 @@ def _lower_cuda(
     capability = _capability(device)
     name = implementation
     if name is None:
-        ready = (
-            layout == "mma16" and reason is None and x.ndim == 2 and params["out_dtype"] == x.dtype
-        )
-        name = preferred(n, m, k, x.dtype, capability) if ready else "dense"
+        ready = reason is None and x.ndim == 2 and params["out_dtype"] == x.dtype
+        name = preferred(n, m, k, x.dtype, layout, capability) if ready else "dense"
     if name == "dense" or (transposed and not transposable):
         return _lower_dense(
             ctx, *operands, layout=layout, activation=activation, transposed=transposed, **params
         )
-    _refuse(name, reason or unavailable(name, capability), NotImplementedError)
-    _refuse(name, misfit(name, n, x.dtype), ValueError)
-    mosaic, kernel = (
-        importlib.import_module(f"jaxsparse._kernels.{module}") for module in ("mosaic", name)
-    )
+    kernel = KERNELS[name]
+    _refuse(name, reason or kernel.unavailable(capability), NotImplementedError)
+    _refuse(name, kernel.misfit(n, x.dtype), ValueError)
+    mosaic = importlib.import_module("jaxsparse._kernels.mosaic")
 
-    run = functools.partial(kernel.matmul, activation=activation, cores=device.core_count)
+    run = functools.partial(kernel.module.matmul, activation=activation, cores=device.core_count)
+    run = functools.partial(_with_kernel, run, kernel.layout, layout, transposed)
     with mosaic.architecture(capability):
-        rule = mlir.lower_fun(
-            functools.partial(_with_kernel, run, layout, transposed), multiple_results=False
-        )
-        return rule(ctx, *operands)
+        return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
 
 
-def _with_kernel(run, layout, transposed, x, values, metadata, *bias):
+def _with_kernel(run, wanted, layout, transposed, x, values, metadata, *bias):
     """Computes the product by a kernel, which takes a single weight; loops over stacks."""
     stack = x.shape[:-2]
     if stack:
         operands = [a.reshape(-1, *a.shape[len(stack) :]) for a in (x, values, metadata, *bias)]
-        y = lax.map(lambda one: _with_kernel(run, layout, transposed, *one), operands)
+        y = lax.map(lambda one: _with_kernel(run, wanted, layout, transposed, *one), operands)
         return y.reshape(*stack, *y.shape[1:])
     if transposed:
-        values, metadata = to_transposed(values, _canonical(values, metadata, layout))
-    return run(
-        x, values, tile(metadata) if transposed or layout == "canonical" else metadata, *bias
-    )
+        values, metadata = to_transposed(values, convert(metadata, layout, "canonical", values))
+        layout = "canonical"
+    return run(x, values, convert(metadata, layout, wanted, values), *bias)
 
 
 def _device(module):
@@ -415,7 +409,11 @@ def _transpose(ct, x, values, metadata, *, transposed, **params):
         )
     outputs, inputs = (x, ct) if transposed else (ct, x)
     product = _contract(outputs, inputs, -2, -2, params["precision"]).astype(values.aval.dtype)
-    return None, kept_values(product, _canonical(values.aval, metadata, params["layout"])), None
+    return (
+        None,
+        kept_values(product, convert(metadata, params["layout"], "canonical", values.aval)),
+        None,
+    )
 
 
 def _batch(operands, dims, **params):

@@ -3,11 +3,15 @@
 import dataclasses
 import math
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Shaped, UInt16
 
+from jaxsparse._checks import AnArray
 from jaxsparse._packed.layouts import Layout, convert, metadata_form
 from jaxsparse._registration import register_exported, register_saved
 
@@ -57,8 +61,8 @@ class Sparse24:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3 (arXiv:2104.08378).
     """
 
-    values: jax.Array
-    metadata: jax.Array
+    values: Any
+    metadata: Any
     contracting: tuple[int, ...]
     output: tuple[int, ...]
     axes: str = ""
@@ -184,7 +188,7 @@ class Sparse24:
         return _unchecked(self, metadata=metadata, layout=layout)
 
 
-def _unchecked(w: Sparse24, **changes) -> Sparse24:
+def _unchecked(w: Sparse24, **changes: Any) -> Sparse24:
     """The weight with some fields changed, without checks; only for valid changes."""
     fields = {name: changes.get(name, getattr(w, name)) for name in (*_DATA, *_STATIC)}
     return Sparse24.tree_unflatten(
@@ -248,7 +252,9 @@ def check_places(w: Sparse24, call: str) -> None:
         _checked[id(metadata)] = metadata
 
 
-def to_kept(w, mask):
+def to_kept(
+    w: Shaped[AnArray, "*stack M K"], mask: Bool[AnArray, "*stack M K"]
+) -> tuple[Shaped[Array, "*stack M K//2"], UInt16[Array, "*stack M C"]]:
     """Compresses a weight `[..., M, K]` and its mask to values and canonical metadata."""
     w0, w1, w2, w3 = (w[..., i::4] for i in range(4))
     m0, m1, m2, m3 = (mask[..., i::4] for i in range(4))
@@ -267,12 +273,12 @@ def _to_words(nibbles):
     spare = -nibbles.shape[-1] % 4
     nibbles = jnp.pad(nibbles, [(0, 0)] * (nibbles.ndim - 1) + [(0, spare)], constant_values=4)
     nibbles = nibbles.reshape(*nibbles.shape[:-1], -1, 4)
-    return (nibbles << _along_last(range(0, 16, 4), nibbles)).sum(-1, dtype=jnp.uint16)
+    return (nibbles << 4 * _four(nibbles)).sum(-1, dtype=jnp.uint16)
 
 
-def _along_last(numbers, like):
-    """Numbers along the last axis, with the rank and dtype of `like`."""
-    return jnp.array(numbers, like.dtype).reshape([1] * (like.ndim - 1) + [-1])
+def _four(like):
+    """0, 1, 2, 3 along the last axis, with as many axes and the dtype of `like`."""
+    return lax.broadcasted_iota(like.dtype, (*[1] * (like.ndim - 1), 4), like.ndim - 1)
 
 
 def places(metadata, groups):
@@ -281,16 +287,18 @@ def places(metadata, groups):
     Both are uint8 `[..., M, groups]`, from canonical metadata.
     """
     words = metadata[..., None]
-    nibbles = (words >> _along_last(range(0, 16, 4), words)).astype(jnp.uint8)
+    nibbles = (words >> 4 * _four(words)).astype(jnp.uint8)
     nibbles = nibbles.reshape(*metadata.shape[:-1], -1)[..., :groups]
     return nibbles & 3, nibbles >> 2 & 3
 
 
-def expand(values, metadata):
+def expand(
+    values: Shaped[AnArray, "*stack M H"], metadata: UInt16[AnArray, "*stack M C"]
+) -> Shaped[Array, "*stack M 2*H"]:
     """Expands compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
     pairs = values.reshape(*values.shape[:-1], -1, 2)
     first, second = (kept[..., None] for kept in places(metadata, pairs.shape[-2]))
-    place = _along_last(range(4), first)
+    place = _four(first)
     zero = jnp.zeros((), values.dtype)
     dense = jnp.where(
         place == first, pairs[..., :1], jnp.where(place == second, pairs[..., 1:], zero)
@@ -298,18 +306,21 @@ def expand(values, metadata):
     return dense.reshape(*values.shape[:-1], -1)
 
 
-def kept_values(dense, metadata):
+def kept_values(
+    dense: Shaped[AnArray, "*stack M K"], metadata: UInt16[AnArray, "*stack M C"]
+) -> Shaped[Array, "*stack M K//2"]:
     """The values of `[..., M, K]` at the kept places, `[..., M, K/2]`; transposes `expand`."""
     groups = dense.reshape(*dense.shape[:-1], -1, 4)
     both = [kept[..., None] for kept in places(metadata, groups.shape[-2])]
     picked = [
-        jnp.where(_along_last(range(4), kept) == kept, groups, jnp.zeros((), dense.dtype)).sum(-1)
-        for kept in both
+        jnp.where(_four(kept) == kept, groups, jnp.zeros((), dense.dtype)).sum(-1) for kept in both
     ]
     return jnp.stack(picked, -1).reshape(*dense.shape[:-1], -1)
 
 
-def transposed(values, metadata):
+def transposed(
+    values: Shaped[AnArray, "*stack M H"], metadata: UInt16[AnArray, "*stack M C"]
+) -> tuple[Shaped[Array, "*stack 2*H M//2"], UInt16[Array, "*stack 2*H D"]]:
     """Transposes a transposable weight: values and metadata of the transpose, `[..., K, M/2]`."""
     mask = expand(jnp.ones_like(values, bool), metadata)
     return to_kept(expand(values, metadata).swapaxes(-1, -2), mask.swapaxes(-1, -2))

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from typing import cast
 
 from jaxsparse import _checks
+from jaxsparse._plan.pattern import Pattern
 from jaxsparse._plan.plan import Leaf, Plan, check_plan
 
 __all__ = ["layer_budget"]
@@ -48,11 +50,11 @@ def layer_budget(plan: Plan, density: float, method: _checks.Budget) -> Plan:
     check_plan("layer_budget", plan)
     density = _checks.density("layer_budget", density)
     _checks.choice("layer_budget", "method", method, _checks.Budget)
-    budgeted = [leaf for leaf in plan.sparse.values() if leaf.pattern.adjustable]
+    budgeted = [leaf for leaf in plan.sparse.values() if cast(Pattern, leaf.pattern).adjustable]
     if not budgeted:
         raise ValueError(f"layer_budget: no leaf of the plan is Unstructured or Block:\n{plan}")
     for leaf in budgeted:
-        if leaf.pattern.schedule is not None:
+        if cast(Pattern, leaf.pattern).schedule is not None:
             raise ValueError(
                 f"layer_budget: the density of {leaf.path} follows a schedule. Plan it with a "
                 "number, which the budget replaces."

@@ -1,15 +1,18 @@
 """The masks of a plan, from weights by magnitude or from scores."""
 
+from typing import Any, cast
+
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import by_path
-from jaxsparse._plan.pattern import axes_in
+from jaxsparse._plan.pattern import Pattern, axes_in
 from jaxsparse._plan.plan import Leaf, Plan, map_planned, match
 
 __all__ = ["magnitude_masks", "score_masks"]
 
 
-def magnitude_masks(params, plan: Plan, *, step=0):
+def magnitude_masks(params: PyTree, plan: Plan, *, step: Any = 0) -> Any:
     """Computes masks by magnitude for every leaf of `params`, following a plan.
 
     Under a pattern of global scope, all leaves that share it are ranked together; among equal
@@ -42,7 +45,7 @@ def magnitude_masks(params, plan: Plan, *, step=0):
     return _masks(params, plan, step, "magnitude_masks", magnitude=True)
 
 
-def score_masks(scores, plan: Plan, *, step=0):
+def score_masks(scores: Any, plan: Plan, *, step: Any = 0) -> Any:
     """Computes masks by scores for every leaf, following a plan.
 
     This is `magnitude_masks`, except that the highest scores participate, whatever their sign.
@@ -75,7 +78,7 @@ def _masks(tree, plan, step, call, *, magnitude):
     # under a global scope, all leaves with an equal pattern are ranked together
     together: dict = {}
     for path, leaf in plan.sparse.items():
-        pattern = leaf.pattern
+        pattern = cast(Pattern, leaf.pattern)
         key = pattern.along(None) if pattern.scope == "global" else path
         together.setdefault(key, []).append(leaf)
     masks_by_path: dict = {}
@@ -90,13 +93,14 @@ def _masks(tree, plan, step, call, *, magnitude):
     )
 
 
-def _ranked_together(leaves: list[Leaf], values, step, magnitude) -> dict:
+def _ranked_together(leaves: list[Leaf], values: Any, step: Any, magnitude: Any) -> dict:
     first = leaves[0]
-    masks = first.pattern.masks(
+    pattern = cast(Pattern, first.pattern)
+    masks = pattern.masks(
         [values[leaf.path] for leaf in leaves],
-        [axes_in(leaf.pattern, len(leaf.shape)) for leaf in leaves],
+        [axes_in(cast(Pattern, leaf.pattern), len(leaf.shape)) for leaf in leaves],
         magnitude=magnitude,
-        stack=first.stack if first.pattern.scope == "leaf" else (),
+        stack=first.stack if pattern.scope == "leaf" else (),
         step=step,
     )
     return {leaf.path: mask for leaf, mask in zip(leaves, masks, strict=True)}

@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 __all__ = ["by_path", "is_box", "leaf_paths"]
 
@@ -14,7 +15,7 @@ _known: dict[Any, tuple[str, ...]] = {}
 _lock = threading.Lock()
 
 
-def leaf_paths(tree) -> tuple[str, ...]:
+def leaf_paths(tree: PyTree) -> tuple[str, ...]:
     """The path of every leaf in tree order, such as `"encoder/kernel"`.
 
     A leading `params/` is dropped; boxes around leaves, such as those of Flax, add nothing.
@@ -33,12 +34,12 @@ def leaf_paths(tree) -> tuple[str, ...]:
     return paths
 
 
-def by_path(tree) -> dict[str, Any]:
+def by_path(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by their paths, in tree order."""
     return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
-def is_box(node) -> bool:
+def is_box(node: Any) -> bool:
     """Whether a node is a box that Flax puts around a leaf, such as `nn.Partitioned`."""
     if isinstance(node, (dict, list, tuple)) or node is None:
         return False
@@ -46,7 +47,7 @@ def is_box(node) -> bool:
     return len(children) == 1 and bool(children[0][0]) and set(children[0][0]) == {_VALUE}
 
 
-def _paths(tree) -> tuple[str, ...]:
+def _paths(tree: PyTree) -> tuple[str, ...]:
     paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
     children = collections.defaultdict(set)
     for path in paths:

@@ -1,7 +1,6 @@
 """The base class of sparsity patterns."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -113,9 +112,9 @@ def axes_in(pattern: Pattern, ndim: int) -> tuple[int, ...]:
     return tuple(axis % ndim for axis in pattern.axes)
 
 
-def why_not(pattern: Pattern, shape: tuple[int, ...], dtype) -> str | None:
+def why_not(pattern: Pattern, shape: tuple[int, ...], dtype: Any) -> str | None:
     """Why an array of `shape` and `dtype` cannot follow a pattern, or None if it can."""
-    if pattern.axes is None and math.prod(shape) and shape and _checks.rankable(dtype):
+    if pattern.axes is None and shape and 0 not in shape and _checks.rankable(dtype):
         return f"the axis is never guessed from a shape. {pattern.hint}"
     axes = pattern.axes or ()
     return _checks.misfit(axes, pattern.multiples[: len(axes)], shape, dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import by_path
 from jaxsparse._plan.pattern import Pattern
@@ -119,7 +120,7 @@ class Plan:
         )
 
 
-def check_plan(call: str, plan) -> None:
+def check_plan(call: str, plan: Any) -> None:
     """Raises a TypeError if `plan` is not a plan."""
     if not isinstance(plan, Plan):
         raise TypeError(
@@ -128,7 +129,7 @@ def check_plan(call: str, plan) -> None:
         )
 
 
-def match(plan: Plan, tree, call: str, what: str = "parameters") -> list[Leaf | None]:
+def match(plan: Plan, tree: PyTree, call: str, what: str = "parameters") -> list[Leaf | None]:
     """The sparse `Leaf` of every leaf of a tree, in tree order, or None where it is dense.
 
     Args:
@@ -162,12 +163,12 @@ def match(plan: Plan, tree, call: str, what: str = "parameters") -> list[Leaf | 
 def map_planned(
     f: Callable[..., Any],
     plan: Plan,
-    tree,
-    *rest,
+    tree: PyTree,
+    *rest: PyTree,
     call: str,
     what: str = "parameters",
     dense: Callable[[Any], Any] = lambda leaf: leaf,
-):
+) -> Any:
     """Replaces the sparse leaves of a tree by `f(planned, leaf, *others)`.
 
     Args:
@@ -192,7 +193,7 @@ def map_planned(
 
 def _encoded(plan: Plan) -> list:
     for leaf in plan.sparse.values():
-        if leaf.pattern.schedule is not None:
+        if leaf.pattern is not None and leaf.pattern.schedule is not None:
             raise ValueError(
                 f"jax.export: the density of {leaf.path} follows a schedule, which cannot be "
                 "exported. Use a plan whose densities are numbers."
@@ -203,7 +204,7 @@ def _encoded(plan: Plan) -> list:
     ]
 
 
-def _encoded_pattern(pattern: Pattern) -> list:
+def _encoded_pattern(pattern: Any) -> list:
     fields = {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern) if f.init}
     return [type(pattern).__name__, fields]
 

@@ -5,9 +5,11 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import leaf_paths
 from jaxsparse._plan.pattern import Pattern, axes_in, why_not
@@ -20,7 +22,11 @@ __all__ = ["learned_plan", "plan", "traced"]
 
 
 def plan(
-    params, rules: Mapping[str, Pattern | str | None], fn: Callable | None = None, *args, **kwargs
+    params: PyTree,
+    rules: Mapping[str, Pattern | str | None],
+    fn: Callable | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Plan:
     """Plans the sparsity of any pytree of parameters.
 
@@ -87,7 +93,7 @@ def plan(
     return learned_plan("plan", params, rules, traced("plan", fn, params, *args, **kwargs))
 
 
-def _named_plan(params, rules) -> Plan:
+def _named_plan(params: PyTree, rules: Any) -> Plan:
     """Makes a plan from rules that name their axes."""
     ranks = collections.defaultdict(set)
 
@@ -116,7 +122,9 @@ def _named_plan(params, rules) -> Plan:
     return result
 
 
-def _with_named_axes(call: str, path: str, leaf, rule: str, pattern: Pattern, note: str) -> Leaf:
+def _with_named_axes(
+    call: str, path: str, leaf: Any, rule: str, pattern: Pattern, note: str
+) -> Leaf:
     """A leaf with the axes that its rule names."""
     shape = jnp.shape(leaf)
     reason = why_not(pattern, shape, jnp.result_type(leaf))
@@ -135,7 +143,7 @@ def _with_named_axes(call: str, path: str, leaf, rule: str, pattern: Pattern, no
     )
 
 
-def traced(call: str, fn: Callable, params, *args, **kwargs) -> list[set[Use]]:
+def traced(call: str, fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> list[set[Use]]:
     """Traces `fn(params, *args, **kwargs)` and finds how it uses each leaf of `params`."""
     for path, leaf in jax.tree.leaves_with_path((args, kwargs)):
         if not is_traceable(leaf):
@@ -165,7 +173,7 @@ def traced(call: str, fn: Callable, params, *args, **kwargs) -> list[set[Use]]:
 
 
 def learned_plan(
-    call: str, params, rules: Mapping[str, Pattern | str | None], used: list[set[Use]]
+    call: str, params: PyTree, rules: Mapping[str, Pattern | str | None], used: list[set[Use]]
 ) -> Plan:
     """Makes a plan whose axes come from the program; `used` holds the uses of each leaf."""
     known = dict(zip(leaf_paths(params), used, strict=True))
@@ -176,7 +184,7 @@ def learned_plan(
     return apply_rules(call, params, rules, decide)
 
 
-def _decide(call: str, path: str, leaf, rule: str, pattern: Pattern, used: set[Use]) -> Leaf:
+def _decide(call: str, path: str, leaf: Any, rule: str, pattern: Pattern, used: set[Use]) -> Leaf:
     shape = jnp.shape(leaf)
     ndim, count = len(shape), len(pattern.multiples)
     products = [use for use in used if not use.reason]
@@ -235,7 +243,10 @@ def _summed_by_all(products: list[Use], ndim: int) -> tuple[int, ...]:
 
 
 def apply_rules(
-    call: str, params, rules: Mapping[str, Pattern | str | None], decide: Callable[..., Leaf]
+    call: str,
+    params: PyTree,
+    rules: Mapping[str, Pattern | str | None],
+    decide: Callable[..., Leaf],
 ) -> Plan:
     """Makes a plan; `decide(path, leaf, rule, pattern)` plans the leaves with a sparse rule."""
     if not isinstance(rules, Mapping):

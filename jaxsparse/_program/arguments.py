@@ -5,22 +5,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 __all__ = ["is_array", "is_traceable", "split_arrays"]
 
 
-def is_array(leaf) -> bool:
+def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array, concrete or abstract."""
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic))
 
 
-def is_traceable(leaf) -> bool:
+def is_traceable(leaf: Any) -> bool:
     """Whether a leaf is an array, or a number that jax converts to one."""
     return is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
 
 
 def split_arrays(
-    tree, is_leaf: Callable[[Any], bool] = lambda node: False
+    tree: PyTree, is_leaf: Callable[[Any], bool] = lambda node: False
 ) -> tuple[list, Callable[[Any], Any]]:
     """Splits a pytree into its array leaves and a function that rebuilds the pytree.
 

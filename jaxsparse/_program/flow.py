@@ -3,7 +3,9 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from jaxtyping import PyTree
 
 __all__ = [
     "LOOKED_UP",
@@ -183,7 +185,7 @@ _N_ARY |= {"pow", "rem", "select_n", "sub", "xor"}
 _COMPARES = {"eq", "ge", "gt", "le", "lt", "ne"}
 
 
-def outputs(eqn, values: Sequence[Value]) -> list[Value]:
+def outputs(eqn: Any, values: Sequence[Value]) -> list[Value]:
     """What is known of the results of an equation that calls no program."""
     name = eqn.primitive.name
     if name == "iota":
@@ -213,7 +215,7 @@ def outputs(eqn, values: Sequence[Value]) -> list[Value]:
     return [NOTHING] * len(eqn.outvars)
 
 
-def _transposed(value: Value, order) -> Value:
+def _transposed(value: Value, order: Any) -> Value:
     place = {old: new for new, old in enumerate(order)}
     origins = tuple(
         origin._replace(axes=tuple(origin.axes[i] for i in order)) for origin in value.origins
@@ -221,7 +223,7 @@ def _transposed(value: Value, order) -> Value:
     return Value(origins, *(frozenset(place[axis] for axis in axes) for axes in value[1:]))
 
 
-def _broadcast(value: Value, eqn) -> Value:
+def _broadcast(value: Value, eqn: Any) -> Value:
     shape, places = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
     before = eqn.invars[0].aval.shape
     kept = {place: axis for axis, place in enumerate(places) if before[axis] == shape[place]}
@@ -241,7 +243,7 @@ def _broadcast(value: Value, eqn) -> Value:
     return Value(origins, grown | constant, one_hot)
 
 
-def _reshaped(value: Value, before, after) -> Value:
+def _reshaped(value: Value, before: PyTree, after: PyTree) -> Value:
     places = _same_axes(before, after)
     origins = tuple(_regrouped(origin, before, after) for origin in value.origins)
     return Value(
@@ -249,7 +251,7 @@ def _reshaped(value: Value, before, after) -> Value:
     )
 
 
-def _same_axes(before, after) -> dict[int, int]:
+def _same_axes(before: PyTree, after: PyTree) -> dict[int, int]:
     """Maps the axes that a reshape leaves whole, old to new."""
     starts = {(math.prod(after[:i]), n): i for i, n in enumerate(after) if n != 1}
     return {
@@ -259,7 +261,7 @@ def _same_axes(before, after) -> dict[int, int]:
     }
 
 
-def _regrouped(origin: Origin, before, after) -> Origin:
+def _regrouped(origin: Origin, before: PyTree, after: PyTree) -> Origin:
     """The origin after a reshape.
 
     Within each part that the reshape keeps together, the atoms are redistributed over the axes,
@@ -284,7 +286,7 @@ def _regrouped(origin: Origin, before, after) -> Origin:
     return origin._replace(axes=tuple(axes), hidden=hidden, stack=origin.stack | sliced_axes)
 
 
-def _parts(before, after) -> Iterator[tuple[list[int], list[int]]]:
+def _parts(before: PyTree, after: PyTree) -> Iterator[tuple[list[int], list[int]]]:
     """The shortest runs of axes, old and new, that hold the same elements."""
     i = j = 0
     while i < len(before) or j < len(after):
@@ -331,7 +333,7 @@ def _distributed(atoms: list[Atom], sizes: list[int]) -> list[tuple[Atom, ...]] 
     return None if queue else axes
 
 
-def _cut(eqn, value: Value, after) -> Value:
+def _cut(eqn: Any, value: Value, after: PyTree) -> Value:
     """What is known of a value that an equation cuts, pads or gathers across devices."""
     name, params = eqn.primitive.name, eqn.params
     before = eqn.invars[0].aval.shape
@@ -349,7 +351,7 @@ def _cut(eqn, value: Value, after) -> Value:
     return _resized(value._replace(origins=origins), after, moved)
 
 
-def _resized(value: Value, after, changed: Iterable[int]) -> Value:
+def _resized(value: Value, after: PyTree, changed: Iterable[int]) -> Value:
     """What is known of a value whose size changes along the axes `changed`."""
 
     def resize(origin: Origin) -> Origin:
@@ -375,7 +377,7 @@ def _resized(value: Value, after, changed: Iterable[int]) -> Value:
     )
 
 
-def _concatenated(eqn, values: Sequence[Value]) -> Value:
+def _concatenated(eqn: Any, values: Sequence[Value]) -> Value:
     axis, shape = eqn.params["dimension"], eqn.outvars[0].aval.shape
     origins = []
     for value, atom in zip(values, eqn.invars, strict=True):
@@ -388,7 +390,7 @@ def _concatenated(eqn, values: Sequence[Value]) -> Value:
     return Value(tuple(origins), constant)
 
 
-def _gathered(eqn, value: Value) -> Value:
+def _gathered(eqn: Any, value: Value) -> Value:
     """What is known of rows of an input chosen by indices.
 
     The rows are whole along every axis except the indexed ones, which are left out.
@@ -424,7 +426,7 @@ def constant_axes(value: Value, shape: Sequence[int], combined: Sequence[int]) -
     }
 
 
-def _combined(eqn, values: Sequence[Value]) -> Value:
+def _combined(eqn: Any, values: Sequence[Value]) -> Value:
     """Combines values elementwise, where operands may repeat along axes of size 1."""
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     every = frozenset(range(len(shape)))
@@ -474,12 +476,12 @@ def _alike(a: Origin, b: Origin) -> bool:
     return a.source == b.source and a.axes == b.axes
 
 
-def _lives(origin: Origin, varies) -> bool:
+def _lives(origin: Origin, varies: Any) -> bool:
     """Whether a product could still sum over the input's own elements along some axis."""
     return any(origin.places(axis) - varies for axis in range(len(origin.axes)))
 
 
-def dots(eqn) -> Iterator[tuple[int, Sequence[int], Sequence[int], Sequence[int]]]:
+def dots(eqn: Any) -> Iterator[tuple[int, Sequence[int], Sequence[int], Sequence[int]]]:
     """Yields the index of each operand of a matrix product, and its summed, batched, free axes."""
     (summed, batch) = eqn.params["dimension_numbers"]
     for i, atom in enumerate(eqn.invars[:2]):

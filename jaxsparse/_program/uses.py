@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from jax.extend.core import Jaxpr
+from jaxtyping import PyTree
 
 from jaxsparse._program.flow import (
     REPEATED,
@@ -68,7 +70,7 @@ class _Uses:
     def leave(self, eqn, inner):
         pass
 
-    def lose(self, eqn, values: list[Value]) -> None:
+    def lose(self, eqn: Any, values: list[Value]) -> None:
         for value in values:
             for origin in value.origins:
                 changed = Use(
@@ -76,7 +78,7 @@ class _Uses:
                 )
                 self.note(origin, Use(reason=TABLE) if origin.looked_up else changed)
 
-    def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
+    def visit(self, eqn: Any, values: list[Value], outputs: list[Value]) -> None:
         name = eqn.primitive.name
         if name == "dot_general":
             for (i, summed, batch, free), other in zip(
@@ -107,10 +109,10 @@ class _Uses:
                     if origin.source not in kept:
                         self.other(origin, f"used by {name}")
 
-    def note(self, origin: Origin, use: Use):
+    def note(self, origin: Origin, use: Use) -> None:
         self.uses_by_source[origin.source].add(use)
 
-    def other(self, origin: Origin, what: str):
+    def other(self, origin: Origin, what: str) -> None:
         """Records a use other than a product."""
         table = what == "used by gather" or origin.looked_up
         self.note(
@@ -120,7 +122,7 @@ class _Uses:
             else Use(reason=f"{what}, not by a matrix product", decides=False),
         )
 
-    def ragged(self, eqn, values: list[Value]):
+    def ragged(self, eqn: Any, values: list[Value]) -> None:
         numbers = eqn.params["ragged_dot_dimension_numbers"]
         (summed, batch), groups = numbers.dot_dimension_numbers, tuple(numbers.rhs_group_dimensions)
         for i, dims in enumerate(((), groups)):
@@ -157,7 +159,7 @@ def _product(
     return Use(tuple(sorted(summed_axes)), tuple(sorted(stack)))
 
 
-def _convolution(kernel: Origin, params) -> Use:
+def _convolution(kernel: Origin, params: PyTree) -> Use:
     if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
         return Use(
             reason="the kernel of a grouped convolution, which sums over some input channels only"

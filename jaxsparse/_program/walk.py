@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -34,22 +34,23 @@ class Call(NamedTuple):
     values: list[Value]
 
 
+@runtime_checkable
 class Fold(Protocol):
     """An analysis of a program: what to do at each equation and each called program."""
 
-    def visit(self, eqn, values: list[Value], outputs: list[Value]) -> None:
+    def visit(self, eqn: Any, values: list[Value], outputs: list[Value]) -> None:
         """Handles an equation that calls no program, given its operands and results."""
 
-    def lose(self, eqn, values: list[Value]) -> None:
+    def lose(self, eqn: Any, values: list[Value]) -> None:
         """Handles values that the walk stops following.
 
         These are the carries that a loop changes, and results that differ between branches.
         """
 
-    def enter(self, eqn) -> Self:
+    def enter(self, eqn: Any) -> Any:
         """Returns the fold for one program that an equation calls."""
 
-    def leave(self, eqn, inner: list[Self]) -> None:
+    def leave(self, eqn: Any, inner: list) -> None:
         """Combines the folds of the programs that an equation calls."""
 
 
@@ -96,12 +97,12 @@ def walk(program: Jaxpr, values: Sequence[Value], fold: SomeFold) -> list[Value]
 # --- programs that equations call
 
 
-def open_program(program) -> Jaxpr:
+def open_program(program: Any) -> Any:
     """Returns a program without its constants."""
     return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
 
-def scan_counts(eqn) -> tuple[int, int]:
+def scan_counts(eqn: Any) -> tuple[int, int]:
     """The numbers of constants and of carries of a scan."""
     if "num_consts" in eqn.params:  # before jax 0.12
         return eqn.params["num_consts"], eqn.params["num_carry"]
@@ -115,7 +116,7 @@ def invariant(program: Jaxpr, consts: int, carries: int) -> list[bool]:
     return [inner is outer for inner, outer in zip(inputs, program.outvars[:carries], strict=True)]
 
 
-def bind(eqn, operands: Sequence) -> list:
+def bind(eqn: Any, operands: Sequence) -> list:
     """Evaluates an equation on operands and returns its results."""
     # before jax 0.12, get_bind_params also returns the functions that the equation calls
     params = eqn.primitive.get_bind_params(eqn.params)
@@ -125,7 +126,7 @@ def bind(eqn, operands: Sequence) -> list:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def carry_of(eqn, values: Sequence[Value]) -> tuple[list[Value], list[bool]]:
+def carry_of(eqn: Any, values: Sequence[Value]) -> tuple[list[Value], list[bool]]:
     """The carries of a loop, and for each whether the loop body returns it unchanged."""
     if eqn.primitive.name == "while":
         consts = eqn.params["body_nconsts"]
@@ -137,19 +138,19 @@ def carry_of(eqn, values: Sequence[Value]) -> tuple[list[Value], list[bool]]:
     )
 
 
-def kept_carry(eqn, values: Sequence[Value]) -> list[Value]:
+def kept_carry(eqn: Any, values: Sequence[Value]) -> list[Value]:
     """What is known of a loop's carries at every step: nothing for those that it changes."""
     return [value if same else NOTHING for value, same in zip(*carry_of(eqn, values), strict=True)]
 
 
-def changed_carry(eqn, values: Sequence[Value]) -> list[Value]:
+def changed_carry(eqn: Any, values: Sequence[Value]) -> list[Value]:
     """What is known, before a loop, of the carries that it changes."""
     if eqn.primitive.name not in ("scan", "while"):
         return []
     return [value for value, same in zip(*carry_of(eqn, values), strict=True) if not same]
 
 
-def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
+def calls(eqn: Any, values: Sequence[Value]) -> list[Call] | None:
     """The programs that an equation calls, with what is known of their inputs.
 
     None if it calls no program that can be followed.
@@ -176,7 +177,7 @@ def calls(eqn, values: Sequence[Value]) -> list[Call] | None:
     return None if only is None else [Call(only, list(values))]
 
 
-def called(eqn) -> Jaxpr | None:
+def called(eqn: Any) -> Jaxpr | None:
     """The one program that an equation calls with exactly its own operands, or None."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         program: Any = open_program(eqn.params.get(key))
@@ -190,7 +191,7 @@ def called(eqn) -> Jaxpr | None:
     return None
 
 
-def returned(eqn, values: Sequence[Value], ends: list[list[Value]]) -> list[Value]:
+def returned(eqn: Any, values: Sequence[Value], ends: list[list[Value]]) -> list[Value]:
     """What is known of an equation's outputs, given the outputs of the programs that it calls."""
     name = eqn.primitive.name
     if name == "while":

@@ -1,7 +1,10 @@
 """Effective weights, which the forward pass uses, from weights, mask and decay factor."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real
 
 from jaxsparse import _checks
 from jaxsparse._plan.paths import by_path
@@ -11,8 +14,12 @@ __all__ = ["apply_masks", "effective_params", "effective_weight", "map_masked", 
 
 
 def effective_weight(
-    w, mask, decay_factor=0.0, *, gradient: _checks.Gradient = "dense"
-) -> jax.Array:
+    w: Float[ArrayLike, "*shape"],
+    mask: Bool[ArrayLike, "*shape"] | Bool[ArrayLike, ""],
+    decay_factor: Real[ArrayLike, ""] = 0.0,
+    *,
+    gradient: _checks.Gradient = "dense",
+) -> Float[Array, "*shape"]:
     """The effective weight `w * (M + D * (1 - M))`: `w` where it participates, `D * w` elsewhere.
 
     It is computed by selection rather than multiplication, so that inf and NaN in a dropped weight
@@ -91,7 +98,9 @@ def _(primals, tangents):
     return _straight_through(*primals), tangents[0]
 
 
-def match_masks(masks, params, call: str, *, partial: bool = False) -> list[jax.Array | None]:
+def match_masks(
+    masks: PyTree, params: PyTree, call: str, *, partial: bool = False
+) -> list[jax.Array | None]:
     """The mask of every leaf of `params`, in tree order, or None where it is dense.
 
     Args:
@@ -122,7 +131,9 @@ def match_masks(masks, params, call: str, *, partial: bool = False) -> list[jax.
     return [sparse.get(path) for path in leaves]
 
 
-def map_masked(f, masks, tree, *rest, call: str, partial: bool = False):
+def map_masked(
+    f: Any, masks: PyTree, tree: PyTree, *rest: PyTree, call: str, partial: bool = False
+) -> Any:
     """Replaces the masked leaves of a tree by `f(path, mask, leaf, *others)`.
 
     Args:
@@ -143,7 +154,9 @@ def map_masked(f, masks, tree, *rest, call: str, partial: bool = False):
     )
 
 
-def effective_params(params, opt_state, *, gradient: _checks.Gradient | None = None):
+def effective_params(
+    params: PyTree, opt_state: PyTree, *, gradient: _checks.Gradient | None = None
+) -> Any:
     """The effective params: the effective weight of every sparse leaf; dense leaves are unchanged.
 
     The masks, the decay factor and the gradient are those that the optimizer state holds for the
@@ -180,7 +193,9 @@ def effective_params(params, opt_state, *, gradient: _checks.Gradient | None = N
     )
 
 
-def apply_masks(params, masked: Masked, call: str, gradient: str | None = None):
+def apply_masks(
+    params: PyTree, masked: Masked, call: str, gradient: _checks.Gradient | None = None
+) -> Any:
     """Replaces every sparse leaf of the parameters by its effective weight."""
     if gradient is not None:
         _checks.choice(call, "gradient", gradient, _checks.Gradient)

@@ -1,5 +1,6 @@
 """Gradual pruning: the density falls to its planned value."""
 
+import jax
 import optax
 
 from jaxsparse._plan.plan import Plan
@@ -19,7 +20,7 @@ def gradual(
     initial: float = 1.0,
     dense_until: int | float = 0.05,
     fine_tune_from: int | float = 0.7,
-    every: int = 1,
+    every: int | jax.Array = 1,
     renew: Renew = BY_MAGNITUDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradual pruning: the density falls along a cubic to its planned value; then masks stay.

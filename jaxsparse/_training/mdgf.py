@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import optax
 
 from jaxsparse import _checks
@@ -25,7 +26,7 @@ def mdgf(
     dense_until: int | float = 0.05,
     fine_tune_from: int | float = 0.7,
     gradient: _checks.Gradient = "masked",
-    every: int = 1,
+    every: int | jax.Array = 1,
     renew: Renew = BY_MAGNITUDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Mask Decay Gradient Flow: non-participating weights fade out of the forward pass.

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 from jaxsparse import _checks
 from jaxsparse._plan.pattern import Pattern
@@ -12,7 +13,7 @@ from jaxsparse._plan.plan import Leaf, Plan, check_plan
 __all__ = ["as_step", "in_stages", "phases", "with_patterns"]
 
 
-def as_step(call: str, name: str, value, total_steps: int | None) -> int:
+def as_step(call: str, name: str, value: Any, total_steps: int | None) -> int:
     """Converts a boundary to an optimizer step.
 
     An int is a step; a float is a fraction of `total_steps`, rounded half up.
@@ -55,7 +56,7 @@ def as_step(call: str, name: str, value, total_steps: int | None) -> int:
     return step
 
 
-def phases(call: str, total_steps: int, dense_until, fine_tune_from) -> tuple[int, int]:
+def phases(call: str, total_steps: int, dense_until: Any, fine_tune_from: Any) -> tuple[int, int]:
     """The steps at which the dense phase ends and fine-tuning begins; every phase has a step.
 
     Raises:

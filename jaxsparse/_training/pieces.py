@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-def scale_nonparticipating(s: float) -> optax.GradientTransformationExtraArgs:
+def scale_nonparticipating(s: float | jax.Array) -> optax.GradientTransformationExtraArgs:
     """Scales the gradient of non-participating weights by `s`; place it before the optimizer.
 
     Args:
@@ -56,7 +56,9 @@ def scale_nonparticipating(s: float) -> optax.GradientTransformationExtraArgs:
     return _stateless("scale_nonparticipating", scaled)
 
 
-def add_decayed_nonparticipating(weight_decay: float) -> optax.GradientTransformationExtraArgs:
+def add_decayed_nonparticipating(
+    weight_decay: float | jax.Array,
+) -> optax.GradientTransformationExtraArgs:
     """Adds `weight_decay * w` to the gradient of non-participating weights, as SR-STE does.
 
     This pulls them towards zero. Place it before the optimizer.
@@ -94,7 +96,9 @@ def add_decayed_nonparticipating(weight_decay: float) -> optax.GradientTransform
     return _stateless("add_decayed_nonparticipating", pulled, needs_params=True)
 
 
-def decay_nonparticipating(weight_decay: float) -> optax.GradientTransformationExtraArgs:
+def decay_nonparticipating(
+    weight_decay: float | jax.Array,
+) -> optax.GradientTransformationExtraArgs:
     """Shrinks updated non-participating weights by `1 - weight_decay` (REGULARIZE).
 
     Place it after the optimizer.
@@ -142,7 +146,7 @@ class ResetState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]
 
 
-def reset_nonparticipating(every: int) -> optax.GradientTransformationExtraArgs:
+def reset_nonparticipating(every: int | jax.Array) -> optax.GradientTransformationExtraArgs:
     """Sets non-participating weights to 0 at every step that is a multiple of `every` (RESET).
 
     Place it after the optimizer. Steps count from 0, so the first update resets too, as in
@@ -175,7 +179,7 @@ def reset_nonparticipating(every: int) -> optax.GradientTransformationExtraArgs:
     return _zeroing("reset_nonparticipating", lambda count: count % every == 0)
 
 
-def fix_nonparticipating(after: int) -> optax.GradientTransformationExtraArgs:
+def fix_nonparticipating(after: int | jax.Array) -> optax.GradientTransformationExtraArgs:
     """Holds non-participating weights at exactly 0 from step `after` on (FIX).
 
     Place it after the optimizer. Updates keep their dtype, as in `reset_nonparticipating`. Rewiring

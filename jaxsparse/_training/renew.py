@@ -92,6 +92,8 @@ def by_score(score: str | Score = "magnitude") -> Renew:
       Hoefler et al., Sparsity in Deep Learning, sections 3.2 to 3.5 (arXiv:2102.00554).
     """
     score = as_score(score, "by_score")
+    start: Any = score.init
+    notice: Any = score.observe
     late = score.needs_gradient or bool(score.extra_args)
 
     def arguments(trees):
@@ -128,7 +130,7 @@ def by_score(score: str | Score = "magnitude") -> Renew:
         states = {}
 
         def init_leaf(leaf, w):
-            states[leaf.path] = score.init(leaf.path, w)
+            states[leaf.path] = start(leaf.path, w)
             return w
 
         map_planned(init_leaf, plan, params, call="rewire")
@@ -139,7 +141,7 @@ def by_score(score: str | Score = "magnitude") -> Renew:
 
         def observe_leaf(leaf, w, *trees):
             gs, kwargs = arguments(trees)
-            states[leaf.path] = score.observe(leaf.path, state[leaf.path], w, *gs, **kwargs)
+            states[leaf.path] = notice(leaf.path, state[leaf.path], w, *gs, **kwargs)
             return w
 
         map_planned(observe_leaf, plan, params, *needed_trees(gradients, extra), call="rewire")

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from jaxsparse import _checks
 from jaxsparse._plan.plan import Plan, check_plan, map_planned, match
@@ -28,9 +29,9 @@ def rewire(
     plan: Plan,
     *,
     renew: Renew = BY_MAGNITUDE,
-    every: int = 1,
-    begin: int = 0,
-    until: int | None = None,
+    every: int | jax.Array = 1,
+    begin: int | jax.Array = 0,
+    until: int | jax.Array | None = None,
     decay_factor: Schedule | None = None,
     gradient: _checks.Gradient = "dense",
 ) -> optax.GradientTransformationExtraArgs:
@@ -126,7 +127,8 @@ def rewire(
         inner_args = {**_accepting_masks(extra_args), "masks": masks}
         updates, inner_state = inner.update(gradients, state.inner_state, params, **inner_args)
         count = optax.safe_increment(state.count)
-        updated = optax.apply_updates(params, updates)
+        with jax.numpy_dtype_promotion("standard"):  # as optax adds, whatever the dtypes
+            updated = optax.apply_updates(params, updates)
         renew_state = state.renew_state
         if renew.observe is not None:
             renew_state = renew.observe(plan, renew_state, updated, gradients, extra)
@@ -203,7 +205,7 @@ def _difference(theirs: Plan, ours: Plan) -> str:
     return f"{path} is {described(theirs, path)} there, and {described(ours, path)} here"
 
 
-def _extra(extra_args: dict, name: str):
+def _extra(extra_args: dict, name: str) -> Any:
     if extra_args.get(name) is None:
         hint = "jaxsparse.diagonal_fisher(...)" if name == "fisher" else "..."
         raise ValueError(
@@ -227,11 +229,12 @@ def _accepting_masks(extra_args: dict[str, Any]) -> dict[str, Any]:
     extra = inspect.Parameter("masks", inspect.Parameter.KEYWORD_ONLY, default=None)
     others = list(signature.parameters.values())
     last = len(others) - any(one.kind is inspect.Parameter.VAR_KEYWORD for one in others)
-    value_fn.__signature__ = signature.replace(parameters=[*others[:last], extra, *others[last:]])
+    named = signature.replace(parameters=[*others[:last], extra, *others[last:]])
+    value_fn.__signature__ = named  # type: ignore[attr-defined]
     return {**extra_args, "value_fn": value_fn}
 
 
-def _all_participate(params, plan: Plan):
+def _all_participate(params: PyTree, plan: Plan) -> Any:
     return map_planned(
         lambda leaf, w: jnp.ones(jnp.shape(w), bool),
         plan,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxsparse._masks.ranking import wide
 
@@ -105,7 +106,7 @@ def running_mean(score: Score, decay: float) -> Score:
     return Score(rank, score.needs_gradient, score.extra_args, init, observe)
 
 
-def diagonal_fisher(loss: Callable[..., jax.Array], params, *batch):
+def diagonal_fisher(loss: Callable[..., jax.Array], params: PyTree, *batch: Any) -> Any:
     """The diagonal of the empirical Fisher information: the mean of squared per-example gradients.
 
     It is not the square of the mean gradient, which vanishes when training has converged. Examples

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import optax
 
 from jaxsparse import _checks
@@ -22,7 +23,7 @@ def sdgf(
     k: int = 16,
     dense_until: int | float = 0.05,
     fine_tune_from: int | float = 0.7,
-    every: int = 1,
+    every: int | jax.Array = 1,
     renew: Renew = BY_MAGNITUDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Structure Decay Gradient Flow: the pattern tightens in stages, with dense gradients.

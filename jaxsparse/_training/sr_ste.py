@@ -1,5 +1,6 @@
 """SR-STE: the sparse-refined straight-through estimator."""
 
+import jax
 import optax
 
 from jaxsparse._plan.plan import Plan, check_plan
@@ -15,10 +16,10 @@ def sr_ste(
     inner: optax.GradientTransformation,
     plan: Plan,
     *,
-    weight_decay: float = 2e-4,
+    weight_decay: float | jax.Array = 2e-4,
     dense_until: int | float = 0,
     total_steps: int | None = None,
-    every: int = 1,
+    every: int | jax.Array = 1,
     renew: Renew = BY_MAGNITUDE,
 ) -> optax.GradientTransformationExtraArgs:
     """SR-STE: trains with dense gradients and pulls non-participating weights towards zero.

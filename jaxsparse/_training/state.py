@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import serialization
 from jax import export
+from jaxtyping import Array, ArrayLike, Bool, PyTree, UInt8
 
 from jaxsparse._checks import Gradient
 from jaxsparse._masks.bits import pack, unpack
@@ -44,7 +45,7 @@ class Forward:
       gradient: `"dense"` or `"masked"`, as for `effective_weight`, static.
     """
 
-    decay_factor: jax.Array | None = None
+    decay_factor: Any = None
     gradient: Gradient = "dense"
 
 
@@ -83,7 +84,7 @@ class Masked(NamedTuple):
     planned: dict[str, Leaf]
 
 
-def rewire_states(opt_state) -> list[RewireState]:
+def rewire_states(opt_state: PyTree) -> list[RewireState]:
     """Finds every `RewireState` in an optimizer state, however deep it is nested."""
 
     def is_one(node):
@@ -94,7 +95,7 @@ def rewire_states(opt_state) -> list[RewireState]:
     return [node for node in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(node)]
 
 
-def is_placeholder(params) -> bool:
+def is_placeholder(params: PyTree) -> bool:
     """Whether these are the placeholder parameters of `optax.tree_utils.tree_map_params`."""
     container = isinstance(params, (dict, list, tuple)) or params is None
     return not container and not jax.tree.leaves(params)
@@ -137,7 +138,7 @@ def masks(opt_state):
     )
 
 
-def read_state(source, call: str) -> Masked:
+def read_state(source: PyTree, call: str) -> Masked:
     """Reads the masks of an optimizer state, and how the forward pass uses them; or bare masks."""
     states = rewire_states(source)
     if states:
@@ -215,7 +216,7 @@ register_saved(
 export.register_namedtuple_serialization(RewireState, serialized_name="jaxsparse.RewireState")
 
 
-def pack_masks(masks, plan: Plan, like=None):
+def pack_masks(masks: PyTree, plan: Plan, like: PyTree = None) -> Any:
     """Packs masks as a `RewireState` keeps them, with the dense leaves of `like` if it is given.
 
     NNX initialises with boxed parameters and updates with bare ones.
@@ -234,7 +235,7 @@ def pack_masks(masks, plan: Plan, like=None):
     return jax.tree.unflatten(structure, map(packed, paths, nodes, *([known] if known else [])))
 
 
-def unpack_masks(state: RewireState):
+def unpack_masks(state: RewireState) -> Any:
     """Unpacks the masks of a `RewireState` to booleans."""
 
     nodes, structure = jax.tree.flatten(
@@ -254,7 +255,7 @@ def unpack_masks(state: RewireState):
     return jax.tree.unflatten(structure, map(unpacked, paths, nodes))
 
 
-def mask_words(opt_state) -> dict[str, tuple[jax.Array, Leaf]]:
+def mask_words(opt_state: PyTree) -> dict[str, tuple[Any, Leaf]]:
     """The packed masks of an optimizer state by path, each with its planned leaf."""
 
     words_by_path = {}
@@ -268,7 +269,7 @@ def mask_words(opt_state) -> dict[str, tuple[jax.Array, Leaf]]:
     return words_by_path
 
 
-def unpack_mask(words: jax.Array, leaf: Leaf) -> jax.Array:
+def unpack_mask(words: UInt8[ArrayLike, "..."], leaf: Leaf) -> Bool[Array, "..."]:
     """Unpacks the boolean mask of one leaf."""
     axis = _bit_axis(leaf)
     return unpack(words, leaf.shape[axis], axis)
@@ -284,11 +285,11 @@ def _label(leaf: Leaf) -> str:
     return re.sub(r"[^\w-]+", "_", f"{leaf.pattern}{' along' if axes else ''}{axes}")
 
 
-def _is_mask(node) -> bool:
+def _is_mask(node: Any) -> bool:
     return isinstance(node, _Bits | _Dense)
 
 
-def _is_hole(node) -> bool:
+def _is_hole(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from jaxsparse._plan.paths import by_path
 from jaxsparse._plan.plan import Plan, check_plan
@@ -19,7 +20,7 @@ def static(
     inner: optax.GradientTransformation,
     plan: Plan,
     *,
-    masks=None,
+    masks: PyTree = None,
     renew: Renew = BY_MAGNITUDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes once and keeps the masks: non-participating weights are 0 from the first update on.

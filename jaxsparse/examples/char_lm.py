@@ -14,6 +14,7 @@ import pathlib
 import time
 from collections.abc import Sequence
 from pydoc_data import topics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +167,7 @@ def plot(curves, path):
     figure.savefig(path, dpi=150)
 
 
-def main(argv: Sequence[str] | None = None):
+def main(argv: Sequence[str] | None = None) -> Any:
     """Runs the example; returns its plan, and the header and the rows of its table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
