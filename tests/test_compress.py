@@ -99,8 +99,10 @@ def check_format(w, mask, packed, begin, end, output_first=False):
 
 
 def optimized(fn):
-    """`fn` compiled as programs are by default, where the tests are compiled faster: XLA:CPU
-    handles a bfloat16 as a float32, which loses the smallest numbers unless it is optimized away.
+    """Compiles `fn` with the default optimizations, unlike the other programs of the tests.
+
+    XLA:CPU computes bfloat16 in float32, which loses the smallest numbers unless it is optimized
+    away.
     """
     options = {
         "xla_backend_optimization_level": 3,

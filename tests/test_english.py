@@ -9,7 +9,6 @@ import tokenize
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGE = ROOT / "jaxsparse"
 BANNED = {  # a phrase, and what to write instead
     r"(?<!there\s)\b(is|are|was|were) no (?!longer|more|less|better|worse)\w+": '"is not a ..."',
     r"\bnone of\b": '"not ... any of"',
@@ -88,7 +87,7 @@ def test_prose_is_plain():
 
 def test_summaries_are_one_sentence_on_one_line():
     problems = []
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in (path for path in pages() if path.suffix == ".py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 continue

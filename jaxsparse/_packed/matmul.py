@@ -44,11 +44,12 @@ def sparse_matmul(
     use, so that nothing is stored twice. Otherwise it is a dense product.
 
     On a CUDA device a kernel for Sparse Tensor Cores may run, whose name is in the lowered program
-    (`sparse_matmul_hopper`); everywhere else the weight is decompressed for the dense product. None
-    chooses a kernel only where it is measured to be faster, with metadata in the layout `"mma16"`
-    and no stack, on one device or inside `shard_map`. The kernels have not run on hardware yet.
-    They are exact in emulation but not measured, so each runs only if it is named. A named kernel
-    processes the weights of a stack one after the other, and XLA copies each of them with its rows.
+    (`sparse_matmul_hopper`); everywhere else the weight is decompressed for the dense product.
+    `implementation=None` chooses a kernel only where it is measured to be faster, with metadata in
+    the layout `"mma16"` and no stack, on one device or inside `shard_map`. The kernels have not run
+    on hardware yet. They are exact in emulation but not measured, so each runs only if it is named.
+    A named kernel processes the weights of a stack one after the other, and XLA copies each of them
+    with its rows.
 
     Args:
       x: `[..., K]`, or `[..., *w.contracting]` if several axes are contracted; with a stacked
@@ -61,7 +62,7 @@ def sparse_matmul(
         need 16-bit floats. Sizes that do not fill their tiles are padded inside. This copies
         nothing for `"hopper"` and `"decode"` if K is a multiple of 16 and, for `"hopper"`, M a
         multiple of 8; nor for `"ampere"` if rows and K are multiples of 64 and M is a multiple of
-        128. None chooses no kernel that would copy the weight or the result. If `w` is
+        128. None never chooses a kernel that would copy the weight or the result. If `w` is
         transposable, the gradient of `x` has the same implementation.
       precision: as in `jax.numpy.matmul`, for the dense product.
       preferred_element_type: the dtype of the result, as in `jax.numpy.matmul`; None means the

@@ -277,7 +277,7 @@ def _to_words(nibbles):
 
 
 def _four(like):
-    """0, 1, 2, 3 along the last axis, with as many axes and the dtype of `like`."""
+    """0, 1, 2, 3 along the last axis, with the rank and dtype of `like`."""
     return lax.broadcasted_iota(like.dtype, (*[1] * (like.ndim - 1), 4), like.ndim - 1)
 
 
