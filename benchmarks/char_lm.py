@@ -1,4 +1,4 @@
-"""Runs the example as `make demo` does and keeps its table and its plot.
+"""Runs the example as `make demo` does, and keeps its table and plot.
 
 python benchmarks/char_lm.py
 """

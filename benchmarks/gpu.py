@@ -1,16 +1,15 @@
-"""2:4 products on a GPU, in one command of under 10 minutes: are they right, and how fast against
-the dense product?
+"""Checks 2:4 products on a GPU and times them against the dense product, in under 10 minutes.
 
-python benchmarks/gpu.py              writes benchmarks/results/<device>.json and a plot beside it
-python benchmarks/gpu.py --smoke      the same steps with small shapes on any device, writing
-nothing
+    python benchmarks/gpu.py              writes benchmarks/results/<device>.json and a plot
+    python benchmarks/gpu.py --smoke      the same steps with small shapes on any device, writing
+                                          nothing
 
-First every kernel that the device has is read out operand by operand and multiplies integers and
-random numbers, forwards and for the gradient of x; a kernel that is wrong is not timed. Then masks,
-packing and gradients of x are timed, and kernels, the dense product of jax and, where torch can be
-imported, its semi-structured product take turns on random data, shape after shape, until the time
-is up. What is timed is compared with the product in float32 too. Last it prints the rows that the
-timings imply for the table of automatic choices.
+First, every kernel that the device supports reads out one operand at a time, and multiplies
+integers and random numbers, for the product and for the gradient of x; a kernel with wrong results
+is not timed. Then masks, packing and gradients of x are timed. Then kernels, the dense product of
+jax and, if torch can be imported, its semi-structured product take turns on random data, shape
+after shape, until the time is up. Timed results are also compared with the product in float32.
+Finally it prints the rows for the table of automatic choices that the timings imply.
 """
 
 import argparse
@@ -63,7 +62,7 @@ CHECKED = ("Llama-3-8B gate and up", "GPT-2 mlp out", "ViT-So400m mlp out", "pad
 CHECKED_ROWS = (1, 8, 13, 64, 1024)
 # at the first of the rows
 GRADIENTS = ("8192 x 8192", "Llama-3-8B gate", "Llama-3-8B down", "Llama-3-8B attention out")
-ROWS = (8192, 16, 4096, 1, 1024, 64, 256, 8)  # the most telling first, should the time run out
+ROWS = (8192, 16, 4096, 1, 1024, 64, 256, 8)  # the most informative first, in case time runs out
 MASKS = (
     "2:4 axis 0",
     "2:4 axis 1",
@@ -83,7 +82,7 @@ PEAKS = {
     "A100-SXM4-40GB": (624e12, 1.56e12),
 }
 # bytes of weights in rotation, several times an L2 cache; seconds that one call should keep the
-# device busy, against the time of its start
+# device busy, so that the time to start it does not matter
 EACH_CALL = 256e6, 1e-3
 
 
@@ -101,13 +100,13 @@ def runs_here(name):
 
 
 def examined(name, shapes, rows):
-    """Whether a kernel runs on this device and what `checks` finds of it."""
+    """Whether a kernel runs on this device, and the results of its `checks`."""
     reason = runs_here(name) if name in KERNELS else None
     return {"right": False, "why": reason} if reason else checks(name, shapes, rows)
 
 
 def examined_apart(name, seconds):
-    """The same in a process of its own: a kernel that hangs or faults takes nothing with it."""
+    """Examines a kernel in its own process, since it may hang or fault."""
     try:
         done = subprocess.run(
             [sys.executable, __file__, "--check", name],
@@ -129,7 +128,7 @@ def product(implementation):
 
 @functools.cache
 def fused(implementation):
-    """From x, a weight and a bias to the activation of their product and sum."""
+    """The function of x, a weight and a bias that computes the activation of product plus bias."""
     return jax.jit(
         lambda x, w, bias: js.sparse_matmul(
             x, w, bias=bias, activation="gelu", implementation=implementation
@@ -139,7 +138,7 @@ def fused(implementation):
 
 @functools.cache
 def x_gradient(implementation):
-    """From the gradient of a product, and the weight, to that of x."""
+    """The function that computes the gradient of x from that of a product, and the weight."""
 
     def gradient(ct, w):
         x = jax.ShapeDtypeStruct((len(ct), *w.contracting), ct.dtype)
@@ -162,7 +161,7 @@ def fits(name, n):
 
 
 def checks(name, shapes, rows):
-    """What `gpu_checks` finds of one kernel, and whether all of it is right."""
+    """The results of `gpu_checks` for one kernel, and whether all of them are right."""
     multiply, gradient = product(name), x_gradient(name)
     cases = [(n, *shape) for shape in shapes.values() for n in rows if fits(name, n)]
     transposable = [(n, m, k) for n, m, k in cases if m % 4 == 0 and n in rows[::2]]
@@ -202,11 +201,10 @@ def checks(name, shapes, rows):
 
 
 def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
-    """Seconds of one product for each competitor, medians over rounds in which they take turns, and
-    the largest error of each.
+    """Times one product for each competitor, in turns, and computes their largest errors.
 
-    The products of one call have other rows each, and take turns with weights that are more than
-    the L2 cache holds.
+    Seconds are medians over rounds. The products of one call have different rows each, and rotate
+    through more weights than fit into the L2 cache.
     """
     weights = int(np.clip(np.ceil(each_call[0] / (2 * m * k)), 2, 16))
     count = int(np.clip(each_call[1] / max(2 * n * m * k / 800e12, 2 * m * k / 4e12), weights, 64))
@@ -215,7 +213,7 @@ def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
     packed = [gpu_checks.random_weight(key, m, k) for key in keys[count:]]
     kernels = [jax.block_until_ready(js.decompress(w)) for w in packed]
 
-    # the barrier keeps XLA from making one product of those that share a weight
+    # the barrier keeps XLA from merging products that share a weight
     def all_products(one):
         return jax.jit(
             lambda x, w: [
@@ -231,9 +229,7 @@ def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
         try:
             calls["torch semi-structured"] = torch_call(x, kernels)
             calls["torch semi-structured"]()
-        except (
-            Exception
-        ) as error:  # a shape that it does not take, or whatever else: it is not what is measured
+        except Exception as error:  # such as an unsupported shape; torch is only a reference
             print(f"torch, {n} x {m} x {k}: {type(error).__name__}: {error}"[:300], flush=True)
             calls.pop("torch semi-structured", None)
     seconds = timing.in_turns(calls, rounds, f"{n} x {m} x {k}")
@@ -241,8 +237,9 @@ def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
 
 
 def gradient_turns(n, m, k, names, rounds, each_call=EACH_CALL):
-    """Seconds of the gradient of x, as `turns` takes them, and of its parts: turning the weight,
-    and the product with a turned one.
+    """Times the gradient of x, in turns, and its parts.
+
+    These are the transposition of the weight, and the product with a transposed weight.
     """
     count = int(np.clip(np.ceil(each_call[0] / (2 * m * k)), 2, 16))
     keys = jax.random.split(jax.random.key(0), 2 * count)
@@ -267,7 +264,7 @@ def gradient_turns(n, m, k, names, rounds, each_call=EACH_CALL):
 
 
 def weights_once(size, rounds):
-    """Masks and packing of a square bfloat16 weight, against reading it and writing a mask once."""
+    """Times masks and packing of a square bfloat16 weight, and one pass over its memory."""
     w = masks.weights((size, size), "bfloat16")
     plan = js.plan({"w": w}, {"w": js.NM(2, 4, axis=0)})
     mask = jax.block_until_ready(jax.jit(lambda w: js.magnitude_masks({"w": w}, plan))(w))
@@ -298,15 +295,16 @@ def weights_once(size, rounds):
 
 
 def torch_products():
-    """A function from lists of x and weights to a call that multiplies them all in torch, or the
-    reason there is none.
+    """A function that maps lists of x and weights to a call of all products in torch.
+
+    If there is none, the second result is the reason.
     """
     try:
         torch = importlib.import_module("torch")
         semi = torch.sparse.to_sparse_semi_structured
         if not torch.cuda.is_available():
             return None, "torch sees no GPU"
-    except Exception as error:  # it may be there without the libraries that it needs
+    except Exception as error:  # torch may be installed without the libraries that it needs
         return None, f"{type(error).__name__}: {error}"
 
     def prepare(x, kernels):
@@ -324,8 +322,9 @@ def torch_products():
 
 
 def variants(name, n, m, k, configs, rounds):
-    """Seconds of a kernel under each configuration, given by keyword, and how far its result is
-    from the dense product.
+    """Times a kernel under each configuration, and computes its distance from the dense product.
+
+    Configurations are given as keyword arguments.
     """
     kernel = KERNELS[name].module
     x, w = (
@@ -341,7 +340,7 @@ def variants(name, n, m, k, configs, rounds):
         try:
             differs[str(config)] = float(jnp.abs(call().astype(jnp.float32) - expected).max())
             calls[str(config)] = call
-        except Exception as error:  # too much shared memory, say; the others go on
+        except Exception as error:  # such as too much shared memory; the others continue
             found.append({"config": str(config), "why": f"{type(error).__name__}: {error}"[:500]})
     seconds = timing.in_turns(calls, rounds, f"{name} variants")
     return found + [
@@ -382,12 +381,10 @@ def main(argv=None):
     shapes, rows, rounds = (
         (SMOKE_SHAPES, SMOKE_ROWS, 2) if args.smoke else (SHAPES, ROWS, args.rounds)
     )
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = (
-        "false"  # the checks run in processes of their own
-    )
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the checks run in separate processes
     device = jax.devices()[0]
     if device.platform != "gpu" and not args.smoke:
-        parser.error(f"{device.device_kind} is no GPU; --smoke runs the steps without one")
+        parser.error(f"{device.device_kind} is not a GPU; --smoke runs the steps without one")
 
     folder = (
         pathlib.Path(tempfile.mkdtemp()) if args.smoke and args.out == timing.RESULTS else args.out
@@ -481,10 +478,10 @@ def main(argv=None):
             continue
         try:
             job()
-        except Exception as error:  # the others go on
+        except Exception as error:  # the others continue
             found["failed"][name] = f"{type(error).__name__}: {error}"[:1000]
             print(f"{name} failed: {found['failed'][name]}", flush=True)
-        if time.monotonic() - saved > 60:  # what is measured stays, whatever happens
+        if time.monotonic() - saved > 60:  # saves the results so far, in case of a crash
             save(**found)
             saved = time.monotonic()
 

@@ -1,6 +1,4 @@
-"""Whether a product with compressed weights is right: one operand at a time, then integers, then
-random numbers.
-"""
+"""Checks of products with compressed weights: single operands, integers, random numbers."""
 
 import functools
 
@@ -14,7 +12,10 @@ NIBBLES = np.array([4, 8, 9, 12, 13, 14], np.uint16)
 
 
 def weight(values, nibbles, layout="mma16"):
-    """A weight from values `[M, K/2]` and a nibble a group `[M, K/4]`; K a multiple of 16."""
+    """A weight from values `[M, K/2]` and one nibble for each group, `[M, K/4]`.
+
+    K is a multiple of 16.
+    """
     words = (
         np.asarray(nibbles, np.uint16).reshape(len(nibbles), -1, 4)
         << np.arange(0, 16, 4, dtype=np.uint16)
@@ -24,32 +25,32 @@ def weight(values, nibbles, layout="mma16"):
 
 
 def dense(w):
-    """The weight `[K, M]` in float32."""
+    """The weight as a dense array `[K, M]` in float32."""
     return np.asarray(js.decompress(w), np.float32)
 
 
 def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
-    """How many elements of the product are wrong where it reads out one operand after the other.
+    """Counts the wrong elements of products that read out one operand at a time.
 
     Args:
-      multiply: x `[N, K]` and a weight to `[N, M]`.
-      m: output features.
-      k: the contraction.
-      dtype: of x and of the values.
-      rows: of x in one call.
+      multiply: a function from x `[N, K]` and a weight to `[N, M]`.
+      m: the number of output features.
+      k: the size of the contraction.
+      dtype: the dtype of x and of the values.
+      rows: the rows of x in one call.
 
     Returns:
       A dict from the operand to the number of wrong elements.
     """
     place = np.arange(m * k // 2).reshape(m, k // 2)
     group = np.arange(m)[:, None] + np.arange(k // 4)
-    # 16 compressed values are one selector, 8 are one lane of it
+    # 16 compressed values belong to one selector, 8 of them to one of its lanes
     column = np.arange(k // 2) // 8 % 4
     one = jnp.eye(k, dtype=dtype)
     found = {}
 
     def read(name, values, nibbles):
-        """Rows of the identity read the weight out, a row of x for every column."""
+        """Reads out the weight by rows of the identity, one row of x for each column."""
         w = weight(jnp.asarray(values, dtype), nibbles)
         y = np.concatenate(
             [
@@ -59,7 +60,10 @@ def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
         )
         found[name] = found.get(name, 0) + int((y != dense(w)).sum())
 
-    for code in (place % 251 + 1, place // 251 % 251 + 1):  # together they name every place
+    for code in (
+        place % 251 + 1,
+        place // 251 % 251 + 1,
+    ):  # the two codes together identify every place
         read("values", code, NIBBLES[group % 6])
     for turn in range(6):
         read("metadata", np.ones((m, k // 2)), NIBBLES[(group + turn) % 6])
@@ -76,8 +80,9 @@ def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
 
 
 def random_weight(key, m, k, dtype=jnp.bfloat16, integers=False, transposable=False):
-    """A weight of which the largest are kept: normal values scaled for the contraction, or integers
-    up to 4.
+    """A weight that keeps the largest of random values.
+
+    These are normal, scaled for the contraction, or integers up to 4.
     """
     return _random_weight(key, m, k, jnp.dtype(dtype), integers, transposable)
 
@@ -103,8 +108,9 @@ def random_rows(key, n, k, dtype=jnp.bfloat16, integers=False):
 
 
 def _problem(n, m, k, dtype, integers, gradient):
-    """x and a weight, and their product in float32; or the gradient of a product, a transposable
-    weight, and the gradient of x.
+    """x, a weight, and their product in float32.
+
+    With `gradient`: the gradient of a product, a transposable weight, and the gradient of x.
     """
     x = random_rows(jax.random.key(n), n, m if gradient else k, dtype, integers)
     w = random_weight(jax.random.key(m + k), m, k, dtype, integers, gradient)
@@ -119,24 +125,25 @@ def _reference(x, w, transposed):
 
 
 def wrong_integers(multiply, n, m, k, dtype=jnp.bfloat16, gradient=False):
-    """How many elements of a product of small integers, whose sums are exact in float32, are wrong.
+    """Counts the wrong elements of a product of small integers, whose sums are exact in float32.
 
-    With `gradient`, `multiply` takes the gradient of a product `[N, M]` and a weight to that of x,
-    `[N, K]`.
+    With `gradient`, `multiply` maps the gradient of a product `[N, M]` and a weight to the gradient
+    of x, `[N, K]`.
     """
     x, w, exact = _problem(n, m, k, dtype, True, gradient)
     return int((multiply(x, w) != exact.astype(dtype)).sum())
 
 
 def error(multiply, n, m, k, dtype=jnp.bfloat16, gradient=False):
-    """The largest error of a random product, in `units`."""
+    """The largest error of a product of random numbers, in `units`."""
     x, w, exact = _problem(n, m, k, dtype, False, gradient)
     return _units(multiply(x, w), exact)
 
 
 def fused_error(multiply, n, m, k, dtype=jnp.bfloat16):
-    """The largest error of a random product to which a bias is added and then GELU taken, in
-    `units`; `multiply` takes the bias last.
+    """The largest error of a random product with bias and GELU, in `units`.
+
+    `multiply` takes the bias last.
     """
     x, w, exact = _problem(n, m, k, dtype, False, False)
     bias = jax.random.normal(jax.random.key(m), (m,))
@@ -144,8 +151,9 @@ def fused_error(multiply, n, m, k, dtype=jnp.bfloat16):
 
 
 def units(y, x, w):
-    """The largest error of a product, in units of the last place of the largest result; half a unit
-    is rounding.
+    """The largest error of a product, in units in the last place of the largest result.
+
+    Rounding alone gives half a unit.
     """
     return _units(y, _reference(x, w, False))
 

@@ -1,4 +1,4 @@
-"""What the timings of `gpu.py` say: rows for the automatic choice, a plot, tables."""
+"""Reports on the timings of `gpu.py`: rows for the automatic choice, a plot, tables."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ COLUMNS = ("shape", "rows", "best", "over jax dense", "over torch", "TFLOP/s", "
 
 
 def row(shape, n, m, k, seconds, peaks):
-    """The timings of one product as a row of the table."""
+    """One row of the table, the timings of one product."""
     dense = seconds["jax dense"]
     ours = {name: t for name, t in seconds.items() if name in KERNELS}
     best = min(ours, key=ours.get) if ours else None
@@ -51,13 +51,12 @@ def table(timings):
 
 
 def choices(timings, wrong, capability):
-    """Rows of `_PREFERENCES` in `jaxsparse/kernels/__init__.py` that measurements on one device
-    imply.
+    """Rows of `_PREFERENCES` in `jaxsparse/_kernels/__init__.py` implied by timings on one device.
 
-    A row says from how many weights on a kernel beats the dense product by `MARGIN` in every shape
-    that was measured, for neighbouring row counts of which that holds from the same number on. A
-    shape at which the kernel was wrong it did not win. Between and beyond the measured row counts a
-    row claims nothing. The first that fits is taken: the fastest come first.
+    A row states the number of weights from which a kernel beats the dense product by `MARGIN` in
+    every measured shape. Neighbouring row counts with the same number are merged. A shape at which
+    the kernel was wrong counts as lost. A row claims nothing between and beyond the measured row
+    counts. The first row that fits is used, so the fastest kernels come first.
     """
     failed = {(one["kernel"], one["shape"], one["rows"]) for one in wrong}
     rows, gains = [], []
@@ -102,8 +101,8 @@ def choices(timings, wrong, capability):
 
 
 def plot(timings, device, path):
-    """The ratio to the dense product against the rows of x, one line a shape."""
-    from matplotlib.figure import Figure  # so that measuring does not need it
+    """Plots the ratio to the dense product against the rows of x, one line for each shape."""
+    from matplotlib.figure import Figure  # here, so that measuring does not need matplotlib
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(

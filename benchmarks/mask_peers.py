@@ -1,8 +1,7 @@
-"""What a 2:4 and a 1:16 mask cost elsewhere: the library beside naive forms, and beside the peers
-that are installed.
+"""Times 2:4 and 1:16 masks of the library against naive forms and other installed libraries.
 
-python benchmarks/mask_peers.py                                   # pip install qwix torch brings
-the peers PYTHONPATH=path/to/qwix python benchmarks/mask_peers.py           # or a checkout of one
+python benchmarks/mask_peers.py                                   # pip install qwix torch
+PYTHONPATH=path/to/qwix python benchmarks/mask_peers.py           # or a checkout
 """
 
 import argparse
@@ -22,14 +21,14 @@ PATTERNS = ((2, 4), (1, 16))
 
 
 def top_k_one_hot(n, m, w):
-    """N:M along the last axis by `top_k` and a sum of one-hots."""
+    """N:M masks along the last axis by `top_k` and a sum of one-hot vectors."""
     groups = jnp.abs(w).reshape(*w.shape[:-1], -1, m)
     places = jax.lax.top_k(groups, n)[1]
     return jax.nn.one_hot(places, m, dtype=bool).any(-2).reshape(w.shape)
 
 
 def double_argsort(n, m, w):
-    """N:M along the last axis by the ranks that sorting twice gives."""
+    """N:M masks along the last axis by ranks, from sorting twice."""
     groups = jnp.abs(w).reshape(*w.shape[:-1], -1, m)
     return (jnp.argsort(jnp.argsort(-groups, -1), -1) < n).reshape(w.shape)
 
@@ -63,7 +62,7 @@ def torch_weight_norm(n, m, w):
 
 
 def candidates(n, m, w):
-    """Each that can run here, by name, along the last axis, and a reason for each that cannot."""
+    """The candidates that can run here, by name, and the reason for each that cannot."""
     peers = {
         "qwix get_sparsity_mask": lambda: qwix(n, m),
         "torch.ao WeightNormSparsifier": lambda: torch_weight_norm(n, m, w),

@@ -1,5 +1,4 @@
-"""What a mask costs: its time over that of reading the weights once, for every pattern, on shapes
-of real models.
+"""Times masks of every pattern, relative to reading the weights once, on shapes of real models.
 
 python benchmarks/masks.py
 """
@@ -52,7 +51,7 @@ def patterns():
 
 @jax.jit
 def stream(w):
-    """Reads the weights and writes a mask once: what no mask can beat."""
+    """Reads the weights and writes a mask once: a lower bound for any mask."""
     return jnp.abs(w) > 0.5
 
 
@@ -62,7 +61,7 @@ def mask(pattern, w):
 
 
 def ratios(calls, w, rounds, label):
-    """The median of each call's time over that of `stream` in the same round."""
+    """The median ratio of each call's time to that of `stream` in the same round."""
     seconds = timing.in_turns(
         {name: lambda f=f: f(w) for name, f in {"stream": stream, **calls}.items()}, rounds, label
     )

@@ -1,5 +1,4 @@
-"""What of each model in the tests' zoo is planned and runs compressed, and its time from compressed
-over that from masked weights.
+"""Plans the models of the tests' zoo and times them from compressed and from masked weights.
 
 python benchmarks/models.py
 """
@@ -22,7 +21,7 @@ import jaxsparse as js  # noqa: E402
 
 
 def row(name, entry, rounds):
-    """The table's row for one model."""
+    """The row of the table for one model."""
     fn, params, args, *_ = entry.build()
     plan = js.plan(params, entry.rules, fn, *args)
     masks = js.magnitude_masks(params, plan)

@@ -1,7 +1,8 @@
-"""What planning and tracing cost for a language model of 70 billion parameters, scanned and
-unrolled; nothing runs on a device.
+"""Times planning and tracing of a 70-billion-parameter language model, scanned and unrolled.
 
-python benchmarks/planning.py
+Nothing runs on a device.
+
+    python benchmarks/planning.py
 """
 
 import argparse
@@ -70,7 +71,7 @@ def seconds(call):
 
 
 def row(scanned):
-    """The table's row for one form of the model."""
+    """The row of the table for one form of the model."""
     model, tokens = Llama(scanned), jax.ShapeDtypeStruct((1, 128), jnp.int32)
     plan, planning = seconds(lambda: js.flax.plan(model, {"*/kernel": "2:4"}, tokens))
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
@@ -94,7 +95,7 @@ def row(scanned):
 
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
-    row(True)  # what a process does once is not counted
+    row(True)  # warms up, so that one-time work of the process is not counted
     rows = [row(scanned) for scanned in (True, False)]
     header = (
         "layers",

@@ -1,7 +1,8 @@
-"""Writes the tables of the README and of docs/results.md from the committed result files, so that
-no number in them is typed by hand.
+"""Writes the tables of the README and of docs/results.md from the committed result files.
 
-python benchmarks/readme.py
+No number in them is typed by hand.
+
+    python benchmarks/readme.py
 """
 
 import json
@@ -52,9 +53,7 @@ def demo_plan(result):
 
 
 def plan(result):
-    """The rows of the plan that say something new: one of each kind of layer and axis, and neither
-    biases nor scales.
-    """
+    """The informative rows of a plan: one for each kind of layer and axis, without biases."""
     *head, total = result["plan"].splitlines()
     header, rows, kept = head[:2], head[2:], {}
     for row in rows:
@@ -141,7 +140,7 @@ def gpu(result, name):
 
 
 def gpus():
-    """One table for each device that was measured, or that there is none."""
+    """One table for each measured device, or a sentence if there is none."""
     results = sorted(timing.RESULTS.glob("NVIDIA*.json"))
     tables = [gpu(json.loads(path.read_text()), path.stem) for path in results]
     return (
@@ -167,7 +166,7 @@ TABLES = {
 
 
 def filled(text, page=PAGES[0]):
-    """The text of a page with every block between `<!-- name -->` and `<!-- end -->` made anew."""
+    """A page with every block between `<!-- name -->` and `<!-- end -->` replaced."""
     up = "../" * (len(page.relative_to(ROOT).parts) - 1)
 
     def block(match):

@@ -1,6 +1,4 @@
-"""What the benchmarks share: candidates timed in turns in one process, and a note of where that
-was.
-"""
+"""Shared by the benchmarks: timing candidates in turns, and a record of the environment."""
 
 import datetime
 import importlib.metadata
@@ -18,8 +16,8 @@ import tqdm
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
-# glibc returns large blocks to the system and charges the page faults to whoever asks next; keep
-# them
+# by default glibc returns large blocks to the system, and the next allocation pays for the page
+# faults
 HEAP = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -29,14 +27,15 @@ HEAP = {
 
 
 def with_warm_heap():
-    """Starts the program again with a heap that keeps its memory, unless it has one."""
+    """Restarts the program with a heap that keeps its memory, unless it already has one."""
     if any(os.environ.get(name) != value for name, value in HEAP.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | HEAP)
 
 
 def in_turns(calls, rounds, label="", clock=time.perf_counter):
-    """The seconds of each call in `{name: function without arguments}`, `[rounds]` each; all are
-    called once a round.
+    """The seconds of each call in `{name: function without arguments}`, `[rounds]` each.
+
+    All of them are called once in each round.
     """
     seconds = {name: [] for name in calls}
     for number in tqdm.trange(rounds + 2, desc=label, leave=False, mininterval=1):
@@ -60,7 +59,7 @@ def environment():
 
 
 def versions(*packages):
-    """The versions of those that are installed."""
+    """The versions of those packages that are installed."""
     installed = {name for name in packages if importlib.util.find_spec(name)}
     return {name: importlib.metadata.version(name) for name in packages if name in installed}
 

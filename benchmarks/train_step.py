@@ -1,5 +1,4 @@
-"""What a mask every step costs: the time of a sparse training step against the dense one, taken in
-turns, and its memory.
+"""Times a sparse training step with a new mask at every step against a dense one, and its memory.
 
 python benchmarks/train_step.py
 """
@@ -22,10 +21,11 @@ PATTERNS = ("2:4", "1:16")
 
 
 def runner(model, params, tokens, tx, sparse):
-    """A function that takes one more training step each time it is called; MB of optimizer state,
-    and of what a step needs besides.
+    """A function that takes one training step at each call, and its memory.
+
+    The memory is that of the optimizer state and the temporary memory of a step, in MB.
     """
-    params = jax.tree.map(jnp.copy, params)  # each run donates its own
+    params = jax.tree.map(jnp.copy, params)  # each run donates its parameters
     state = [params, tx.init(params)]
     step = trainer(model, tx, sparse).lower(*state, tokens).compile()
 

@@ -1,8 +1,8 @@
 import contextlib
 import os
 
-# GPU interpret mode holds one thread of XLA's pool for each thread of a kernel; the pool of two
-# cores is too small and hangs
+# GPU interpret mode occupies one thread of XLA's pool for each thread of a kernel; the pool of a
+# machine with two cores is too small, and hangs
 os.environ.setdefault("NPROC", "16")
 # most of the time of the tests is compilation; `programs.output` runs without these flags
 os.environ["XLA_FLAGS"] = (
@@ -23,7 +23,7 @@ jaxtyping.install_import_hook([f"jaxsparse.{name}" for name in CHECKED], CHECKER
 
 # for the tests of sharding; the others run on the first
 jax.config.update("jax_num_cpu_devices", 8)
-# the library promotes nothing silently, so that programs which forbid it can use it
+# the library never promotes implicitly, so that it works in programs that forbid promotion
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # of Adam, which raises a float to an integer step
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _promotion(request):
-    """Lets a test promote whose marker says what needs it that is not the library's."""
+    """Allows promotion in tests with the marker `promotes`, which names the foreign code."""
     if request.node.get_closest_marker("promotes") is None:
         yield
     else:

@@ -1,5 +1,6 @@
-"""Compiles masks for a GPU that is not there and prints, as JSON, what the programs do. Run by
-`aot.in_process`.
+"""Compiles masks for an absent GPU and prints, as JSON, the operations of the programs.
+
+Run by `aot.in_process`.
 """
 
 import json
@@ -35,7 +36,7 @@ def readers(pattern):
         r"^  .*?%?(\S+) = .*? ([a-z-]+)\((.*?)\)", program[program.index("\nENTRY") :], re.M
     )
     weights = {name for name, kind, _ in operations if kind == "parameter"}
-    for name, kind, operands in operations:  # a bitcast is the weights under another shape
+    for name, kind, operands in operations:  # a bitcast only changes the shape of the weights
         if kind == "bitcast" and weights & set(re.findall(r"[\w.-]+", operands)):
             weights.add(name)
     readers = [

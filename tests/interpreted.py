@@ -1,5 +1,6 @@
-"""The kernels on a CPU, in the GPU interpret mode of Pallas, with arithmetic on arrays in place of
-their register-level blocks.
+"""The kernels on a CPU, in the GPU interpret mode of Pallas.
+
+Arithmetic on arrays replaces their register-level operations.
 """
 
 import jax.numpy as jnp
@@ -13,9 +14,7 @@ from jaxsparse._packed.sparse24 import expand
 
 
 def dense(values, metadata):
-    """Values `[64 * r, 32 * c]` and metadata `[r, c, 128]` to the weight `[64 * r, 64 * c]`; `[64,
-    32]` and `[1, 1, 128]` at the least.
-    """
+    """Expands values `[64 * r, 32 * c]` and metadata `[r, c, 128]` to `[64 * r, 64 * c]`."""
     return expand(values, layouts.untile(metadata, values.shape[0], values.shape[1] // 8))
 
 

@@ -1,9 +1,8 @@
-"""Sparse tensor core instructions, lane by lane in NumPy, after the PTX manual; shares no code with
-the library.
+"""Sparse tensor core instructions in NumPy, lane by lane, after the PTX manual.
 
-A fragment holds what each of the 32 lanes of a warp has in its registers: `[32, elements]`. Lane `4
-* g + t` is in row group g and quad place t. The nibble `first | second << 2` says where two kept
-values stand among four.
+Shares no code with the library. A fragment holds the registers of the 32 lanes of a warp: `[32,
+elements]`. Lane `4 * g + t` is in row group g and quad place t. The nibble `first | second << 2`
+gives the places of two kept values among four.
 """
 
 import numpy as np
@@ -19,7 +18,7 @@ C_ROW, C_COLUMN = G + 8 * (_FOUR // 2), 2 * T + _FOUR % 2  # 16 x 8
 
 
 class UnorderedMetadataError(Exception):
-    """A nibble whose places do not ascend: undefined behaviour on the hardware."""
+    """A nibble whose places do not ascend, which is undefined behaviour on the hardware."""
 
 
 def expand(values, nibbles):
@@ -35,11 +34,11 @@ def expand(values, nibbles):
 
 
 def nibbles_k32(words, selector):
-    """The nibbles `[16, 8]` that a warp's metadata words `[32]` give to one k32 step of 16-bit
-    operands.
+    """The nibbles `[16, 8]` in a warp's metadata words `[32]` for one k32 step of 16-bit operands.
 
-    The quad's lanes `2 * selector` and `2 * selector + 1` supply them, the first the left half of
-    the columns and the second the right one; the low half-word is row g, the high one row g + 8.
+    The quad's lanes `2 * selector` and `2 * selector + 1` supply them, the first for the left half
+    of the columns and the second for the right half; the low half-word is row g, the high one row g
+    + 8.
     """
     nibbles = np.zeros((16, 8), np.uint32)
     for g in range(8):
@@ -52,8 +51,9 @@ def nibbles_k32(words, selector):
 
 
 def mma_sp_m16n8k32(a, b, c, words, selector):
-    """One `mma.sp::ordered_metadata.m16n8k32` of a warp: fragments a `[32, 8]`, b `[32, 8]`, c
-    `[32, 4]` to d `[32, 4]`.
+    """One `mma.sp::ordered_metadata.m16n8k32` of a warp.
+
+    Maps fragments a `[32, 8]`, b `[32, 8]`, c `[32, 4]` to d `[32, 4]`.
     """
     compressed, right, total = (
         np.zeros((16, 16), a.dtype),
@@ -65,8 +65,9 @@ def mma_sp_m16n8k32(a, b, c, words, selector):
 
 
 def wgmma_sp_m64k32(a, b, words, selector):
-    """The product of one `wgmma.mma_async.sp` m64nNk32: compressed a `[64, 16]`, b `[32, N]`, words
-    `[128]` of the four warps.
+    """The product of one `wgmma.mma_async.sp` m64nNk32.
+
+    Takes compressed a `[64, 16]`, b `[32, N]` and the words `[128]` of the four warps.
     """
     warps = [
         expand(a[16 * w : 16 * w + 16], nibbles_k32(words[32 * w : 32 * w + 32], selector)) @ b
@@ -76,9 +77,7 @@ def wgmma_sp_m64k32(a, b, words, selector):
 
 
 def prune(rng, rows, columns):
-    """A 2:4 mask `[rows, columns]` with every pair of places, and small integers without a zero
-    among them.
-    """
+    """A 2:4 mask `[rows, columns]` with every pair of places, and nonzero small integers."""
     pairs = np.array([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
     chosen = pairs[rng.integers(0, 6, (rows, columns // 4))]
     mask = np.zeros((rows, columns // 4, 4), bool)
@@ -88,8 +87,9 @@ def prune(rng, rows, columns):
 
 
 def tma_tile(tile, swizzle):
-    """What TMA writes for a tile `[R, C]` of 16-bit words: blocks of 8 rows by `swizzle` bytes, one
-    after the other.
+    """The bytes that TMA writes for a tile `[R, C]` of 16-bit words.
+
+    These are blocks of 8 rows by `swizzle` bytes, one after the other.
     """
     rows, columns = tile.shape
     memory = np.zeros(rows * columns, tile.dtype)
@@ -102,9 +102,7 @@ def tma_tile(tile, swizzle):
 
 
 def descriptor_tile(memory, descriptor, rows, columns):
-    """The tile `[rows, columns]` that a K-major matrix descriptor names in a shared memory of
-    16-bit words.
-    """
+    """The tile `[rows, columns]` that a K-major matrix descriptor refers to in shared memory."""
     start, stride = (descriptor & 0x3FFF) * 16, (descriptor >> 32 & 0x3FFF) * 16
     swizzle = {1: 128, 2: 64, 3: 32}[descriptor >> 62]
     tile = np.zeros((rows, columns), memory.dtype)

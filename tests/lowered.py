@@ -1,7 +1,6 @@
-"""Lowers `sparse_matmul` for GPUs that are not there and prints, as JSON, which kernel was chosen
-or why none could be.
+"""Lowers `sparse_matmul` for absent GPUs and prints, as JSON, the chosen kernels or the reasons.
 
-With the name of a case, compiles that one. Run by `aot.in_process`.
+With the name of a case as argument, compiles that case. Run by `aot.in_process`.
 """
 
 import functools
@@ -17,8 +16,7 @@ from flax import linen as nn
 import jaxsparse as js
 from jaxsparse import _kernels as kernels
 
-# what `benchmarks/gpu.py` might print on some day; the library's own table has only rows that it
-# did print
+# invented rows; the library's own table has only rows that `benchmarks/gpu.py` printed
 PREFERENCES = (
     (((8, 0), (9, 0)), "decode", 1, 16, 14336 * 4096, 4096),
     (((9, 0),), "hopper", 4096, 1 << 31, 4096 * 4096, 4096),
@@ -154,7 +152,7 @@ def product(x, values, metadata, *bias, m, k, layout, transposable, **options):
 
 
 def loss(function, *arguments):
-    """Its gradient needs what the function computes, too."""
+    """A loss whose gradient also needs the output of the function."""
     return jnp.sin(function(*arguments).astype(jnp.float32)).sum()
 
 
@@ -188,7 +186,7 @@ class Layer(nn.Module):
 
 
 def lower_scanned_layers(**options):
-    """The gradient of the input of three layers of a model, one after the other by `nn.scan`."""
+    """Lowers the gradient of the input of three layers under `nn.scan`."""
     model = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     plan = js.flax.plan(model, {"*kernel": js.TransposableNM(2, 4)}, x, None)
@@ -210,7 +208,7 @@ def lower_scanned_layers(**options):
 
 
 def found(lowered, *case):
-    """The kernels of the program in their order, and whether there is a dense product."""
+    """The kernels of the program, in order, and whether there is a dense product."""
     try:
         text = lowered(*case).as_text()
     except (NotImplementedError, ValueError) as error:

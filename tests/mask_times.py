@@ -1,7 +1,8 @@
-"""Prints, as JSON, the CPU time of masks over that of reading the weights once: `{axis and dtype:
-{pattern: ratio}}`, medians of rounds in turns. Arguments: the patterns.
+"""Prints, as JSON, the CPU time of masks relative to reading the weights once.
 
-A program of its own: the flags with which the tests compile faster make slower programs.
+The format is `{axis and dtype: {pattern: ratio}}`, medians of rounds in turns. Arguments: the
+patterns. It is its own program, because the flags that make the tests compile faster make the
+compiled programs slower.
 """
 
 import json
@@ -23,7 +24,7 @@ def ratios(axis, dtype, patterns, rounds=25):
     w = masks.weights((4096, 4096), dtype)
     calls = {name: masks.mask(masks.nm(name, axis), w) for name in patterns}
     calls = {name: lambda f=f: f(w) for name, f in {"stream": masks.stream, **calls}.items()}
-    # CPU time, for other programs run beside this one
+    # CPU time, since other programs run at the same time
     seconds = timing.in_turns(calls, rounds, clock=time.process_time)
     base = np.array(seconds.pop("stream"))
     return {name: float(np.median(np.array(each) / base)) for name, each in seconds.items()}

@@ -1,4 +1,4 @@
-"""What a plan says of the kernels of a Flax model, for the tests of `flax.plan`."""
+"""Summaries of plans of Flax models, for the tests of `flax.plan`."""
 
 import jax
 
@@ -10,9 +10,7 @@ def spec(*shape, dtype="float32"):
 
 
 def planned(model, *args, rules=None, **kwargs):
-    """Path to (axis, number of axes summed over, stack) or to the reason, for all leaves but
-    biases.
-    """
+    """Maps paths to (axis, number of summed axes, stack) or to the reason, except biases."""
     plan = js.flax.plan(model, rules or {"*": "2:4"}, *args, **kwargs)
     kernels = [leaf for leaf in plan.leaves if leaf.path.split("/")[-1] not in ("bias", "scale")]
     return {

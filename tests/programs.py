@@ -1,15 +1,15 @@
-"""Runs a Python program in a process of its own."""
+"""Runs a Python program in its own process."""
 
 import os
 import subprocess
 import sys
 
-# what conftest.py sets for the tests themselves
+# set by conftest.py for the tests themselves
 OWN = ("NPROC", "XLA_FLAGS")
 
 
 def output(*command, timeout=500, **environment):
-    """What `python *command` prints, without the settings that the tests run under."""
+    """The output of `python *command`, without the settings of the tests."""
     inherited = {name: value for name, value in os.environ.items() if name not in OWN}
     command = [str(part) for part in command]
     run = subprocess.run(

@@ -1,6 +1,4 @@
-"""Lets models, and other code that is not the library's, promote shapes and dtypes as they like,
-while the library around them must not.
-"""
+"""Lets models and other foreign code promote shapes and dtypes, which the library must not do."""
 
 import contextlib
 import functools
@@ -16,7 +14,7 @@ def allowed():
 
 
 def promoting(fn):
-    """`fn`, traced or run where promotion is allowed."""
+    """Wraps `fn` so that it may promote when it is traced or run."""
 
     @functools.wraps(fn)
     def wrapper(*args, **kwargs):

@@ -1,9 +1,7 @@
-"""Runs the PTX of a block of threads in NumPy, with the sparse instruction from `lanes`: what a
-kernel that was compiled does.
+"""Runs the PTX of a block of threads in NumPy, with the sparse instructions of `lanes`.
 
-Threads run in step; those that branch forwards wait where they branched to. Asynchronous copies
-move their data when a wait lets them no longer be pending, so a kernel that reads too early reads
-what was there before.
+Threads run in lockstep; those that branch forwards wait at the target. Asynchronous copies move
+their data when a wait requires it, so a kernel that reads too early reads the old data.
 """
 
 import operator
@@ -13,7 +11,7 @@ import lanes
 import ml_dtypes
 import numpy as np
 
-# where the two windows begin in one memory; addresses are the same in all state spaces
+# the start of the two windows in one memory; addresses are the same in all state spaces
 SHARED, GLOBAL = (1024, 1 << 20)
 
 _INTEGER = {
@@ -35,15 +33,17 @@ _COMPARE = {
 
 
 def run(ptx, memory, parameters, block):
-    """Runs one block to its end; `memory` holds bytes and is changed, `block` is its index along x,
-    y, z.
+    """Runs one block to its end.
+
+    `memory` holds bytes and is changed; `block` is the index of the block along x, y and z.
     """
     _Block(ptx, memory, parameters, block).run()
 
 
 def product(ptx, x, w, bias, shape, grid, order="metadata bias y values x"):
-    """What the kernel writes to y `[N, M]`, uint16 words; `order` is that in which Mosaic has made
-    the operands its parameters.
+    """The result y `[N, M]` that the kernel writes, as uint16 words.
+
+    `order` is the order in which Mosaic makes the operands parameters.
     """
     operands = {
         "metadata": w.metadata,

@@ -1,4 +1,4 @@
-"""What each mask is, in plain Python loops; shares no code with the library."""
+"""Every mask in plain Python loops; shares no code with the library."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ def sort_key(score):
 
 
 def best_places(scores, n):
-    """The places of the `n` highest scores; of equal ones the lower place."""
+    """The indices of the `n` highest scores; among equal ones the lower index."""
     taken = []
     for _ in range(n):
         best = None
@@ -27,7 +27,7 @@ def best_places(scores, n):
 def nm_mask(scores, n, m, axis):
     """True for the `n` highest of every `m` neighbours along `axis`."""
     scores = np.asarray(scores)
-    # bfloat16 and the 8-bit floats: every value of theirs is one of float32
+    # float32 holds all values of bfloat16 and the 8-bit floats
     if scores.dtype.kind not in "iuf":
         scores = scores.astype(np.float32)
     rows = np.moveaxis(scores, axis, -1)
@@ -40,7 +40,7 @@ def nm_mask(scores, n, m, axis):
 
 
 def topk_mask(scores, k):
-    """True for the `k` highest; of equal ones the lower flat index."""
+    """True for the `k` highest; among equal ones the lower flat index."""
     flat = list(np.asarray(scores).ravel())
     # stable, so ties keep their order
     order = sorted(range(len(flat)), key=lambda i: sort_key(flat[i]), reverse=True)
@@ -50,14 +50,12 @@ def topk_mask(scores, k):
 
 
 def half_up(x):
-    """The nearest integer, and the upper one in the middle; at least 1."""
+    """The nearest integer, rounded half up; at least 1."""
     return max(1, math.floor(x + 0.5))
 
 
 def transposable_patterns(n):
-    """Every 4x4 mask with n in each row and column, the one whose first difference is True before
-    the other.
-    """
+    """Every 4x4 mask with n in each row and column, sorted by True at the first difference."""
     rows = list(itertools.combinations(range(4), n))
     for choice in itertools.product(rows, repeat=4):
         if all(sum(j in row for row in choice) == n for j in range(4)):
@@ -74,7 +72,7 @@ def blocks_of_four(values, axes):
 
 
 def kept(block, pattern):
-    """How many NaN and how many inf a pattern keeps of a block, and the sum of the rest."""
+    """The number of NaN and of inf that a pattern keeps of a block, and the sum of the rest."""
     values = [block[p][q] for p in range(4) for q in range(4) if pattern[p][q]]
     return (
         sum(map(math.isnan, values)),
@@ -84,7 +82,7 @@ def kept(block, pattern):
 
 
 def best_transposable(block, n):
-    """Of all patterns the one that keeps most, of equal ones the first."""
+    """The pattern that keeps the most; the first among equal ones."""
     return max(transposable_patterns(n), key=lambda pattern: kept(block, pattern))
 
 

@@ -1,5 +1,6 @@
-"""Ten steps of `recipes.explore_exploit` equal a NumPy transcription of Algorithm 1 of "Advances in
-Sparse Neural Model Training".
+"""`recipes.explore_exploit` equals a NumPy transcription of Algorithm 1 for ten steps.
+
+The algorithm is that of "Advances in Sparse Neural Model Training".
 """
 
 import jax
@@ -55,7 +56,7 @@ class AdamW:
 
 
 def gradients(effective, x, y):
-    """Of the mean squared error of `x @ w + b`, by hand, with respect to the effective weights."""
+    """Gradients of the mean squared error of `x @ w + b` for the effective weights, by hand."""
     error = x @ effective["w"] + effective["b"][None] - y
     return {"w": 2 * x.T @ error / error.size, "b": 2 * error.sum(0) / error.size}
 

@@ -1,6 +1,4 @@
-"""The Ampere kernel without an Ampere: whole in interpret mode, and what is compiled for one run in
-emulation.
-"""
+"""The Ampere kernel without its GPU: in interpret mode, and its compiled code in emulation."""
 
 import functools
 import re
@@ -61,7 +59,7 @@ def test_bias_and_activation_are_applied_before_rounding():
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """PTX for 128 rows, 256 output features, 320 of the contraction, and with a bias."""
+    """The PTX for 128 rows, 256 output features and a contraction of 320, and that with a bias."""
     folder = tmp_path_factory.mktemp("ptx")
     return {
         bias: aot.compile_ptx(folder / f"{bias}.ptx", "a100", "ampere", 128, 256, 320, bias=bias)

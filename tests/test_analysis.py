@@ -1,4 +1,4 @@
-"""What masks, weights and gradients say of themselves, against plain NumPy."""
+"""Metrics of masks, weights and gradients against plain NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ from jaxsparse._analysis.metrics import second_moments
 
 
 def correlations(series):
-    """Pearson's coefficient of one series with itself at every lag; NaN where a window is
-    constant.
-    """
+    """Pearson's coefficient of one series with itself at every lag; NaN for constant windows."""
     found = []
     for lag in range(len(series) - 1):
         x, y = series[: len(series) - lag].astype(float), series[lag:].astype(float)
@@ -29,7 +27,7 @@ def correlations(series):
 def first_lag(rho, length):
     if np.isnan(rho[0]):
         return np.nan
-    return next((lag for lag, value in enumerate(rho) if not value > 0), length)  # NaN, too
+    return next((lag for lag, value in enumerate(rho) if not value > 0), length)  # or NaN
 
 
 def walks(offset, scale, shape=(60, 3, 4)):
@@ -73,18 +71,19 @@ def test_decorrelation_time_of_known_series():
         ],
         1,
     )
-    # a trend never ends, an alternation at once; a constant and what is not finite have no time
+    # a trend never decorrelates, an alternation does at once; for a constant or non-finite series
+    # the time is undefined
     np.testing.assert_array_equal(
         analysis.decorrelation_time(series)[:5], [64, 64, 1, np.nan, np.nan]
     )
     assert analysis.decorrelation_time(np.array([0, 1, 0, -1, 0, 1])) == 1  # where it is exactly 0
     assert analysis.decorrelation_time(series)[5] == 32
-    # as of a weight that FIX switches off
+    # a weight that FIX switches off
     assert analysis.decorrelation_time(np.array([5, 5, 5, 5, 0, 0, 0, 0])) == 4
 
 
 def test_windows_that_are_constant_have_no_correlation():
-    # as a weight that FIX holds
+    # a weight that FIX holds at 0
     series = np.r_[np.linspace(0.1, 0.97, 8), np.full(43, 0.71234)].astype(np.float32)
     rho = analysis.autocorrelation(series)
     np.testing.assert_allclose(rho, correlations(series), atol=3e-6)

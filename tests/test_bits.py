@@ -1,4 +1,4 @@
-"""Masks keep every bit at one bit a weight."""
+"""Masks packed at one bit a weight keep every bit."""
 
 import hypothesis
 import hypothesis.strategies as st

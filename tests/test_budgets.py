@@ -1,4 +1,4 @@
-"""Layer budgets against values worked by hand."""
+"""Layer budgets against values computed by hand."""
 
 import dataclasses
 import math
@@ -41,24 +41,24 @@ def test_er_counts_the_channels_and_erk_every_size():
     assert densities(budget(shapes, 0.25, "er")) == pytest.approx(
         [12 / 32 * 88 / 124, 16 / 64 * 88 / 124]
     )
-    # erk: r = 18/288, 16/64; r * size = 18, 16; 0.25 of 352 are 88; c = 88/34, which takes neither
-    # over 1
+    # erk: r = 18/288, 16/64; r * size = 18, 16; 0.25 of 352 are 88; c = 88/34, which raises neither
+    # above 1
     assert densities(budget(shapes, 0.25, "erk")) == pytest.approx(
         [18 / 288 * 88 / 34, 16 / 64 * 88 / 34]
     )
 
 
 def test_layers_over_one_are_dense_and_the_rest_is_solved_again():
-    # r = 4/4, 110/1000; c = 502/114 takes the first over 1; then 502 - 4 = 498 of the second's 1000
-    # are left
+    # r = 4/4, 110/1000; c = 502/114 raises the first above 1; then 502 - 4 = 498 of the second's
+    # 1000 are left
     assert densities(budget({"a": (2, 2), "b": (10, 100)}, 0.5, "er")) == pytest.approx([1, 0.498])
-    # again and again: r = 1, 1/5, 110/1000 and r * size = 4, 20, 110 with sizes 4, 100, 1000; 0.9
-    # of 1104 are 993.6; c = 993.6/134 takes a over 1 and b too: 7.4/5; then 889.6 of 1000
+    # repeated: r = 1, 1/5, 110/1000 and r * size = 4, 20, 110 with sizes 4, 100, 1000; 0.9 of 1104
+    # are 993.6; c = 993.6/134 raises a above 1 and b too: 7.4/5; then 889.6 of 1000
     assert densities(
         budget({"a": (2, 2), "b": (10, 10), "c": (10, 100)}, 0.9, "er")
     ) == pytest.approx([1, 1, 0.8896])
-    # at 0.66 the first takes a over 1 only (c = 728.64/134 = 5.44, b 1.09), so b too; 0.6: c =
-    # 4.943, b .989; then c = (662.4 - 4)/130 = 5.065 takes b over 1: 558.4 of 1000
+    # at 0.66, c = 728.64/134 = 5.44 raises a above 1, and b to 1.09; at 0.6, c = 4.943 raises b to
+    # 0.989, and then c = (662.4 - 4)/130 = 5.065 raises b above 1: 558.4 of 1000
     assert densities(
         budget({"a": (2, 2), "b": (10, 10), "c": (10, 100)}, 0.6, "er")
     ) == pytest.approx([1, 1, 0.5584])
@@ -79,7 +79,7 @@ def test_the_axes_of_a_stack_are_left_out():
     assert densities(budget(shapes, 0.1, "er", stack=(-3,))) == pytest.approx([1 / 6, 5 / 54])
     assert densities(budget(shapes, 0.1, "erk", stack=(-3,))) == pytest.approx([1 / 6, 5 / 54])
     sizes = [math.prod(shape) for shape in shapes.values()]
-    # without the knowledge: r = 25/500, 105/4500; r * size = 25, 105; 0.1 of 5000 are 500; c =
+    # if stacks were ignored: r = 25/500, 105/4500; r * size = 25, 105; 0.1 of 5000 are 500; c =
     # 500/130
     assert densities(budget(shapes, 0.1, "erk")) == pytest.approx(
         [25 / sizes[0] * 500 / 130, 105 / sizes[1] * 500 / 130]

@@ -1,4 +1,4 @@
-"""Compressed weights: the format, bit for bit, and that they are ordinary pytrees."""
+"""Compressed weights: their format, bit for bit, and their behaviour as pytrees."""
 
 import math
 
@@ -17,8 +17,9 @@ DTYPES = ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 
 
 def bits(a):
-    """What tells -0 from 0; every NaN is one, for XLA moves 16-bit floats through wider ones, which
-    loses its payload.
+    """Bits that distinguish -0 from 0, with all NaN equal.
+
+    XLA moves 16-bit floats through wider ones, which loses the payload of NaN.
     """
     a = np.array(a)
     nan = np.isnan(a.astype(np.float32))
@@ -27,7 +28,7 @@ def bits(a):
 
 
 def random_mask(shape, axis, seed):
-    """2 of every 4 along `axis`, at random places."""
+    """A mask with 2 of every 4 along `axis`, at random places."""
     order = np.random.default_rng(seed).permuted(
         np.broadcast_to([True, True, False, False], (math.prod(shape) // 4, 4)), axis=1
     )
@@ -36,7 +37,7 @@ def random_mask(shape, axis, seed):
 
 
 def random_weights(shape, dtype, seed):
-    """Any bits at all: NaN, infinities and subnormal numbers among them."""
+    """Weights of arbitrary bits, with NaN, infinities and subnormal numbers among them."""
     dtype = jnp.dtype(dtype)
     random = np.random.default_rng(seed)
     w = (
@@ -53,9 +54,7 @@ def random_weights(shape, dtype, seed):
 
 
 def packed_row(row, mask):
-    """One row of weights to its values and words, as the format has it: a nibble `idx0 | idx1 << 2`
-    for each group.
-    """
+    """Packs one row into values and words with a nibble `idx0 | idx1 << 2` for each group."""
     values, words, nibbles = [], [], []
     for start in range(0, len(row), 4):
         first, second = [i for i in range(4) if mask[start + i]]
@@ -69,8 +68,9 @@ def packed_row(row, mask):
 
 
 def check_format(w, mask, packed, begin, end, output_first=False):
-    """`packed` holds `w`, whose axes begin..end are contracted, row by row in the order of the
-    outputs.
+    """Checks that `packed` holds `w` row by row, in the order of the outputs.
+
+    The axes begin..end of `w` are contracted.
     """
     contracted = math.prod(w.shape[begin:end])
     if output_first:
@@ -99,8 +99,10 @@ def check_format(w, mask, packed, begin, end, output_first=False):
 
 
 def optimized(fn):
-    """`fn` compiled as programs are by default, where the tests are compiled faster: XLA:CPU
-    handles a bfloat16 as a float32, which loses the smallest numbers unless it is optimized away.
+    """Compiles `fn` with the default optimizations, unlike the other programs of the tests.
+
+    XLA:CPU computes bfloat16 in float32, which loses the smallest numbers unless it is optimized
+    away.
     """
     options = {
         "xla_backend_optimization_level": 3,
@@ -310,5 +312,5 @@ def test_a_mask_that_is_not_2_of_4_is_refused_with_its_path(spoil, with_plan):
 def test_another_pattern_is_refused_with_its_path():
     w = jnp.arange(32.0).reshape(8, 4)
     plan = js.plan({"w": w}, {"w": js.NM(1, 4, axis=0)})
-    with pytest.raises(ValueError, match="w is planned 1:4, but the compressed format is 2:4"):
+    with pytest.raises(ValueError, match="w is planned as 1:4, but the compressed format is 2:4"):
         js.compress({"w": w}, js.magnitude_masks({"w": w}, plan), plan)

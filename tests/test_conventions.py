@@ -1,4 +1,4 @@
-"""What optax expects of a transformation, of every transformation and recipe of the library."""
+"""Conventions of optax that every transformation and recipe of the library follows."""
 
 import functools
 import pickle
@@ -60,7 +60,7 @@ def forms(tree):
 
 
 def transformation(name, inner=None):
-    """A wrapper around an optimizer, or a piece in a chain behind it, inside `rewire`."""
+    """A wrapper around an optimizer, or a piece in a chain after it, inside `rewire`."""
     inner = optax.adamw(1e-2) if inner is None else inner
     if name in WRAPPERS:
         return WRAPPERS[name](inner)
@@ -139,7 +139,7 @@ def test_sharpness_aware_minimization(name):
 
 @EVERY
 def test_tree_map_params(name):
-    """The optimizer's own trees of parameters are found; masks and counts count as others."""
+    """The optimizer's own trees of parameters are found; masks and counts are not among them."""
     tx = transformation(name, optax.adam(1e-2))
     state = tx.init(PARAMS)
     specs = {"a": {"w": "matrix"}, "b": "vector"}
@@ -269,7 +269,7 @@ def test_a_running_mean_remembers():
 
 
 def test_a_rule_that_grows_by_the_gradient_fits_without_a_change_to_rewire():
-    """RigL in a few lines: what is kept is decided by the masks, the weights and the gradient."""
+    """RigL in a few lines: masks, weights and gradient decide which weights are kept."""
 
     def drop_and_grow(plan, params, gradients, masks, step, key, extra):
         if gradients is None:

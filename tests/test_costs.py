@@ -27,7 +27,7 @@ TOKENS = spec(1, 196, 768)
 
 
 class Layer(nn.Module):
-    """One of the twelve of ViT-Base."""
+    """One of the twelve layers of ViT-Base."""
 
     @nn.compact
     def __call__(self, x, _=None):
@@ -73,7 +73,7 @@ def test_vit_base_is_the_table_of_the_paper(pattern, expected):
     cost = model_costs(Encoder(), {"*/ff?/kernel": pattern}, TOKENS)
     assert cost.inference_flops == pytest.approx(expected * 1e9, rel=0.001)
     assert cost.dense.inference_flops == pytest.approx(34.71e9, rel=0.001)
-    # table 1, the last those of scores and of values
+    # table 1; the last two are the scores and the values
     products = {"ff": 22.19e9, "attention": 11.09e9, "": 1.42e9}
     for name, number in products.items():
         assert sum(
@@ -87,7 +87,7 @@ def test_a_stack_costs_what_its_layers_cost_and_remat_computes_again():
     for name in ("inference_flops", "training_flops", "inference_bytes", "training_bytes"):
         assert getattr(scanned, name) == getattr(unrolled, name)
     feedforward, attention = 12 * 4 * 196 * 768 * 3072, 12 * 196 * (8 * 768 * 768 + 4 * 196 * 768)
-    # at density 1/2 forward and back, and the gradient
+    # at density 1/2 forward and backward, and the dense gradient
     assert scanned.training_flops == 2 * feedforward + 3 * attention
     again = model_costs(Encoder(nn.remat(Layer)), rules, TOKENS)
     assert again.inference_flops == scanned.inference_flops
@@ -198,7 +198,7 @@ def test_a_scan_that_casts_its_weights():
     def fn(p, x):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w.astype(jnp.bfloat16)), None), x, p["w"])[0]
 
-    one = 6 * 2 * 5 * 4 * 4  # the casts are kept for the way back
+    one = 6 * 2 * 5 * 4 * 4  # the backward pass reuses the casts
     assert flops(function_costs(fn, {"w": spec(6, 4, 4)}, {}, spec(5, 4, dtype="bfloat16"))) == {
         "w": (one, 2 * one),
         "": (0, one),

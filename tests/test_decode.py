@@ -1,6 +1,4 @@
-"""The decode kernel without a GPU: whole in interpret mode, and the compiled instructions in
-emulation.
-"""
+"""The decode kernel without a GPU: in interpret mode, and its compiled code in emulation."""
 
 import dataclasses
 
@@ -93,7 +91,7 @@ def test_the_compiled_kernel_is_exact(tmp_path, gpu, n, m, k, options):
     code = aot.compile_ptx(tmp_path / "kernel.ptx", gpu, "decode", n, m, k, **options)
     x, w, bias, exact = problem(n, m, k)
     with_bias, tile_m = "bias" in options, options.get("config", {"tile_m": 16})["tile_m"]
-    spare = -k % 16  # what the kernel is given is padded before
+    spare = -k % 16  # the kernel's operands are padded before the call
     x, w = (
         jnp.pad(x, ((0, 0), (0, spare))),
         dataclasses.replace(w, values=jnp.pad(w.values, ((0, 0), (0, spare // 2)))),

@@ -1,4 +1,4 @@
-"""The Python of the documentation runs, and prints what stands below it."""
+"""Runs the Python of the documentation and compares the output with the page."""
 
 import contextlib
 import io

@@ -1,6 +1,4 @@
-"""Bad input: each is a ValueError or TypeError that names the call, the leaf, both numbers and what
-to do.
-"""
+"""Bad input raises a ValueError or TypeError with the call, leaf, both numbers and remedy."""
 
 import re
 
@@ -77,8 +75,8 @@ def recipe(name, plan=PLAN, **kwargs):
     return lambda: getattr(js.recipes, name)(optax.sgd(0.1), plan, **{**steps, **kwargs})
 
 
-# the call, the name that the message begins with, what it says besides, and, where another row has
-# the same, a word on this one
+# the call, the name at the start of the message, the rest of the message, and a distinguishing word
+# if another row has the same message
 VALUES = [
     (
         nm(S),
@@ -265,13 +263,13 @@ VALUES = [
         lambda: js.rewire(optax.sgd(0.1), js.plan(PARAMS, {"*": None})),
         "rewire",
         "the plan keeps every leaf dense",
-        "by its rules",
+        "because of its rules",
     ),
     (
         lambda: js.rewire(optax.sgd(0.1), js.plan({}, {})),
         "rewire",
         "the plan keeps every leaf dense",
-        "of which there is none",
+        "because it has no leaves",
     ),
     (lambda: js.rewire(optax.sgd(0.1), PLAN, every=0), "rewire", "every=0 is below 1"),
     (lambda: js.rewire(optax.sgd(0.1), PLAN, until=-1), "rewire", "until=-1 is below 0"),
@@ -539,7 +537,7 @@ VALUES = [
     (lambda: js.compress(PARAMS, UNMASKED), "compress", "tuple .*jaxsparse.rewire"),
     (lambda: js.compress(OTHER, STATE), "compress", "a leaf a/w .* c. Pass"),
     (lambda: js.compress(RESHAPED, STATE), "compress", "a/w has shape (4, 4).*(8, 4). Pass"),
-    (lambda: js.compress(PARAMS, ONE_OF_FOUR), "compress", "a/w is planned 1:4, .*2:4. Train"),
+    (lambda: js.compress(PARAMS, ONE_OF_FOUR), "compress", "a/w is planned as 1:4, .*2:4. Train"),
     (
         lambda: js.compress(PARAMS, FULL),
         "compress",
@@ -553,7 +551,7 @@ VALUES = [
     (
         lambda: js.compress(PARAMS, jax.tree.map(lambda w: jnp.asarray(True), PARAMS), PLAN),
         "compress",
-        "the plan makes a/w sparse, but there is no mask of it. Pass",
+        "the plan makes a/w sparse, but there is no mask for it. Pass",
     ),
     (lambda: js.compress(RESHAPED, MASKS, PLAN), "compress", "a/w has shape (4, 4) .*(8, 4)"),
     (
@@ -814,7 +812,7 @@ def test_bad_input(kind, call, name, says):
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
     assert caught.type is kind
-    message = str(caught.value).split("\n--------------------\n")[0]  # what jax adds under jit
+    message = str(caught.value).split("\n--------------------\n")[0]  # jax adds text under jit
     assert message.startswith(f"{name}: ")
     assert re.search(".*".join(map(re.escape, says.split(".*"))), message, re.DOTALL), message
     assert message.rstrip().endswith("."), message

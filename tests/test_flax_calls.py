@@ -1,5 +1,6 @@
-"""`flax.intercept` and the ways of calling a model: collections, random keys, methods, bound
-modules, jit, a training step.
+"""`flax.intercept` under every way of calling a model.
+
+Collections, random keys, methods, bound modules, jit, and a training step.
 """
 
 import gc
@@ -19,7 +20,7 @@ X = jax.random.normal(jax.random.key(1), (4, 16))
 
 
 class Net(nn.Module):
-    """Batch norm, dropout, an intermediate value, and more than one method."""
+    """A net with batch norm, dropout, an intermediate value, and more than one method."""
 
     def setup(self):
         self.body = nn.Dense(16)
@@ -120,7 +121,8 @@ def test_a_function_compiled_before_runs_with_the_masks_of_each_context_and_dens
         with js.flax.intercept(masks):
             np.testing.assert_allclose(encode(PARAMS), masked(masks), rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(encode(PARAMS), before)
-    # dense, and for each set of masks: entering with the same ones again traces nothing
+    # traced once dense and once for each set of masks; entering again with the same masks traces
+    # nothing
     assert len(traces) == 3
 
 
@@ -169,7 +171,7 @@ def test_masks_and_packed_leaves_in_one_model():
 
 
 class Hyper(nn.Module):
-    """Returns what looks like mutated variables."""
+    """A model whose output resembles mutated variables."""
 
     @nn.compact
     def __call__(self, x):
@@ -292,7 +294,7 @@ def test_captured_intermediates_are_those_of_the_plain_model(packed, capture):
 
 
 class Setup(nn.Module):
-    """Reads a weight and owns a layer in `setup`, and has a method that Flax does not wrap."""
+    """A model with a weight and a layer in `setup`, and a method that Flax does not wrap."""
 
     def setup(self):
         self.w = self.param("w_kernel", nn.initializers.lecun_normal(), (16, 8))

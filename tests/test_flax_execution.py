@@ -1,6 +1,4 @@
-"""Every kind of Flax layer runs masked and compressed under `flax.intercept` as it would on sparse
-parameters.
-"""
+"""Every kind of Flax layer runs masked and compressed as it would on sparse parameters."""
 
 import functools
 
@@ -45,7 +43,7 @@ class Shared(nn.Module):
 
 
 class Own(nn.Module):
-    """Reads its weights, one of them called as those of flax.linen are, in `setup`."""
+    """A layer that reads its weights in `setup`; one has the name that flax.linen uses."""
 
     def setup(self):
         self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (16, 8))

@@ -1,6 +1,4 @@
-"""Models whose outermost class or method is lifted, boxed parameters, and odd calls: planned,
-masked and compressed as plain ones.
-"""
+"""Lifted models, boxed parameters and unusual calls are planned, masked and compressed."""
 
 import functools
 
@@ -29,7 +27,7 @@ class Body(nn.Module):
 
 
 class Owner(nn.Module):
-    """Owns its kernel; its method is decorated."""
+    """A module that owns its kernel and has a decorated method."""
 
     @functools.partial(nn.vmap, variable_axes={"params": 0}, split_rngs={"params": True})
     @nn.compact
@@ -50,7 +48,7 @@ class Decorated(nn.Module):
 
 
 class Turned(nn.Module):
-    """Sees its parameters transposed: a square kernel, whose shape cannot tell."""
+    """A module that sees its parameters transposed; its square shape does not help."""
 
     @nn.compact
     def __call__(self, x):
@@ -61,7 +59,7 @@ class Turned(nn.Module):
 
 
 class Reads(nn.Module):
-    """Two methods, one of which is compiled."""
+    """A module with two methods, one of them compiled."""
 
     def setup(self):
         self.layer = nn.Dense(8)

@@ -1,6 +1,4 @@
-"""The axis that `flax.plan` learns for each kind of layer, or the reason why the leaf stays
-dense.
-"""
+"""The axis that `flax.plan` learns for each kind of layer, or the reason why it stays dense."""
 
 import time
 
@@ -22,7 +20,7 @@ GROUPED = "the kernel of a grouped convolution, which sums over some input chann
 
 
 class Custom(nn.Module):
-    """A kernel of one's own, made in `setup`, used by `use(x, w)`."""
+    """A custom kernel, made in `setup` and used by `use(x, w)`."""
 
     shape: tuple
     use: callable
@@ -237,7 +235,7 @@ def test_a_tied_embedding_stays_dense():
 
 
 class Trained(nn.Module):
-    """Batch norm and dropout, with an argument that tells training from evaluation."""
+    """Batch norm and dropout, with an argument that distinguishes training from evaluation."""
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -260,7 +258,7 @@ def test_dropout_and_batch_norm_with_keyword_arguments(train):
 
 
 class Tree(nn.Module):
-    """A parameter that is itself a tree."""
+    """A module whose parameter is itself a tree."""
 
     @nn.compact
     def __call__(self, x):
@@ -291,7 +289,7 @@ def test_boxed_parameters():
 @pytest.mark.clock
 def test_planning_runs_nothing_on_the_device():
     features, compiled = 2**18, []
-    js.flax.plan(nn.Dense(4), {"kernel": "2:4"}, X)  # makes the key
+    js.flax.plan(nn.Dense(4), {"kernel": "2:4"}, X)  # warms up: creates the random key
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     )

@@ -1,6 +1,4 @@
-"""The axis that `flax.plan` learns where modules are scanned, vmapped, rematerialised, recurrent or
-shared.
-"""
+"""The axis that `flax.plan` learns in lifted models: scan, vmap, remat, recurrence, sharing."""
 
 import functools
 
@@ -43,7 +41,7 @@ def scanned(axis, length):
     ("axis", "length", "expected"),
     [
         (0, 4, (-2, 1, (-3,))),
-        (0, 8, (-2, 1, (-3,))),  # 8x8x8: the shape cannot tell
+        (0, 8, (-2, 1, (-3,))),  # 8x8x8: the shape does not determine the axis
         (1, 4, (-3, 1, (-2,))),
         (1, 8, (-3, 1, (-2,))),
         (2, 8, (-3, 1, (-1,))),

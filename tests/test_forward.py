@@ -1,4 +1,4 @@
-"""Weights, mask and decay factor to effective weights and gradients, against NumPy."""
+"""Effective weights and their gradients against NumPy."""
 
 from typing import NamedTuple
 

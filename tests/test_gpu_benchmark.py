@@ -1,6 +1,4 @@
-"""The benchmark's logic, where there is no GPU: what it finds wrong, what it leaves out, what it
-writes.
-"""
+"""The logic of the GPU benchmark without a GPU: errors it finds, cases it skips, its output."""
 
 import dataclasses
 import functools
@@ -225,7 +223,7 @@ def test_every_variant_is_one_that_the_kernels_take(gpu):
 def test_without_a_gpu_it_says_so(gpu, capsys):
     with pytest.raises(SystemExit):
         gpu.main([])
-    assert "is no GPU; --smoke runs the steps without one" in capsys.readouterr().err
+    assert "is not a GPU; --smoke runs the steps without one" in capsys.readouterr().err
 
 
 def test_a_row_of_the_table(gpu):

@@ -11,7 +11,7 @@ import reference
 import jaxsparse as js
 from jaxsparse._masks import groups, ranking
 
-# the longest group that each is for
+# the longest group that each algorithm supports
 ALGORITHMS = {"compare_all": 16, "merge": 512, "best": 512, "insert": 64, "bisect": 512}
 SIZES = [
     (1, 3),

@@ -1,6 +1,4 @@
-"""The Hopper kernel without a Hopper: whole in interpret mode, and its instructions in what is
-compiled for one.
-"""
+"""The Hopper kernel without its GPU: in interpret mode, and its compiled instructions."""
 
 import re
 
@@ -71,8 +69,9 @@ def test_bias_and_activation_are_applied_before_rounding(activation):
 
 
 def step_of(ptx):
-    """The first two sparse instructions: `(a descriptor, b descriptor, metadata register,
-    selector)` each, as for tiles at address 0.
+    """The first two sparse instructions of the PTX.
+
+    Each is `(a descriptor, b descriptor, metadata register, selector)`, for tiles at address 0.
     """
     calls = re.findall(r"wgmma\.mma_async\.sp[^}]*\}, (%rd\d+), (%rd\d+), (%r\d+), (\d)", ptx)[:2]
     constants = {
@@ -87,9 +86,7 @@ def step_of(ptx):
 
 
 def product_of(step, values, x, words):
-    """What the instructions compute, in emulation, from tiles that TMA has written to shared
-    memory.
-    """
+    """The product that the instructions compute, in emulation, from tiles in shared memory."""
     values, x = lanes.tma_tile(values, 64), lanes.tma_tile(x, 128)
     total = 0
     for a, b, _, selector in step:

@@ -1,6 +1,4 @@
-"""One product for every device: which kernel is chosen, what is refused and why, and that the
-fallback does the same everywhere.
-"""
+"""The choice of the kernel for a product, the reasons for refusals, and the dense fallback."""
 
 import dataclasses
 import itertools
@@ -318,7 +316,7 @@ def test_batches_of_everything():
 
 
 def module(capabilities=("9.0",), platforms=("cuda",), for_export=False, **context):
-    """What a lowering rule is told of its module, for GPUs that a test does not have."""
+    """The module context of a lowering rule, for absent GPUs."""
     devices = [SimpleNamespace(compute_capability=c) for c in capabilities]
     return SimpleNamespace(
         backend=SimpleNamespace(devices=lambda: devices),

@@ -1,6 +1,4 @@
-"""Packed weights against lane-level emulations of the sparse tensor core instructions, and the
-round trip of their metadata.
-"""
+"""Packed weights under lane-level emulations of the instructions, and conversions of layouts."""
 
 import chex
 import jax
@@ -15,7 +13,7 @@ from jaxsparse._packed import layouts
 
 
 def packed(rows=128, columns=256, layout="mma16", dtype=jnp.bfloat16, seed=0):
-    """The weight in the orientation `[M, K]`, masked, and its packed form."""
+    """The masked weight as `[M, K]`, and its packed form."""
     mask, weights = lanes.prune(np.random.default_rng(seed), rows, columns)
     w = js.compress(
         {"w": jnp.asarray(weights.T, dtype)}, {"w": jnp.asarray(mask.T)}, layout=layout
@@ -24,7 +22,7 @@ def packed(rows=128, columns=256, layout="mma16", dtype=jnp.bfloat16, seed=0):
 
 
 def product(instruction, values, words, x):
-    """W x by an emulated instruction for 64 rows, 32 columns."""
+    """W x by an emulated instruction for 64 rows and 32 columns."""
     (rows, _), (_, columns) = words.shape[:2], words.shape[:2]
     y = np.zeros((64 * rows, x.shape[1]), np.float32)
     for i, k, selector in np.ndindex(rows, columns, 2):
@@ -142,7 +140,7 @@ def test_compress_chooses_the_layout_of_the_backend(monkeypatch, jit):
             jnp.asarray(weights.T, dtype), jnp.asarray(mask.T)
         ).layout
 
-    # the fallback on a CPU reads its metadata as they are
+    # the fallback on a CPU reads the metadata without a conversion
     assert layout(jnp.bfloat16) == "canonical"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert (layout(jnp.bfloat16), layout(jnp.float16), layout(jnp.float32)) == (

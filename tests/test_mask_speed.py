@@ -1,5 +1,6 @@
-"""A mask costs a small multiple of reading the weights; where XLA:CPU computes a group's result for
-each member, it costs m times that.
+"""The time of a mask is a small multiple of reading the weights.
+
+If XLA:CPU computes a group's result again for each member, it is m times that.
 """
 
 import json
@@ -16,14 +17,13 @@ TESTS = pathlib.Path(__file__).parent
 RESULTS = TESTS.parent / "benchmarks" / "results"
 CASES = {f"axis {axis} {dtype}" for axis in (0, 1) for dtype in ("float32", "bfloat16")}
 PATTERNS = ("2:4", "4:8", "1:16", "1:128", "2:16")
-# Above what the README says. Programs that run beside this one take cache and bandwidth from a
-# mask as from the stream, and yet ratios of CPU time rise by up to 1.4 where there are twice as
-# many programs as cores.
+# The tolerance above the figures in the README. Other programs slow down the mask and the stream
+# alike, but ratios of CPU time still rise by up to 1.4 with twice as many programs as cores.
 MARGIN = 1.5
 
 
 def claimed():
-    """The highest ratio that the README has for each pattern, over axes and dtypes."""
+    """The highest ratio in the README for each pattern, over axes and dtypes."""
     rows = json.loads((RESULTS / "masks.json").read_text())["rows"]
     ratios = {name: row for name, *row in rows}
     return {
@@ -36,7 +36,7 @@ def claimed():
 def test_masks_cost_what_the_readme_says():
     bars = {pattern: MARGIN * ratio for pattern, ratio in claimed().items()}
     least = {}
-    for _ in range(3):  # a mask that became slower is so each time
+    for _ in range(3):  # a mask that has become slower fails each time
         found = json.loads(programs.output(TESTS / "mask_times.py", *PATTERNS))
         assert found.keys() == CASES
         for case, ratios in found.items():
@@ -52,8 +52,9 @@ def test_masks_cost_what_the_readme_says():
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_bfloat16_is_ranked_as_integers(pattern, axis):
-    """XLA:CPU cuts and reshapes a bfloat16 by way of float32, which leaves half as many lanes to
-    compute in.
+    """bfloat16 is compared as integers.
+
+    XLA:CPU slices and reshapes it through float32, which leaves half as many lanes to compute in.
     """
     n, m = map(int, pattern.split(":"))
     w = jax.ShapeDtypeStruct((256, 256), "bfloat16")

@@ -1,4 +1,4 @@
-"""Scores to masks: `nm_mask` against the plain reference, and under every transformation."""
+"""`nm_mask` against the plain reference, and under every transformation."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -33,7 +33,7 @@ nm_mask = jax.jit(js.nm_mask, static_argnums=(1, 2), static_argnames="axis")
 
 
 def special_values(dtype):
-    """Values of `dtype` that are easy to rank wrongly."""
+    """Values of `dtype` that are easily ranked wrongly."""
     if dtype in INTEGERS:
         info = jnp.iinfo(dtype)
         return np.array(
@@ -61,7 +61,7 @@ def special_values(dtype):
 
 
 def random_scores(rng, dtype, shape):
-    """Small integers, so that ties abound, and special values between them."""
+    """Small integers with many ties, and special values among them."""
     dtype = jnp.dtype(dtype)
     few = rng.integers(0 if dtype.name.startswith("u") else -3, 4, shape).astype(dtype)
     return np.where(rng.random(shape) < 0.3, rng.choice(special_values(dtype.name), shape), few)

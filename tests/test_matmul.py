@@ -1,6 +1,4 @@
-"""`sparse_matmul` equals the product with the dense masked weight, and so do all its
-transformations.
-"""
+"""`sparse_matmul` and its transformations equal the product with the dense masked weight."""
 
 import dataclasses
 import functools
@@ -25,7 +23,7 @@ def make(
     integers=False,
     seed=0,
 ):
-    """A packed weight and the dense masked one in NumPy, float64, as `[*stack, K, M]`."""
+    """A packed weight, and the dense masked weight in NumPy, float64, as `[*stack, K, M]`."""
     random = np.random.default_rng(seed)
     k, m = math.prod(core), math.prod(output)
     w = random.integers(-8, 9, (*stack, k, m)) if integers else random.normal(size=(*stack, k, m))
@@ -54,7 +52,7 @@ def make_x(shape, dtype=jnp.float32, integers=False, seed=9):
 
 
 def dense_product(x, w):
-    """Row by row of x, for the last axis of x and `[K, M]`."""
+    """The product row by row of x, for its last axis and `[K, M]`."""
     x = np.asarray(x, np.float64)
     return np.stack(
         [sum(row[k] * w[k] for k in range(len(row))) for row in x.reshape(-1, x.shape[-1])]
@@ -180,7 +178,7 @@ def test_sixteen_bit_sums_are_taken_in_float32():
         for line in jax.jit(js.sparse_matmul).lower(x, w).as_text().splitlines()
         if "dot_general" in line
     ]
-    assert product.endswith("-> tensor<1x1xf32>")  # not left to the backend
+    assert product.endswith("-> tensor<1x1xf32>")  # sums in float32 whatever the backend
 
 
 @pytest.mark.parametrize(
@@ -232,9 +230,7 @@ def with_values(w, values):
 
 
 def dense_twin(w):
-    """A differentiable dense product of x and the values, through a scatter that the library has no
-    part in.
-    """
+    """A differentiable dense product of x and the values, by a scatter outside of the library."""
     k, m = w.contracting[0], w.output[0]
     nibbles = np.asarray(w.metadata)[..., None] >> np.arange(0, 16, 4) & 15
     nibbles = nibbles.reshape(m, -1)[:, : k // 4]

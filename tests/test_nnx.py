@@ -1,6 +1,4 @@
-"""`jaxsparse.nnx`: plans of Modules, the context in which their Params hold the effective weights,
-and a model as in `char_lm`.
-"""
+"""`jaxsparse.nnx`: plans of Modules, the context for effective weights, and a whole model."""
 
 import functools
 import pathlib
@@ -30,7 +28,9 @@ class Residual(nnx.Module):
 
 
 class Net(nnx.Module):
-    """A stack under scan and remat, a Linear in two places, batch norm, dropout, a cache and an
+    """A Module with all kinds of state.
+
+    A stack under scan and remat, a Linear in two places, batch norm, dropout, a cache and an
     intermediate value.
     """
 
@@ -84,7 +84,7 @@ def loss_in_the_context(model, optimizer, **kwargs):
 
 
 def pure(model, filter=...):
-    """The arrays of a model by path, random keys as integers."""
+    """The arrays of a model by path, with random keys as integers."""
     found = nnx.to_flat_state(nnx.state(model, filter))
     arrays = {"/".join(map(str, path)): variable.get_value() for path, variable in found}
     return {
@@ -108,7 +108,7 @@ def nnx_step(model, optimizer):
 
 
 def split_step(model, optimizer):
-    """The same in pure functions, with `effective_params`."""
+    """The same training step in pure functions, with `effective_params`."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, rest):
@@ -123,7 +123,7 @@ def split_step(model, optimizer):
 
 
 def merged_step(model, optimizer):
-    """`intercept` on a model that is merged inside of `jax.value_and_grad`."""
+    """A training step with `intercept` on a model that is merged inside `jax.value_and_grad`."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, rest):
@@ -330,7 +330,7 @@ def test_errors_name_the_call():
 
 
 class Bare(nnx.Module):
-    """Weights in a list and in a dict, without a module of their own."""
+    """A Module with weights in a list and in a dict, outside of other Modules."""
 
     def __init__(self, *, rngs):
         self.weights = nnx.List([nnx.Param(jnp.ones((16, 8)))])
@@ -401,7 +401,7 @@ def test_a_plan_leaves_the_model_as_it_was():
 
 
 class Switched(nnx.Module):
-    """Calls that take more than arrays."""
+    """A Module whose calls take static arguments."""
 
     def __init__(self, *, rngs):
         self.a = nnx.Linear(16, 4, rngs=rngs)

@@ -23,7 +23,7 @@ def test_it_runs_from_top_to_bottom(path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": path.parent}}
-    ).execute()  # raises where a cell does
+    ).execute()  # raises if a cell raises
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

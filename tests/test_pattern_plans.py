@@ -1,4 +1,4 @@
-"""Transposable, unstructured and block patterns in plans, recipes, global scope and compression."""
+"""Transposable, unstructured and block patterns in plans, recipes, global scope, compression."""
 
 import functools
 import importlib
@@ -262,7 +262,7 @@ def test_other_patterns_do_not_compress(pattern):
     params = {"w": jnp.ones((8, 8))}
     plan = js.plan(params, {"w": pattern})
     with pytest.raises(
-        ValueError, match=f"compress: w is planned {pattern}, but the compressed format is 2:4"
+        ValueError, match=f"compress: w is planned as {pattern}, but the compressed format is 2:4"
     ):
         js.compress(params, js.magnitude_masks(params, plan), plan)
 
@@ -272,7 +272,7 @@ def test_masks_of_one_shape_are_traced_once(monkeypatch):
     module = importlib.import_module("jaxsparse._masks.nm")
     mask_groups = module.mask_groups
     monkeypatch.setattr(module, "mask_groups", lambda *args: calls.append(1) or mask_groups(*args))
-    # a shape of no other test
+    # a shape that no other test uses
     params = {str(i): jax.ShapeDtypeStruct((52, 11), "float32") for i in range(5)}
     plan = js.plan(params, {"*": js.NM(2, 4, axis=0)})
     jax.make_jaxpr(functools.partial(js.magnitude_masks, plan=plan))(params)

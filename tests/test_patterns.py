@@ -1,6 +1,4 @@
-"""Transposable, unstructured and block masks against the plain references, and under every
-transformation.
-"""
+"""Transposable, unstructured and block masks against plain references and under transformations."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -24,9 +22,7 @@ def wide(scores):
 
 
 def few(rng, dtype, shape):
-    """Small integers, so that ties abound, with NaN, inf and signed zeros between them where there
-    are such.
-    """
+    """Small integers with many ties, with NaN, inf and signed zeros if the dtype has them."""
     scores = rng.integers(0, 4, shape).astype(jnp.dtype(dtype))
     if "float" not in dtype:
         return scores
@@ -127,7 +123,7 @@ def test_transposable_keeps_most_nan_and_then_most_inf(n, dtype):
         strict=True,
     ):
         assert pattern in list(reference.transposable_patterns(n))
-        if top < 1e38:  # else the largest are as good as inf
+        if top < 1e38:  # otherwise the largest values count as inf
             assert reference.kept(block, pattern)[:2] == max(
                 reference.kept(block, p)[:2] for p in reference.transposable_patterns(n)
             )

@@ -1,4 +1,4 @@
-"""Rules to plans on bare pytrees. Plans learned from models are in test_flax_plan.py."""
+"""Plans from rules on bare pytrees; test_flax_plan.py tests plans learned from models."""
 
 import collections
 import dataclasses

@@ -1,6 +1,4 @@
-"""The quality benchmark: what it compares is comparable, its statistics are right, and every step
-of it runs.
-"""
+"""The quality benchmark: comparable runs, correct statistics, and every step runs."""
 
 import functools
 import json
@@ -260,7 +258,7 @@ def test_tuning_takes_the_best_of_all_settings_at_the_best_rate(cells):
     at_best = runs.tuning(runs.Cells(runs.CPU, settings))[1]
     assert {cell.rate for tried in at_best.values() for cell in tried} == {5e-3}
     finish(at_best["RESET"], [2.0, 2.1, 1.9])
-    finish(at_best["FIX"][:2], [2.0, 2.1])  # not all of them
+    finish(at_best["FIX"][:2], [2.0, 2.1])  # only some seeds
     assert (
         runs.tuned(runs.CPU, found, {})["RESET"] == 300
         and runs.tuned(runs.CPU, found, {})["FIX"] == 0.25

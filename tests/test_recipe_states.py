@@ -1,5 +1,6 @@
-"""The decay factor and the gradient in the optimizer state: under every wrapper, in Flax, in
-checkpoints, at compression.
+"""The decay factor and the gradient in the optimizer state, wherever it is used.
+
+Under every wrapper, in Flax, in checkpoints and at compression.
 """
 
 import pickle
@@ -54,9 +55,7 @@ def make_step(tx):
 
 
 def factor(params, state, name):
-    """What non-participating weights are scaled by in the next forward pass; 1 where all
-    participate.
-    """
+    """The factor on non-participating weights in the next forward pass; 1 if all participate."""
     mask = np.asarray(js.masks(state)[name])
     ratio = np.asarray(
         js.effective_params(params, state)[name].astype(jnp.float32)
@@ -151,7 +150,7 @@ def test_narrow_weights_keep_their_dtype(dtype):
             leaf.dtype for leaf in jax.tree.leaves((params, js.effective_params(params, state)))
         } == {jnp.dtype(dtype)}
         assert once.traces == 1
-        # of other weights: those of `static` are 0 where they do not participate
+        # from other weights, since non-participating weights of `static` are 0
         assert factor(make_params(dtype), state, "a") == 0
 
 

@@ -1,6 +1,4 @@
-"""Full short runs of every recipe equal a NumPy transcription of its paper, also when they are
-resumed at any step.
-"""
+"""Full short runs of every recipe equal a NumPy transcription of its paper, also when resumed."""
 
 import functools
 import itertools
@@ -45,8 +43,9 @@ def top_blocks(w, density, size=2):
 
 
 def phased(tables):
-    """The mask that changes by `tables`: (first step, last step + 1, every, how); outside of them
-    every weight participates.
+    """The mask that changes by `tables`: (first step, last step + 1, every, how).
+
+    Outside of these steps every weight participates.
     """
 
     def mask_of(t, w, last):
@@ -71,14 +70,12 @@ def exponential(t):
 
 
 def density(initial, t, first=2, last=14):
-    """Zhu and Gupta's sparsity s_t, as a density, for planned 0.25."""
+    """Zhu and Gupta's sparsity s_t as a density, for a planned density of 0.25."""
     return 1 - (0.75 + (1 - initial - 0.75) * (1 - (t - first) / (last - first)) ** 3)
 
 
 def falling(select, initial, every):
-    """The masks of gradual pruning: they change every so many steps and for the last time at step
-    14.
-    """
+    """The masks of gradual pruning: they change every few steps, for the last time at step 14."""
 
     def mask_of(t, w, last):
         if t < 2:
@@ -90,7 +87,7 @@ def falling(select, initial, every):
 
 
 class Case(NamedTuple):
-    """A recipe, and what its paper makes of step t, the weights and the last mask."""
+    """A recipe, and its paper's definition of step t, the weights and the last mask."""
 
     recipe: Callable
     mask: Callable
@@ -218,7 +215,7 @@ def problem():
 
 
 def transcription(case, optimizer):
-    """The weights after each step, and the mask and the decay factor that its forward pass used."""
+    """The weights after each step, and the mask and decay factor of its forward pass."""
     params, batches = problem()
     w, b, mask, history = params["w"], params["b"], None, []
     for t, (x, y) in enumerate(batches):
@@ -253,9 +250,7 @@ def trainer(case, optimizer):
 
 
 def used_factor(params, state):
-    """The factor on non-participating weights in the next forward pass; None where there are
-    none.
-    """
+    """The factor on non-participating weights in the next forward pass; None if there are none."""
     ones = jax.tree.map(jnp.ones_like, params)
     factors = np.asarray(js.effective_params(ones, state)["w"])[~np.asarray(js.masks(state)["w"])]
     return factors.mean() if factors.size else None
@@ -291,7 +286,7 @@ def test_a_run_equals_the_transcription_and_itself_when_resumed_at_any_step(name
             np.testing.assert_allclose(params["b"], b, **tight, err_msg=f"bias after step {t}")
             np.testing.assert_array_equal(params["w"] == 0, w == 0, err_msg=f"zeros after step {t}")
 
-        # another recipe with the same arguments, as in another process
+        # a new recipe with the same arguments, as another process would make it
         _, *fresh, _ = trainer(case, optimizer())
         for begin, leaves in enumerate(saved):
             resumed = jax.tree.unflatten(jax.tree.structure(tuple(fresh)), map(jnp.asarray, leaves))

@@ -1,4 +1,4 @@
-"""A recorded run: what the samples hold, and that the run is the same as without."""
+"""Recorded runs: the content of the samples, and that recording changes nothing else."""
 
 import functools
 import itertools
@@ -136,7 +136,7 @@ def test_the_same_weights_are_followed():
     _, state, history = run(recorded(optax.sgd(0.1), weights=1000), 12)
     found = analysis.recordings(state).weights
     for i, t in enumerate((3, 6, 9, 12)):
-        for path in PATHS:  # of a small leaf all, in order
+        for path in PATHS:  # all weights of a small leaf, in order
             np.testing.assert_array_equal(found[path][i], weight(history[t - 1][2], path).ravel())
     some = analysis.recordings(run(recorded(optax.sgd(0.1)), 12)[1]).weights
     for path in PATHS:
@@ -149,7 +149,7 @@ def test_the_run_is_the_same_as_without():
     plain, recording = run(recipe(every=2), 12), a_run()
     for (_, expected, params, _), (_, found, same, _) in zip(plain[2], recording[2], strict=True):
         assert_same(js.masks(found), js.masks(expected))
-        # rounded otherwise
+        # rounding differs
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), same, params
         )
@@ -161,7 +161,7 @@ def test_samples_are_as_far_apart_as_the_number_of_steps_asks(total, samples, st
     tx = recorded(optax.sgd(0.1), total, samples=samples)
     _, state, _ = run(tx, total + 5)
     found = analysis.recordings(state)
-    np.testing.assert_array_equal(found.steps, steps)  # what comes after the end is not recorded
+    np.testing.assert_array_equal(found.steps, steps)  # later steps are not recorded
 
 
 def test_a_dense_run_has_weights_and_gradients_alone():

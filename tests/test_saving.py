@@ -1,4 +1,4 @@
-"""Plans, states and compressed weights leave the process and come back: bytes, pickle, export."""
+"""Plans, states and compressed weights survive serialisation: bytes, pickle, export."""
 
 import contextlib
 import dataclasses
@@ -104,7 +104,7 @@ def test_training_steps_are_exported(rules):
     plan = js.plan(PARAMS, rules)
     tx = js.rewire(optax.scale(-0.1), plan)
     for state_type in (optax.EmptyState, optax.ScaleState):
-        with contextlib.suppress(ValueError):  # an earlier case has registered it
+        with contextlib.suppress(ValueError):  # an earlier case may have registered it
             name = f"optax.{state_type.__name__}"
             export.register_namedtuple_serialization(state_type, serialized_name=name)
     state = tx.init(PARAMS)
@@ -191,7 +191,7 @@ def test_damaged_weights_are_refused_where_they_enter(make, says):
 
 
 def test_every_bit_of_the_metadata_is_minded():
-    """A flipped bit gives another legal pair of places, or is refused: no weight is lost unseen."""
+    """A flipped bit gives another valid pair of places, or is refused: no silent loss."""
     w = packed()["a"]["w"]
     refused = 0
     for bit in range(8):  # two groups of four
@@ -207,7 +207,7 @@ def test_every_bit_of_the_metadata_is_minded():
 
 @pytest.mark.parametrize("use", ["sparse_matmul", "decompress", "with_layout"])
 def test_what_entered_unchecked_is_checked_for_its_form_at_each_use(use):
-    """A tree restored leaf by leaf passes no constructor."""
+    """A tree that is restored leaf by leaf does not go through a constructor."""
     w = jax.tree.map(lambda leaf: leaf, packed()["a"]["w"])
     values, metadata = jax.tree.leaves(w)
     wrong = jax.tree.unflatten(jax.tree.structure(w), [values, metadata.astype(jnp.int32)])

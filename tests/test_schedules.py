@@ -1,6 +1,4 @@
-"""Factors, stages and densities of a step: the papers' worked values, both ends, and traced
-steps.
-"""
+"""Schedules: the papers' worked values, both ends, and traced steps."""
 
 import math
 

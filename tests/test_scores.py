@@ -1,4 +1,4 @@
-"""Masks rank what the argument `score` says."""
+"""Masks rank the scores that `renew` selects."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ PLAN = js.plan(PARAMS, {"w": js.NM(2, 4, axis=0)})
 
 
 def rewired_masks(score, **extra):
-    """The masks of init, and those after one update that changes no weight."""
+    """The masks of init, and the masks after one update that changes no weight."""
     tx = js.rewire(optax.sgd(0.0), PLAN, renew=js.by_score(score))
     state = tx.init(PARAMS)
     _, new = jax.jit(tx.update)(GRADS, state, PARAMS, **extra)

@@ -1,6 +1,4 @@
-"""Masks on two devices: the same as on one, and without communication where groups are whole on
-each device.
-"""
+"""Masks on two devices equal those on one, without communication if groups are whole."""
 
 import dataclasses
 
@@ -51,7 +49,7 @@ CASES = {
 
 
 def split_params(shape, pattern, spec, whole, axis_type=AxisType.Auto, recipe="explore_exploit"):
-    """The plan, the parameters on one device and on two."""
+    """The plan, and the parameters on one device and on two."""
     params = {"b": jnp.zeros(shape[1]), "w": jax.random.normal(jax.random.key(0), shape)}
     sharding = NamedSharding(two_devices(axis_type), spec)
     split = {"b": params["b"], "w": jax.device_put(params["w"], sharding)}

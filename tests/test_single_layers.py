@@ -1,6 +1,4 @@
-"""A layer that is the whole model runs sparse and compressed, whatever axes it sums over and in
-whatever order.
-"""
+"""A single layer as the whole model runs sparse and compressed, whatever axes it sums over."""
 
 import jax
 import numpy as np

@@ -1,5 +1,6 @@
-"""`sparsify` runs any function from compressed weights: every kind of product, call and
-transformation, against the masked function.
+"""`sparsify` runs functions from compressed weights, tested against the masked function.
+
+Covers every kind of product, call and transformation.
 """
 
 import functools
@@ -171,12 +172,12 @@ FUNCTIONS = {
         lambda w, x: lax.scan(lambda c, _: (c * 0.5, x @ c), w, length=3)[1].sum(0),
         0,
     ),
-    "handed on by a scan of remat": (
+    "passed through a scan of remat": (
         (3, 8, 8),
         lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), w)), x, w)[0],
         1,
     ),
-    "handed on and returned": (
+    "passed through and returned": (
         (3, 8, 8),
         lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), w), x, w),
         1,
@@ -264,7 +265,7 @@ def prepared(name):
     shape, _, _ = FUNCTIONS[name]
     params = {"w": weight(*shape)}
     plan = js.plan(params, {"w": "2:4"}, call(name), X)
-    if not plan.sparse:  # the program does not tell
+    if not plan.sparse:  # the program does not determine the axis
         plan = js.plan(params, {"w": js.NM(2, 4, axis=0)})
     masks = js.magnitude_masks(params, plan)
     return js.compress(params, masks, plan), js.effective_params(params, masks), masks, plan
@@ -494,9 +495,9 @@ def test_kernels_that_are_concatenated_and_two_weights_in_one_product():
     assert "3 of 5 uses run compressed" in str(report)
 
 
-def test_a_stack_that_a_loop_hands_on_is_not_decompressed():
-    packed, _, _, _ = prepared("handed on by a scan of remat")
-    (row,) = js.sparsify(call("handed on by a scan of remat")).report(packed, X).products
+def test_a_stack_that_a_loop_passes_through_is_not_decompressed():
+    packed, _, _, _ = prepared("passed through a scan of remat")
+    (row,) = js.sparsify(call("passed through a scan of remat")).report(packed, X).products
     assert row.reason == ""
 
 

@@ -1,6 +1,4 @@
-"""A training loop around the masks: donated, scanned, over seeds, never traced twice, resumed from
-a checkpoint.
-"""
+"""A training loop around the masks: donated, scanned, over seeds, traced once, and resumed."""
 
 import chex
 import jax

@@ -82,7 +82,7 @@ def test_rewire_holds_masks_between_and_after_its_steps():
         target = jnp.roll(jnp.array([1.0, 2.0, 3.0, 4.0]), step + 1)  # the weights before step + 1
         updates, state = tx.update({"w": target - params["w"]}, state, params)
         params = optax.apply_updates(params, updates)
-    at = {0: [2, 3], 3: [1, 2], 6: [0, 1]}  # where roll(step) has its two largest
+    at = {0: [2, 3], 3: [1, 2], 6: [0, 1]}  # the indices of the two largest of roll(step)
     assert seen == [at[min(step // 3 * 3, 6)] for step in range(12)]
 
 
@@ -231,7 +231,7 @@ def test_masks_are_found_and_the_state_is_stable(name, optimizer, dtype):
         assert (mask.reshape(2, 4, 4).sum(1) == n).all()
         effective = js.effective_params(params, state)[outer][inner]
         np.testing.assert_array_equal(np.asarray(effective == 0), ~mask)
-    # one True for the dense leaf, or for the whole part that no recipe sees
+    # one True for the dense leaf, or for the whole part without a recipe
     dense = masks["a"]["b"] if isinstance(masks["a"], dict) else masks["a"]
     assert dense.shape == () and bool(dense)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))

@@ -1,6 +1,4 @@
-"""Transposable weights: packed along the other axis they are the same weight, and the gradient of x
-runs on the kernels.
-"""
+"""Transposable weights: packed along either axis they are the same, and gradients use kernels."""
 
 import dataclasses
 import functools
@@ -29,9 +27,7 @@ T24 = js.TransposableNM(2, 4)
 
 
 def both_ways(shape, axes, seed=0):
-    """A mask of which every 4 by 4 along the axes is one of the 90 blocks that keep 2 in each row
-    and column.
-    """
+    """A mask that is one of the 90 transposable 2:4 blocks in every 4 by 4 along the axes."""
     random = np.random.default_rng(seed)
     a, b = (shape[axis] for axis in axes)
     rest = [size for i, size in enumerate(shape) if i not in [axis % len(shape) for axis in axes]]
@@ -44,7 +40,7 @@ def both_ways(shape, axes, seed=0):
 
 
 def packed(shape, axes, *, dtype=jnp.float32, layout=None, integers=False, contracting=1, seed=0):
-    """A transposable weight, and the dense masked one in NumPy."""
+    """A transposable weight, and the dense masked weight in NumPy."""
     random = np.random.default_rng(seed)
     w = np.asarray(
         jnp.asarray(
@@ -230,7 +226,7 @@ def test_gradients_equal_those_of_the_dense_product(name, how):
     x_grad, w_grad = gradients(x, w)
     x_expected, dense_expected = jax.grad(plain, (0, 1))(x, jnp.asarray(dense))
     close(x_grad, x_expected, 3e-2 if how == "bfloat16" else 1e-4)
-    # the gradients of the values, at their places
+    # the gradients of the values, at the kept places
     kept = dataclasses.replace(w, values=w_grad.values)
     close(
         js.decompress(kept),

@@ -1,5 +1,6 @@
-"""Plans, masks, compressed runs and gradients of whole models against what is known of each by
-hand; see `zoo`.
+"""Plans, masks, compressed runs and gradients of whole models, against tables by hand.
+
+The tables are in `zoo`.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jaxsparse as js
 
 pytestmark = pytest.mark.promotes("models are written as their originals are")
 
-# for what takes long to compile
+# for programs that take long to compile
 ONE_OF_EACH_KIND = [
     "Gemma, scan of remat",
     "lm1b, boxed, under a mesh",
@@ -79,7 +80,7 @@ def largest_two_of_four(w, axis):
 
 @functools.cache
 def masks_by_hand(name):
-    """The masks along the axes that are written by hand; True for a leaf that stays dense."""
+    """The masks along the axes of the tables; True for a leaf that stays dense."""
     params, planned = built(name).params, MODELS[name].planned
     weights = by_path(params).items()
     masks = [
@@ -104,8 +105,9 @@ def packed(name):
 
 
 def gradients(name, fn):
-    """The function compiled to its gradients, by the parameters and by all inputs that are floats,
-    and its output.
+    """The compiled function that returns the gradients and the output.
+
+    The gradients are those by the parameters and by all floating inputs.
     """
     inputs = [
         1 + i
@@ -121,9 +123,7 @@ def gradients(name, fn):
 
 
 def model(name, fn):
-    """A function of the arguments of the model, compiled: its gradients, where they are tested, and
-    its output.
-    """
+    """The compiled model, which returns its gradients, where they are tested, and its output."""
     return (
         gradients(name, fn) if name in WITH_GRADIENTS else compiled(lambda *args: (None, fn(*args)))
     )
@@ -136,13 +136,13 @@ def dense_model(name):
 
 @functools.cache
 def expected(name):
-    """What the model gives from masked weights."""
+    """The result of the model from masked weights."""
     return dense_model(name)(masked_by_hand(name), *built(name).args)
 
 
 @functools.cache
 def compressed(name):
-    """What the model gives from compressed weights."""
+    """The result of the model from compressed weights."""
     return model(name, js.sparsify(built(name).fn))(packed(name), *built(name).args)
 
 
@@ -250,9 +250,7 @@ def test_the_compressed_forward_outside_of_jit_is_the_masked_one():
 
 
 def sparse_products(jaxpr):
-    """How many products of compressed weights a program holds, those of the programs inside it
-    among them.
-    """
+    """The number of products with compressed weights in a program and the programs inside it."""
     values = jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns], is_leaf=is_program)
     inner = [getattr(value, "jaxpr", value) for value in values if is_program(value)]
     return sum(eqn.primitive.name == "sparse_matmul" for eqn in jaxpr.eqns) + sum(
@@ -281,14 +279,14 @@ def test_every_product_runs_compressed_that_can_and_the_report_says_why_others_d
 
 def assert_close(found, expected):
     assert found.keys() == expected.keys()
-    # some are 0 but for rounding, as those of a key's bias
+    # some, such as those of a key's bias, are 0 up to rounding
     largest = max((np.abs(value).max() for value in expected.values()), default=0)
     for path, value in expected.items():
         np.testing.assert_allclose(found[path], value, rtol=1e-3, atol=1e-5 * largest, err_msg=path)
 
 
 def values_of(tree):
-    """The leaves by path, of a compressed one its values."""
+    """The leaves by path; for a compressed leaf its values."""
     return {path: leaf.values if is_packed(leaf) else leaf for path, leaf in by_path(tree).items()}
 
 

@@ -1,4 +1,4 @@
-"""Counts traces in Python: what JAX keeps in its own caches it may drop at any time."""
+"""Counts traces in Python, since JAX may drop entries of its own caches at any time."""
 
 import functools
 

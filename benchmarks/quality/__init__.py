@@ -1,1 +1,1 @@
-"""What the recipes cost in quality: small models trained many times, compared seed by seed."""
+"""The quality of the recipes: small models trained many times, compared seed by seed."""

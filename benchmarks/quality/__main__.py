@@ -1,11 +1,11 @@
-"""Trains small models dense and sparse, by every recipe, on five seeds each, and says which
-findings of the papers hold.
+"""Trains small models dense and by every recipe, and tests the findings of the papers.
 
-python -m benchmarks.quality                 writes benchmarks/results/quality; what is there
-already is not run again python -m benchmarks.quality --minutes 60    as far as that goes, the most
-important runs first python -m benchmarks.quality --gpu           a larger model, longer, all seeds
-at once python -m benchmarks.quality --smoke         every step on tiny models, kept nowhere python
--m benchmarks.quality.findings        only the tables, tests and plots of the runs that are there
+python -m benchmarks.quality                 writes benchmarks/results/quality; finished runs
+                                             are not repeated
+python -m benchmarks.quality --minutes 60    stops in time, the most important runs first
+python -m benchmarks.quality --gpu           a larger model, longer, all seeds at once
+python -m benchmarks.quality --smoke         every step on tiny models, stored nowhere
+python -m benchmarks.quality.findings        only the tables, tests and plots of stored runs
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.quality.runs import CPU, GPU, RECIPES, TUNING_SEED, matrix, tiny
 
 
 def missing(wanted, found):
-    """The jobs (cell, seeds) for what is wanted, (cell, seeds), and not found."""
+    """The jobs (cell, seeds) that are wanted, (cell, seeds), and not finished."""
     jobs, known = [], set(found)
     for cell, seeds in wanted:
         left = [seed for seed in seeds if (cell, seed) not in known]
@@ -33,7 +33,7 @@ def missing(wanted, found):
 
 
 def some(wanted):
-    """Of the matrix the first entry of every function of the library."""
+    """The first entry of the matrix for every function of the library."""
     first = {}
     for entry in wanted:
         _, cell = entry

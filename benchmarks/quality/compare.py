@@ -1,4 +1,4 @@
-"""Finished runs to numbers: means, spreads, and paired tests over seeds."""
+"""Statistics of finished runs: means, spreads, and paired tests over seeds."""
 
 import math
 from typing import NamedTuple
@@ -23,8 +23,9 @@ AS_IN_PAPERS, TOWARDS, NOT_SO = (
 
 
 class Difference(NamedTuple):
-    """How much worse one cell is than another: mean and deviation over the seeds that both have,
-    their number, p of a paired t-test.
+    """How much worse one cell is than another, over the seeds that both have.
+
+    Mean and standard deviation, the number of seeds, and p of a paired t-test.
     """
 
     mean: float
@@ -41,8 +42,9 @@ def p_text(p):
 
 
 class Runs:
-    """The finished runs of a scale: `runs(cell)` is the metric of its task for each seed, in seed
-    order.
+    """The finished runs of a scale.
+
+    `runs(cell)` is the metric of its task for each seed, in seed order.
     """
 
     def __init__(self, found, scale):
@@ -60,12 +62,12 @@ class Runs:
         return [self.found[cell, seed] for seed in self.scale.seeds if (cell, seed) in self.found]
 
     def mean(self, cell):
-        """Mean and standard deviation over seeds; NaN where there is none."""
+        """Mean and standard deviation over seeds; NaN without runs."""
         values = list(self(cell).values())
         return (float(np.mean(values)), deviation(values)) if values else (math.nan, math.nan)
 
     def difference(self, cell, reference):
-        """`cell` minus `reference`, paired by seed; None where they share none."""
+        """`cell` minus `reference`, paired by seed; None without common seeds."""
         ours, theirs = self(cell), self(reference)
         return difference([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()])
 
@@ -74,7 +76,7 @@ class Runs:
 
 
 def difference(differences):
-    """What differences paired by seed come to; None where there are none."""
+    """Statistics of differences paired by seed; None without any."""
     if not len(differences):
         return None
     mean, spread = float(np.mean(differences)), deviation(differences)
@@ -99,8 +101,9 @@ def untested(found):
 
 
 def verdict(holds, points=False):
-    """What is said of a finding that holds, or not; None where that could not be told; or that at
-    least points that way.
+    """The verdict on a finding that holds or does not; None if there are too few runs.
+
+    `points` means that the differences at least have the expected sign.
     """
     return (
         "Not enough runs to tell"
@@ -114,7 +117,7 @@ def verdict(holds, points=False):
 
 
 def above_zero(*expected):
-    """The verdict on differences that the papers expect above 0."""
+    """The verdict on differences that the papers expect to be above 0."""
     if any(map(untested, expected)):
         return verdict(None)
     points = all(one.mean > 0 for one in expected)

@@ -33,9 +33,7 @@ def bars(ax, found, unit):
 
 
 def line(ax, xs, points, label):
-    """Points `[(mean, spread)]` with error bars; a line joins those that have none between them
-    that is None or NaN.
-    """
+    """Points `[(mean, spread)]` with error bars and a line, which None and NaN interrupt."""
     mean, spread = np.array(
         [(math.nan, math.nan) if point is None else point[:2] for point in points]
     ).T

@@ -1,7 +1,8 @@
-"""Finished runs to the findings: for each a table, a plot and a line of text; where runs are
-missing it says so.
+"""Derives the findings from finished runs: a table, a plot and a line of text for each.
 
-python -m benchmarks.quality.findings
+A line states if runs are missing.
+
+    python -m benchmarks.quality.findings
 """
 
 import argparse
@@ -50,18 +51,18 @@ from benchmarks.quality.runs import (
     wider,
 )
 
-# Where a finding of the papers does not show at the size for CPUs, the likely reason; written once
-# the runs have been read.
+# The likely reason if a finding of the papers does not show at the size for CPUs; written by hand
+# after inspecting the runs.
 REASONS = {
-    "decaying": "Decay with the masked gradient does it; at 1:8 and less the differences are as "
-    "small as those between seeds.",
-    "exploration": "What a fixed mask costs is less than five seeds tell.",
-    "gap": "That there is a gap is likely the size of the model, hundreds of times smaller than "
-    "those of the papers: it closes with width.",
-    "structures": "At 2:4 and 1:8 blocks cost less than five seeds tell.",
-    "sweeps": "Five seeds tell differences of about 0.02 bits, and these are smaller.",
-    "variances": "Why second moments rise is not known.",
-    "digits": "The images are few and easy: seeds differ by more than recipes do.",
+    "decaying": "Decay with the masked gradient makes the difference; at 1:8 and denser, "
+    "differences are as small as those between seeds.",
+    "exploration": "The cost of a fixed mask is below what five seeds can resolve.",
+    "gap": "The gap is likely due to the size of the model, which is hundreds of times smaller "
+    "than those of the papers: it closes with width.",
+    "structures": "At 2:4 and 1:8 the cost of blocks is below what five seeds can resolve.",
+    "sweeps": "Five seeds can resolve differences of about 0.02 bits, and these are smaller.",
+    "variances": "The reason for the rise of the second moments is not known.",
+    "digits": "The images are few and easy: seeds differ more than recipes do.",
 }
 HEADER = (
     "pattern",
@@ -81,12 +82,12 @@ class Finding(NamedTuple):
     """One finding.
 
     Attributes:
-      name: of its files.
-      line: what was seen.
-      header: of its table.
-      rows: of its table.
+      name: the name of its files.
+      line: the result in words.
+      header: the header of its table.
+      rows: the rows of its table.
       figure: its plot.
-      verdict: whether the papers' finding was seen.
+      verdict: whether the finding of the papers was seen.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Finding(NamedTuple):
 
 
 def row(runs, cell, reference=None, name=None):
-    """A row of a table, under `HEADER`; with blanks where runs are missing."""
+    """A row of a table with columns `HEADER`; blank where runs are missing."""
     mean, spread = runs.mean(cell)
     found = runs.difference(cell, reference) if reference and reference != cell else None
     against = (
@@ -228,7 +229,7 @@ def ties(cells, runs):
 
 
 def decaying(cells, runs):
-    """Whether decaying recipes beat SR-STE where little is kept, and by how much."""
+    """Whether decaying recipes beat SR-STE at low density, and by how much."""
     rows, lines, expected = [], [], []
     lead, start = DECAYING[0], "SR-STE, dense start"
     for pattern in DENSITIES:
@@ -286,7 +287,7 @@ def exploration(cells, runs):
 
 
 def sweeps(cells, runs):
-    """Whether error depends on r, s and z as in figure 2 of the first paper."""
+    """Whether the error depends on r, s and z as in figure 2 of the first paper."""
     names = {
         "every": "r, steps between rewirings",
         "grad_scale": "s, gradient scale (0 at the left)",
@@ -301,11 +302,11 @@ def sweeps(cells, runs):
             row(runs, cell, usual, f"{label.split(',')[0]} = {value:g}")
             for value, cell in swept.items()
         ]
-        # s = 0 stands at the left end of the logarithmic axis
+        # s = 0 is drawn at the left end of the logarithmic axis
         xs = [max(value, 3e-3) for value in swept]
         line(ax, xs, [runs.difference(cell, dense) for cell in swept.values()], TUNED_AT)
         values = list(swept)
-        # the papers' worst value against the best: r large, s = 0, z = 1
+        # compares the papers' worst value (r large, s = 0, z = 1) with the best
         bad, good = (values[-1], values[0]) if name == "every" else (values[0], values[-1])
         effect = runs.difference(swept[bad], swept[good])
         lines += [f"{label[0]} = {bad:g} rather than {good:g} costs {effect}"] if effect else []
@@ -358,7 +359,7 @@ def structures(cells, runs):
 
 
 def decorrelation(cells, runs):
-    """Whether the time after which a weight forgets grows with its final magnitude."""
+    """Whether the decorrelation time of a weight grows with its final magnitude."""
     figure, (ax,) = plot("Dense model: how long weights remember, by their final magnitude")
     records = [record["decorrelation"] for record in runs.records(cells("dense", "dense"))]
     header = (
@@ -420,9 +421,7 @@ def decorrelation(cells, runs):
 
 
 def variances(cells, runs):
-    """Whether the variances of gradients and of Adam's second moment fall under MDGF, and not under
-    SR-STE.
-    """
+    """Whether variances of gradients and second moments fall under MDGF but not under SR-STE."""
     kinds = ("gradient variance", "second moment variance")
     recipes = ("SR-STE", "SR-STE, dense start", "RESET", "MDGF linear", "MDGF exponential")
     figure, axes = plot(
@@ -445,8 +444,8 @@ def variances(cells, runs):
             ax.set(xlabel="step", yscale="log", title=kind)
             if not records:
                 continue
-            # [seeds, kernels, samples]; the start is the tenth of training after the warm-up, the
-            # end the last tenth
+            # [seeds, kernels, samples]; the start is the second tenth of training, after the
+            # warm-up, and the end is the last tenth
             series = np.log10(
                 np.maximum([list(record[kind].values()) for record in records], 1e-30)
             )
@@ -488,7 +487,7 @@ def variances(cells, runs):
 
 
 def digits(cells, runs):
-    """What the digits say."""
+    """Whether 2:4 costs accuracy on the digits, and whether MDGF beats SR-STE there."""
     figure, axes = plot("Digits: % error above dense", 10, 2)
     rows, lines, expected = [], [], []
     for ax, task in zip(axes, ("transformer", "convolutions"), strict=True):
@@ -536,7 +535,7 @@ FINDINGS = (gap, ties, decaying, exploration, sweeps, structures, decorrelation,
 
 
 def tuning_table(cells, runs):
-    """Every run that tuning made, and what it chose."""
+    """All tuning runs, and the choices made from them."""
     rates, settings = tuning(cells)
     rows = [
         (
@@ -568,7 +567,7 @@ def tuning_table(cells, runs):
 
 
 def overview(cells, runs):
-    """What every recipe and structure costs at every density: bits per character above dense."""
+    """The cost of every recipe and structure at every density: bits per character above dense."""
     dense = cells("dense", "dense")
 
     def entry(cell):

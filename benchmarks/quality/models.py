@@ -1,8 +1,8 @@
-"""A character language model, a vision transformer and a convolutional network, each small;
-patterns apply to the kernels `SPARSE`.
+"""A character language model, a vision transformer and a convolutional network, all small.
 
-`density` cuts the hidden width, so that as many weights are left as a pattern of that density keeps
-(SMALL). Products and attention are in forms that suit XLA:CPU.
+Patterns apply to the kernels `SPARSE`. `density` cuts the hidden width so that as many weights are
+left as a pattern of that density keeps (SMALL). Products and attention are written in forms that
+are fast on XLA:CPU.
 """
 
 import math
@@ -20,8 +20,9 @@ def narrowed(width, density):
 
 @jax.custom_vjp
 def product(x, kernel):
-    """`x @ kernel` of matrices; for the kernel's gradient x is transposed first, which XLA:CPU does
-    not do by itself.
+    """`x @ kernel` of matrices, with a transposed copy of x for the kernel's gradient.
+
+    XLA:CPU does not make this copy by itself.
     """
     return x @ kernel
 
@@ -35,8 +36,9 @@ product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _gradients)
 
 
 def products(x, kernel, dimensions=(((-1,), (0,)),), *_, **__):
-    """The `dot_general` of a dense layer, whose last axes of x meet the first of the kernel, of
-    matrices.
+    """The `dot_general` of a dense layer, flattened to matrices.
+
+    The last axes of x are contracted with the first of the kernel.
     """
     axes = len(dimensions[0][0])
     left, right = x.shape[:-axes], kernel.shape[axes:]
@@ -46,7 +48,7 @@ def products(x, kernel, dimensions=(((-1,), (0,)),), *_, **__):
 
 
 def attention(query, key, value, mask=None, **_):
-    """Softmax attention `[batch, time, heads, width]` that divides by the sums of weights last."""
+    """Softmax attention `[batch, time, heads, width]` that normalises last."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query / query.shape[-1] ** 0.5, key)
     scores = scores if mask is None else jnp.where(mask, scores, -1e9)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -115,8 +117,9 @@ class VisionTransformer(nn.Module):
 
 
 class Conv(nn.Module):
-    """A 3x3 convolution as one product of nine moved images: inside a loop XLA:CPU takes ten times
-    as long for a real one.
+    """A 3x3 convolution as one product of nine shifted images.
+
+    Inside a loop, XLA:CPU takes ten times as long for a real convolution.
     """
 
     channels: int
@@ -138,8 +141,9 @@ class Conv(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Images `[batch, 8, 8]` to logits `[batch, 10]`; the middle channels, which two kernels share,
-    are cut by `density`.
+    """Images `[batch, 8, 8]` to logits `[batch, 10]`.
+
+    `density` cuts the middle channels, which two kernels share.
     """
 
     width: int

@@ -1,5 +1,6 @@
-"""Workers, one process pinned to each core: two of them do 1.7 times as much as one process with
-two threads.
+"""Worker processes, one pinned to each core.
+
+Two of them do 1.7 times as much work as one process with two threads.
 """
 
 import multiprocessing
@@ -18,11 +19,11 @@ def run(jobs, scale, workers, deadline, progress):
     """Runs (cell, seeds) in order; yields (cell, seed, record) of finished runs.
 
     Args:
-      jobs: a list.
+      jobs: a list of (cell, seeds).
       scale: the sizes.
-      workers: how many processes; where seeds run together, there is only this one.
+      workers: the number of processes; only this one if seeds run together.
       deadline: the time after which no further run starts.
-      progress: called with numbers of steps that are done.
+      progress: called with the number of new steps.
     """
     if scale.together:
         for cell, seeds in jobs:
@@ -68,14 +69,12 @@ def run(jobs, scale, workers, deadline, progress):
 
 
 def work(core, scale, waiting, results, deadline):
-    """What a worker does: takes jobs until there is none, the time is up, or the process that
-    started it is gone.
-    """
+    """A worker: takes jobs until none are left, time is up, or its parent process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if core is not None:
         os.sched_setaffinity(0, {core})
     os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} {SINGLE_THREAD}"  # read when jax makes its first array
+        f"{os.environ.get('XLA_FLAGS', '')} {SINGLE_THREAD}"  # read at jax's first array
     )
     try:
         for cell, seeds in iter(waiting.get, None):
@@ -87,7 +86,7 @@ def work(core, scale, waiting, results, deadline):
 
 
 def timed(cell, seeds, scale, deadline, progress):
-    """(cell, seed, record), with the seconds of the run in the record, until the deadline."""
+    """Yields (cell, seed, record) until the deadline, with the seconds of the run in the record."""
     parent, start = multiprocessing.parent_process(), time.time()
     if start > deadline:
         return

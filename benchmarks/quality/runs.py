@@ -1,6 +1,4 @@
-"""What is run: sizes, recipes with their small grids, and the matrix of runs in the order of their
-importance.
-"""
+"""The runs: sizes, recipes with their small grids, and the matrix of runs by importance."""
 
 import dataclasses
 import fractions
@@ -8,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jaxsparse as js
 
-TUNING_SEED = 100  # none of those that the tables show
+TUNING_SEED = 100  # not among the seeds of the tables
 TUNED_AT = "1:16"  # the pattern at which every recipe is tuned
 LENGTH = 3000  # the steps that settings given in steps are meant for
 
@@ -18,12 +16,12 @@ class Scale:
     """The sizes of everything.
 
     Attributes:
-      width, depth, heads, context, batch: of the language model.
-      images: the batch of the digits.
+      width, depth, heads, context, batch: the sizes of the language model.
+      images: the batch size for the digits.
       digits: the width of the models for digits.
       steps: the training steps of a run.
-      validated: at most so many windows or images are validated on.
-      seeds: of the tables.
+      validated: the largest number of windows or images to validate on.
+      seeds: the seeds of the tables.
       together: whether seeds run under `jax.vmap`.
       rates: for each task, the learning rates among which the dense model chooses.
       tuned: the recipes that are tuned.
@@ -45,12 +43,11 @@ class Scale:
 
 
 class Recipe(NamedTuple):
-    """A recipe of the library, what it is always called with, and the argument that is tuned, with
-    its three values.
+    """A recipe of the library, its fixed arguments, and the argument that is tuned.
 
-    The middle value is the one to start from. `unit` says what the value counts: "steps" are
-    stretched for runs longer than `LENGTH`, "per step" is divided likewise, a "fraction" becomes
-    steps, None stays.
+    The argument has three values, of which the middle one is the start. `unit` is the unit of the
+    value: "steps" are stretched for runs longer than `LENGTH`, "per step" is divided likewise, a
+    "fraction" becomes steps, None is left alone.
     """
 
     function: str
@@ -130,7 +127,7 @@ GPU = Scale(
 
 
 def tiny(scale):
-    """A scale with everything small and nothing to tune."""
+    """A scale with small sizes and nothing to tune."""
     sizes = {
         "width": 32,
         "depth": 1,
@@ -149,18 +146,18 @@ def tiny(scale):
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One entry of a table: everything of a run except its seed.
+    """One entry of a table: all settings of a run except its seed.
 
     Attributes:
       task: "characters", "transformer" or "convolutions".
-      width: of the model.
-      steps: of training.
-      rate: the peak of the learning rate.
-      pattern: as `as_pattern` reads it.
-      recipe: one of `RECIPES`, "dense", or "SMALL", which is dense with the hidden width cut to the
-        density of the pattern.
+      width: the width of the model.
+      steps: the number of training steps.
+      rate: the peak learning rate.
+      pattern: a name that `as_pattern` reads.
+      recipe: one of `RECIPES`, "dense", or "SMALL": dense with the hidden width cut to the density
+        of the pattern.
       options: the arguments of the recipe.
-      watched: whether weights and variances are recorded along the way.
+      watched: whether weights and variances are recorded during training.
     """
 
     task: str
@@ -174,7 +171,7 @@ class Cell:
 
 
 def density(pattern):
-    """The kept fraction of a pattern by its name."""
+    """The density of a pattern, from its name."""
     last = pattern.split()[-1]
     return 1.0 if last == "dense" else float(fractions.Fraction(last.replace(":", "/")))
 
@@ -202,9 +199,7 @@ WATCHED = [
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """Makes the cells of a scale, with the rates and settings that tuning has found: `cells("2:4",
-    "RESET")`.
-    """
+    """Makes the cells of a scale with the tuned rates and settings: `cells("2:4", "RESET")`."""
 
     scale: Scale
     settings: dict[str, float]
@@ -224,13 +219,13 @@ class Cells:
         """The cell of a pattern and a recipe.
 
         Args:
-          pattern: its name.
-          recipe: its name.
-          task: its name.
-          setting: of the tuned argument; None for the one that tuning has found.
-          rate: the learning rate; None for the one that tuning has found.
-          width: of the model; None for that of the scale.
-          steps: of training; None for those of the scale.
+          pattern: the name of the pattern.
+          recipe: the name of the recipe.
+          task: the name of the task.
+          setting: the value of the tuned argument; None for the tuned one.
+          rate: the learning rate; None for the tuned one.
+          width: the width of the model; None for that of the scale.
+          steps: the number of training steps; None for that of the scale.
           **changes: other arguments of the recipe.
         """
         usual = (
@@ -275,16 +270,15 @@ def _in_steps(value, unit, steps):
 
 
 def _longest(width, pattern):
-    """How much longer the first groups of SDGF-Geometric are: 16 times, as in the paper, or as long
-    as the narrowest layer allows.
-    """
+    """The largest k of SDGF-Geometric that the narrowest layer allows, up to 16 as in the paper."""
     m = int(pattern.split(":")[1])
     return min(16, width // m)
 
 
 def tuning(cells):
-    """The tuning runs: first the rates of the dense models, then, with these, three settings of
-    every recipe at one pattern.
+    """The tuning runs: the rates of the dense models, then three settings of every recipe.
+
+    The settings are tuned at one pattern, with the best rates.
     """
     rates = {
         task: [cells("dense", "dense", task, rate=rate) for rate in grid]
@@ -302,8 +296,8 @@ def tuned(scale, found, start):
 
     Args:
       scale: the sizes.
-      found: from (cell, seed) to the record of the run.
-      start: settings for what has not been tuned, rather than those in the middle of the grids.
+      found: maps (cell, seed) to the record of the run.
+      start: settings for what has not been tuned, instead of the middle of the grids.
     """
     grids = (
         dict(scale.rates),
@@ -323,12 +317,12 @@ def tuned(scale, found, start):
 DENSITIES = {"2:4": "1/2", "1:8": "1/8", "1:16": "1/16", "1:32": "1/32"}
 # the recipes at 1:8 and 1:32
 LITTLE_KEPT = ("RESET", "SR-STE", "SR-STE, dense start", "MDGF exponential")
-TIED = ("FIX", "REGULARIZE", "SR-STE", "MDGF exponential")  # with RESET those at 2:4
-# of RESET at 1:16: nothing is exploited, or nothing explored
+TIED = ("FIX", "REGULARIZE", "SR-STE", "MDGF exponential")  # compared with RESET at 2:4
+# changes to RESET at 1:16: no exploitation, or no exploration
 ABLATIONS = ("no exploitation", "fixed initial mask", "SMALL")
 # r divides no run: masks made after the last step would be validated without having trained
 SWEPT = {"every": (1, 70, 700), "grad_scale": (0.0, 1.0), "reset_every": (1, 1000)}
-LENGTHS, WIDTHS = (1 / 3, 1), (1 / 2, 3 / 4, 1)  # of those of the scale
+LENGTHS, WIDTHS = (1 / 3, 1), (1 / 2, 3 / 4, 1)  # fractions of those of the scale
 COMPARED_WITH_DENSE = ("dense", "2:4", "transposable 2:4")
 ON_DIGITS = {
     "dense": ("dense",),
@@ -339,13 +333,14 @@ ON_DIGITS = {
 
 
 def resets(cells, pattern, **changes):
-    """The dense cell, or that of RESET at a sparse pattern."""
+    """The dense cell, or the cell of RESET at a sparse pattern."""
     return cells(pattern, "dense" if pattern == "dense" else "RESET", **changes)
 
 
 def sweep(cells, argument):
-    """The cells of one sweep of RESET, by the value of the argument; a value that is the usual one
-    is the usual cell.
+    """The cells of one sweep of RESET, by the value of the argument.
+
+    The usual value of the argument gives the usual cell.
     """
     usual = {
         "every": 1,
@@ -360,12 +355,12 @@ def sweep(cells, argument):
 
 
 def longer(cells):
-    """Changes to a cell, by the steps they bring."""
+    """Changes to a cell, by the number of steps that they set."""
     return _changes("steps", cells.scale.steps, LENGTHS)
 
 
 def wider(cells):
-    """Changes to a cell, by the width they bring."""
+    """Changes to a cell, by the width that they set."""
     return _changes("width", cells.scale.width, WIDTHS)
 
 
@@ -375,7 +370,7 @@ def _changes(name, usual, factors):
 
 
 def matrix(cells):
-    """The runs of the tables: (stage, cell), the most important first; a cell may come again."""
+    """The runs of the tables: (stage, cell), the most important first; cells may repeat."""
     yield from (("2:4 and dense", resets(cells, pattern)) for pattern in COMPARED_WITH_DENSE)
     yield from (("recipes at 1:16", cells("1:16", recipe)) for recipe in (*LITTLE_KEPT, *ABLATIONS))
     yield from (("recipes at 2:4", cells("2:4", recipe)) for recipe in TIED)

@@ -1,6 +1,4 @@
-"""The finished runs: one JSON line each, after a first line that says where they ran and on which
-text.
-"""
+"""The finished runs: one JSON line each, after a first line on the environment and the text."""
 
 import dataclasses
 import json
@@ -13,12 +11,12 @@ FOLDER = timing.RESULTS / "quality"
 
 
 def folder(scale):
-    """Where the runs of a scale are kept."""
+    """The folder that holds the runs of a scale."""
     return FOLDER / "gpu" if scale.together else FOLDER
 
 
 def read(folder):
-    """From (cell, seed) to the record of the run; empty where there is none."""
+    """Maps (cell, seed) to the record of the run; empty if there is no file."""
     path = folder / "runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     found = {}
@@ -38,15 +36,13 @@ def read(folder):
 
 
 def where(folder):
-    """The environment of the runs, or None where there are none."""
+    """The environment of the runs, or None without runs."""
     path = folder / "runs.jsonl"
     return json.loads(path.read_text().splitlines()[0]) if path.exists() else None
 
 
 def cells(scale, found):
-    """The cells of a scale with what its tuning has found; on a GPU recipes keep the settings that
-    were found on the CPU.
-    """
+    """The cells of a scale with its tuning results; on a GPU, settings are those from the CPU."""
     return Cells(
         scale,
         tuned(
@@ -61,8 +57,7 @@ class Store:
     """Opens the runs in a folder to add to them.
 
     Raises:
-      SystemExit: the runs that are there were trained on another version of Python's standard
-        library.
+      SystemExit: the existing runs were trained on another version of Python's standard library.
     """
 
     def __init__(self, folder):

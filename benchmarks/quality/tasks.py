@@ -1,6 +1,4 @@
-"""Data and models of the tasks: what a step draws from, what is validated on, which model is
-trained.
-"""
+"""Data and models of the tasks: training data, validation data and model."""
 
 import functools
 import hashlib
@@ -15,7 +13,7 @@ import numpy as np
 
 from benchmarks.quality.models import ConvNet, LanguageModel, VisionTransformer
 
-# not the library's own text, or another one on every machine
+# skipped: not the library's own text, or different on every machine
 LEFT_OUT = (
     "test",
     "tests",
@@ -25,21 +23,21 @@ LEFT_OUT = (
     "dist-packages",
     "__pycache__",
 )
-CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"  # every other character is one more token
+CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"  # all other characters share one more token
 HELD_OUT = 40  # files
 VALIDATED = 2048  # windows of the held-out files
-COPIES = 8  # of every held-out image, each moved in its own way
+COPIES = 8  # augmented copies of every held-out image
 
 
 class Task(NamedTuple):
     """One task.
 
     Attributes:
-      model: from a width and a density of the hidden layers to a module.
+      model: a function from a width and a density of the hidden layers to a module.
       train: the arrays that batches are drawn from.
-      draw: from these arrays and a key to a batch, (inputs, labels).
+      draw: a function from these arrays and a key to a batch, (inputs, labels).
       validation: (inputs, labels), each `[batches, batch, ...]`, always the same.
-      metric: what the tables show, "bits" or "error".
+      metric: the metric of the tables, "bits" or "error".
     """
 
     model: Callable
@@ -50,7 +48,7 @@ class Task(NamedTuple):
 
 
 def load(name, scale):
-    """The task of this name in the sizes of `scale`."""
+    """The task of this name, in the sizes of `scale`."""
     return {"characters": characters, "transformer": transformer, "convolutions": convolutions}[
         name
     ](scale)
@@ -58,8 +56,9 @@ def load(name, scale):
 
 @functools.cache
 def library():
-    """The texts of Python's own standard library, (held out, the rest), in the order of their
-    paths; the split goes by the path's hash.
+    """The texts of Python's standard library, (held out, the rest), in the order of paths.
+
+    The hash of a path decides whether it is held out.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path.relative_to(root) for path in root.rglob("*.py"))
@@ -80,7 +79,7 @@ def library():
 
 @functools.cache
 def fingerprint():
-    """What tells one standard library from another."""
+    """A fingerprint that identifies a version of the standard library."""
     return hashlib.sha256("\0".join(library()).encode()).hexdigest()[:16]
 
 
@@ -130,10 +129,8 @@ def convolutions(scale):
 
 
 def digits(scale, model):
-    """The 8x8 images of scikit-learn; a quarter of them is held out. Every image is turned,
-    stretched, moved and made noisy.
-    """
-    from sklearn import datasets  # only who trains on digits needs it
+    """The 8x8 images of scikit-learn, augmented; a quarter of them is held out."""
+    from sklearn import datasets  # here, since only the digits need it
 
     images, labels = (np.asarray(array) for array in datasets.load_digits(return_X_y=True))
     images = images.reshape(-1, 8, 8).astype(np.float32) / 16
@@ -156,8 +153,9 @@ def digits(scale, model):
 
 
 def augmented(images, key):
-    """Each image `[8, 8]` turned by up to 15 degrees, stretched by up to 15 %, moved by up to a
-    pixel, with noise.
+    """Each image `[8, 8]` rotated, stretched and shifted, with noise.
+
+    Rotations are up to 15 degrees, stretching up to 15 %, shifts up to a pixel.
     """
 
     def one(image, key):

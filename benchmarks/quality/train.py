@@ -1,4 +1,4 @@
-"""One cell trained: the same data order and initial weights for a seed whatever the recipe."""
+"""Trains one cell; for a seed, data order and initial weights are the same for all recipes."""
 
 import functools
 
@@ -13,21 +13,22 @@ from benchmarks.quality.models import SPARSE
 from benchmarks.quality.runs import RECIPES, WITHOUT_PLAN, as_pattern, density
 
 CHUNK = 250  # steps between two reports of progress
-# of a watched run: in time, of each kernel, of final magnitudes, of the variances
+# of a watched run: samples in time, weights of each kernel, bins of final magnitude, samples of
+# the variances that are stored
 SAMPLES, WEIGHTS, BINS, SHOWN = (300, 256, 10, 60)
 
 
 def train(cell, seeds, scale, progress=lambda steps: None):
     """Trains a cell once for each seed; yields (seed, record).
 
-    On a GPU the seeds run together under `jax.vmap`; a CPU gains nothing from that and takes them
-    one after the other.
+    On a GPU the seeds run together under `jax.vmap`; on a CPU, which gains nothing from that, they
+    run one after the other.
 
     Args:
-      cell: what to train.
-      seeds: with which keys.
+      cell: the cell to train.
+      seeds: the seeds.
       scale: the sizes of the task.
-      progress: called with numbers of steps that are done, over all seeds.
+      progress: called with the number of new steps, over all seeds.
     """
     if scale.together:
         found = trainer(cell, scale, jax.vmap)(
@@ -43,16 +44,15 @@ def train(cell, seeds, scale, progress=lambda steps: None):
 
 
 def one_seed(f, in_axes=0):
-    """What stands in for `jax.vmap` where seeds run one after the other."""
+    """Replaces `jax.vmap` where seeds run one after the other."""
     return f
 
 
 def trainer(cell, scale, over_seeds):
-    """A function from a seed and `progress` to the bits and the error on validation data and the
-    final optimizer state.
+    """A function from a seed and `progress` to validation bits and error and the optimizer state.
 
-    `over_seeds` turns a function of one seed into one of many. Nothing is compiled again for
-    another seed, and what cells share not for another cell.
+    `over_seeds` turns a function of one seed into one of many. Compiled functions are shared by all
+    seeds, and by cells as far as possible.
     """
     task = tasks.load(cell.task, scale)
     model = task.model(cell.width, density(cell.pattern) if cell.recipe == "SMALL" else 1.0)
@@ -82,7 +82,7 @@ def trainer(cell, scale, over_seeds):
                 )
                 progress(count)
             done += steps
-        effective = parts[-1][-1](params, opt_state)  # with the masks that training held
+        effective = parts[-1][-1](params, opt_state)  # with the masks of the last training step
         return *validate(effective, task.validation), opt_state if cell.watched else None
 
     return run
@@ -90,8 +90,10 @@ def trainer(cell, scale, over_seeds):
 
 @functools.cache
 def of_model(model, over_seeds):
-    """Functions from a seed and an example to initial parameters, and from effective parameters and
-    batches to bits and error.
+    """The functions of a model: initialisation, and evaluation.
+
+    The first maps a seed and an example to initial parameters, the second maps effective parameters
+    and batches to bits and error.
     """
 
     def initial(seed, example):
@@ -107,9 +109,7 @@ def of_model(model, over_seeds):
 
 @functools.cache
 def drawn(draw, over_seeds):
-    """A function to the batches of `count` steps from `first` on, the same for a seed whatever is
-    trained.
-    """
+    """A function that draws `count` batches from step `first` on; they depend on the seed only."""
 
     @functools.partial(jax.jit, static_argnums=3)
     def batches(seed, train, first, count):
@@ -145,7 +145,7 @@ def chunk(model, tx, sparse, over_seeds):
 
 
 def losses(model, params, batch):
-    """Bits and the fraction of wrong labels."""
+    """Bits, and the fraction of wrong labels."""
     inputs, labels = batch
     logits = model.apply(params, inputs)
     bits = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels) / jnp.log(2)
@@ -153,8 +153,9 @@ def losses(model, params, batch):
 
 
 def phases(cell, plan):
-    """(optimizer, steps, whether it holds masks): one, or for the static recipe the dense one and
-    then, afresh, that from its weights.
+    """The phases of a run, as (optimizer, steps, whether it holds masks).
+
+    The static recipe has two: dense training, and fresh training from its weights.
     """
     options = dict(cell.options)
     dense = round(cell.steps * options.pop("dense_for", 0))
@@ -179,7 +180,7 @@ def adamw(rate, steps):
 
 
 def record(bits, error, opt_state):
-    """What is kept of a run."""
+    """The record that is kept of a run."""
     kept = {"bits": float(bits), "error": float(error)}
     if opt_state is not None:
         seen = js.analysis.recordings(opt_state)

@@ -1,6 +1,7 @@
-"""The kernels for 2:4 products: one row for each, which says all that others ask of it.
+"""The table of kernels for 2:4 products, which holds everything that other modules need to know.
 
-Nothing here imports Pallas. To add a kernel, write its file, with `Config` and `matmul`, and a row.
+Nothing here imports Pallas. To add a kernel, write its file, with `Config` and `matmul`, and add a
+row.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 __all__ = ["ACTIVATIONS", "KERNELS", "Kernel", "may_run", "preferred"]
 
-ACTIVATIONS = {  # all by one tanh, which every kernel has
+ACTIVATIONS = {  # each with a single tanh, which every kernel supports
     None: lambda x: x,
     "relu": lambda x: jnp.maximum(x, 0.0),
     "gelu": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))),
@@ -26,19 +27,19 @@ class Kernel:
     """A kernel for `x @ w` with a compressed weight.
 
     Attributes:
-      name: what users name it by, and its file in this folder.
-      least: the least compute capability that it runs on.
-      below: the compute capability from which on it does not run; None where there is no such one.
-      since: compute capabilities below that, and the jax version that they need.
-      dtypes: those of x and of the values, which are equal.
-      layout: that of the metadata.
-      most_rows: the most rows of x.
-      multiples: of K and M, up to which it pads its operands at every call.
-      timed_rows: the rows between which `benchmarks/gpu.py` times it; with others, another kernel
-        is meant.
+      name: its name for users, and that of its file in this folder.
+      least: the lowest compute capability that it runs on.
+      below: the compute capability from which it no longer runs; None if there is no such limit.
+      since: a compute capability, and the jax version that all lower ones need.
+      dtypes: the dtypes of x and of the values, which must be equal.
+      layout: the layout of the metadata.
+      most_rows: the largest number of rows of x.
+      multiples: the multiples of K and of M to which it pads its operands at every call.
+      timed_rows: the range of rows in which `benchmarks/gpu.py` times it; outside, another kernel
+        is meant to run.
       targets: the GPUs that the tests compile it for ahead of time.
-      tuned_at: N, M and K of the product by which `benchmarks/gpu.py` tells `configs` apart.
-      configs: configurations that only hardware can decide between, fields of its `Config`.
+      tuned_at: N, M and K of the product on which `benchmarks/gpu.py` compares `configs`.
+      configs: configurations that only hardware can decide between, as fields of its `Config`.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Kernel:
 
     @property
     def module(self) -> ModuleType:
-        """The file with its `Config` and `matmul`."""
+        """The module with its `Config` and `matmul`."""
         return importlib.import_module(f"jaxsparse._kernels.{self.name}")
 
     def misfit(self, n: Any, dtype: Any) -> str | None:
@@ -95,7 +96,7 @@ class Kernel:
 
 
 _SIXTEEN = ("bfloat16", "float16")
-_ASYNCHRONOUS_COPIES = ((9, 0), (0, 11))  # before Hopper they are in jax from 0.11 on
+_ASYNCHRONOUS_COPIES = ((9, 0), (0, 11))  # for GPUs before Hopper, available from jax 0.11
 
 KERNELS = {
     kernel.name: kernel
@@ -164,14 +165,14 @@ KERNELS = {
     )
 }
 
-# What is measured faster than the dense product, as `benchmarks/gpu.py` prints it, with the result
-# file that it printed it from: (compute capabilities, kernel, rows of x from, to, least output
-# features times contraction, least of either). Nothing is yet.
+# Measured to be faster than the dense product, as printed by `benchmarks/gpu.py`, with the result
+# file: (compute capabilities, kernel, fewest and most rows of x, least product of output features
+# and contraction, least of either). Empty, since nothing is measured yet.
 _PREFERENCES: tuple[tuple[tuple[tuple[int, int], ...], str, int, int, int, int], ...] = ()
 
 
 def may_run(implementation: str | None, layout: str) -> bool:
-    """Whether a product may run on a kernel, which takes in the bias and the activation."""
+    """Whether a product may run on a kernel, which can then fuse the bias and the activation."""
     if implementation is None:
         return any(kernel.layout == layout for kernel in KERNELS.values())
     return implementation in KERNELS

@@ -1,10 +1,9 @@
-"""2:4 product for Ampere and Ada: `mma.sp` fed by asynchronous copies through stages in shared
-memory.
+"""2:4 product for Ampere and Ada: `mma.sp` fed by asynchronous copies through shared memory.
 
-One warpgroup computes one output tile of `tile_m` output features by 64 rows of x. The weight is
-the first operand, since that is the sparse one, so the accumulators hold the transposed tile; it is
-turned on its way through shared memory. Each of the four warps owns 16 rows of every 64, which is
-how the metadata are laid out, and all 64 columns.
+One warpgroup computes one output tile of `tile_m` output features by 64 rows of x. The first
+operand must be the sparse one, the weight, so the accumulators hold the transposed tile, which is
+transposed back through shared memory. Each of the four warps owns 16 rows of every 64, which
+matches the layout of the metadata, and all 64 columns.
 """
 
 import dataclasses
@@ -45,12 +44,12 @@ TILING = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What may be tuned.
+    """The parameters to tune.
 
     Attributes:
-      tile_m: output features in a tile, 128 or 256; the latter halves the traffic of x and takes
-        twice the registers.
-      stages: steps of 64 of the contraction that are in shared memory.
+      tile_m: output features in a tile, 128 or 256; 256 halves the traffic of x and takes twice the
+        registers.
+      stages: the number of steps of 64 of the contraction in shared memory.
     """
 
     tile_m: int = 128
@@ -58,13 +57,13 @@ class Config:
 
 
 class Ops(NamedTuple):
-    """The blocks that only a GPU has. Interpret mode puts arithmetic on arrays in their place.
+    """The operations that need a GPU; interpret mode replaces them by arithmetic on arrays.
 
     Attributes:
-      fetch: starts the copy of a slice in global memory to one in shared memory.
-      wait: waits until no more than so many copies are pending.
-      step: accumulator `[tile_m, 64]`, values `[tile_m, 32]`, x `[64, 64]` and metadata `[tile_m /
-        64, 128]` in shared memory to the accumulator.
+      fetch: starts the copy of a slice from global memory to shared memory.
+      wait: waits until at most a given number of copies are pending.
+      step: maps the accumulator `[tile_m, 64]`, and values `[tile_m, 32]`, x `[64, 64]` and
+        metadata `[tile_m / 64, 128]` in shared memory, to the new accumulator.
       sync: waits for all threads of the warpgroup.
       store: writes a tile of y, `[64, 64]` in shared memory, to a slice of y.
     """
@@ -77,14 +76,14 @@ class Ops(NamedTuple):
 
 
 def _load_matrices(address):
-    """`ldmatrix`: four 8 by 8 matrices of 16-bit elements, whose rows lie where the lanes say."""
+    """`ldmatrix`: four 8 by 8 matrices of 16-bit elements; lanes hold the addresses of rows."""
     i32 = ir.IntegerType.get_signless(32)
     text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
     return asm([i32] * 4, text, "=r,=r,=r,=r,r,~{memory}", [address], side_effects=True)
 
 
 def _swizzled(row, chunk, row_bytes):
-    """The address of a chunk of 16 bytes in a tile whose rows of 64 or 128 bytes are swizzled."""
+    """The address of a 16-byte chunk in a tile whose rows of 64 or 128 bytes are swizzled."""
     key = (
         arith.andi(row, constant(7))
         if row_bytes == 128
@@ -96,9 +95,7 @@ def _swizzled(row, chunk, row_bytes):
 
 
 def _multiply(total, values, x, metadata):
-    """One step of 64 of the contraction: two instructions deep, one for each half of the quads'
-    metadata.
-    """
+    """One step of 64 of the contraction: two instructions deep, each with half of the metadata."""
     i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
     dtype = str(ir.MemRefType(values.type).element_type)
     subtiles = total.shape[0] // 64
@@ -109,7 +106,7 @@ def _multiply(total, values, x, metadata):
         memref.load(metadata, [utils.c(s, index), arith.index_cast(index, thread)])
         for s in range(subtiles)
     ]
-    # rows and chunks of the four matrices: values by 8 rows, then by 8 columns; x by 8 columns
+    # the four matrices of values are 8 rows, then 8 columns apart; those of x 8 columns
     values_row = add(arith.muli(warp, constant(16)), arith.andi(within, constant(15)))
     x_row, x_chunk = arith.andi(within, constant(7)), arith.shrui(within, constant(3))
     total = total.copy()
@@ -128,7 +125,7 @@ def _multiply(total, values, x, metadata):
 
 
 def _store(tile, y):
-    """Each thread moves 4 chunks of 16 bytes, 8 neighbours a row."""
+    """Copies a tile to y; each thread moves four 16-byte chunks, 8 neighbouring threads a row."""
     i8, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 64))
     chunk_type = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
     row_bytes = 2 * ir.MemRefType(y.type).get_strides_and_offset()[0][0]
@@ -149,7 +146,7 @@ def _store(tile, y):
 
 
 def registers(config: Config) -> Ops:
-    """The blocks that run on a GPU."""
+    """The operations as they run on a GPU."""
     shape = (config.tile_m, TILE_N)
 
     @plgpu.inline_mgpu(
@@ -200,8 +197,9 @@ def _body(
     )
     def _(values, x, metadata, out):
         def produce(i):
-            """Steps beyond the last load it again, so that the number of pending copies tells which
-            have arrived.
+            """Starts the copies of step i; a step beyond the last loads the last one again.
+
+            The number of pending copies then always determines which steps have arrived.
             """
             slot, i = lax.rem(i, stages), jnp.minimum(i, steps - 1)
             fetch(
@@ -217,7 +215,7 @@ def _body(
 
         def advance(i, total):
             wait((2 + subtiles) * (stages - 2))
-            # all threads have waited for their copies, and have read what is overwritten next
+            # now all copies of this step have arrived, and the slot filled next has been read
             sync()
             produce(i + stages - 1)
             slot = lax.rem(i, stages)
@@ -252,20 +250,20 @@ def matmul(
     ops: Any = registers,
     **params: Any,
 ) -> Float[Array, "N M"]:
-    """`activation(x @ W.T + bias)` with W from its compressed values and metadata.
+    """`activation(x @ W.T + bias)`, where W is given by its compressed values and metadata.
 
     Args:
       x: `[N, K]`, bfloat16 or float16. N and K are padded to multiples of 64, which copies x, and
-        values if K is none.
+        also values if K is not a multiple.
       values: `[M, K/2]` of the same dtype. M is padded to a multiple of 128, which copies values
         and the result.
       metadata: uint32 in the layout `"mma16"`.
       bias: float32 `[M]` or None.
       activation: a name in `ACTIVATIONS`.
       config: None chooses by N and M.
-      cores: multiprocessors of the device.
-      ops: makes the blocks that only a GPU has from a `Config`.
-      **params: for `plgpu.kernel`, as `interpret`.
+      cores: the number of multiprocessors of the device.
+      ops: a function from a `Config` to the operations that need a GPU.
+      **params: further arguments of `plgpu.kernel`, such as `interpret`.
 
     Returns:
       `[N, M]` in the dtype of x.
@@ -289,5 +287,5 @@ def matmul(
 
 
 def default_config(n: int, m: int, cores: int) -> Config:
-    """The large tile where there are enough of them to give every multiprocessor two."""
+    """The large tile if there are enough of them to give every multiprocessor two."""
     return Config(256 if m % 256 == 0 and (n // TILE_N) * (m // 256) >= 2 * cores else 128)

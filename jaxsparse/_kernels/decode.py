@@ -1,13 +1,12 @@
-"""2:4 product for few rows of x, where reading the weight is everything: from global memory
-straight to `mma.sp`.
+"""2:4 product for few rows of x, bound by reading the weight: global memory to `mma.sp`.
 
-One block computes `tile_m` output features for all rows of x; its warps share out the contraction
-and add up in shared memory. The order of a contraction is free as long as both operands follow it,
-so a lane reads 16 neighbouring bytes of its row of values: four groups, which are its share of two
-instructions. Its metadata then are the nibbles of the same number from the words of the four lanes
-of its quad, a transposition of 4 by 4. Of x it reads 16 neighbouring bytes too, half of which it
-exchanges with its neighbour. The instruction places the values, so nothing is decompressed in
-registers.
+One block computes `tile_m` output features for all rows of x; its warps divide the contraction
+among themselves and add up their sums in shared memory. The order of a contraction is arbitrary as
+long as both operands follow it, so a lane reads 16 neighbouring bytes of its row of values: four
+groups, its share of two instructions. Its metadata are then the nibbles with its own number in the
+words of the four lanes of its quad, a 4 by 4 transposition. It also reads 16 neighbouring bytes of
+x and exchanges half of them with its neighbour. The instruction puts the values into their places,
+so nothing is decompressed in registers.
 """
 
 import dataclasses
@@ -48,13 +47,14 @@ TILE_K, WARPS = 64, 4
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What may be tuned.
+    """The parameters to tune.
 
     Attributes:
       tile_m: output features of a block: 16, 32 or 64. More share each row of x, fewer keep more
         multiprocessors busy.
       unroll: steps of 64 of the contraction that each warp loads before it multiplies.
-      warpgroups: of four warps each, which share out the contraction; at most `tile_m / 16`.
+      warpgroups: the number of warpgroups, of four warps each, that divide the contraction; at most
+        `tile_m / 16`.
     """
 
     tile_m: int = 16
@@ -63,20 +63,20 @@ class Config:
 
 
 class Ops(NamedTuple):
-    """The blocks that only a GPU has. Interpret mode puts arithmetic on arrays in their place.
+    """The operations that need a GPU; interpret mode replaces them by arithmetic on arrays.
 
     Attributes:
-      step: partial sums `[4 * tile_m, N]` of a warpgroup, of which each 64 rows are four times the
-        same 16 output features, once for each warp; values, x and metadata in global memory; the
-        first output feature; a number i. Adds what its warps w, of W in the block, contribute in
-        their steps `W * (unroll * i + u) + w` of the contraction for all u.
-      gather: partial sums to their place in shared memory, and waits for all threads of the block;
-        takes `scratch`.
-      reduce: partial sums `[warpgroups, 4 * tile_m, N]` in shared memory, bias or nothing, and the
-        first output feature of the block to this warpgroup's share `[N, tile_m / warpgroups]`.
-      store: the share, to the rows and output features that y has; y and the first output feature
-        of the block.
-      scratch: shared memory that `gather` needs besides.
+      step: adds to the partial sums of a warpgroup. Takes partial sums `[4 * tile_m, N]`, where
+        each 64 rows hold the same 16 output features four times, once for each warp; values, x and
+        metadata in global memory; the first output feature; and a number i. Warp w, of W in the
+        block, contributes the steps `W * (unroll * i + u) + w` of the contraction for all u.
+      gather: writes partial sums to shared memory and waits for all threads of the block; takes
+        `scratch`.
+      reduce: maps partial sums `[warpgroups, 4 * tile_m, N]` in shared memory, an optional bias and
+        the first output feature of the block to this warpgroup's share `[N, tile_m / warpgroups]`.
+      store: writes the share to the rows and output features that exist in y; takes y and the first
+        output feature of the block.
+      scratch: further shared memory that `gather` needs.
     """
 
     step: object
@@ -87,7 +87,7 @@ class Ops(NamedTuple):
 
 
 def _load_words(ref, byte, offset, count, cached):
-    """1 or 4 registers from global memory, from a byte and a constant offset on."""
+    """Loads 1 or 4 registers from global memory, at a byte address plus a constant offset."""
     pointer = utils.getelementptr(utils.memref_ptr(ref), [byte], ir.IntegerType.get_signless(8))
     pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), pointer)
     kind = ("" if cached else "L1::no_allocate.") + {1: "b32", 4: "v4.b32"}[count]
@@ -103,9 +103,7 @@ def _load_words(ref, byte, offset, count, cached):
 
 
 def _cut(first, further, last, sure):
-    """`first + further` as a register and a constant to add; not beyond `last`, where that is not
-    sure.
-    """
+    """`first + further` as a register and a constant to add, limited to `last` unless `sure`."""
     return (first, further) if sure else (arith.minsi(add(first, further), constant(last)), 0)
 
 
@@ -118,8 +116,9 @@ def _odd(place, bit):
 
 
 def _transposed(word, place):
-    """Nibble i of the result is nibble `place` of lane i of the quad, in both halves of the word:
-    two exchanges between neighbours.
+    """Transposes nibbles within a quad: nibble i of the result is nibble `place` of lane i.
+
+    This holds for both halves of the word, and takes two exchanges between neighbours.
     """
     for distance, mask in ((2, 0x00FF00FF), (1, 0x0F0F0F0F)):
         other = utils.shfl_bfly(word, distance)
@@ -131,12 +130,11 @@ def _transposed(word, place):
 
 
 def _exchanged(chunks, place):
-    """Operands of two instructions from two chunks of 8 neighbouring elements of x, two groups
-    each.
+    """Operands of two instructions from two chunks of 8 neighbouring elements of x.
 
-    Of a group the even lanes of the quad want the first two elements and the odd ones the last two,
-    and of each chunk the even lanes have the groups of the first instruction and the odd ones those
-    of the second.
+    Each chunk has two groups. In a group, the even lanes of the quad need the first two elements
+    and the odd lanes the last two. In a chunk, the even lanes hold the groups of the first
+    instruction and the odd lanes those of the second.
     """
     odd = _odd(place, 1)
     operands: list[list] = [[], []]
@@ -150,7 +148,7 @@ def _exchanged(chunks, place):
 
 
 def _multiply(total, values, x, metadata, m0, i, config):
-    """The steps of one iteration: all loads first, so that many bytes are on their way."""
+    """The steps of one iteration, with all loads first, so that many bytes are in flight."""
     dtype = str(ir.MemRefType(values.type).element_type)
     (m, _), (rows, k), tiles = (ir.MemRefType(ref.type).shape for ref in (values, x, metadata))
     thread = utils.thread_idx()
@@ -170,16 +168,17 @@ def _multiply(total, values, x, metadata, m0, i, config):
     column = arith.muli(step, constant(TILE_K))
 
     def load(ref, row, row_size, start, further, width, size, cached):
-        """16 bytes from columns `start + further` on, zeros beyond the last; rows and columns as a
-        register and a constant.
+        """Loads 16 bytes from column `start + further` on, with zeros beyond the last column.
+
+        Rows and columns are each a register and a constant.
         """
         at, offset = _cut(start, further, k - width, sure_k)
         byte = arith.addi(_bytes(row[0], row_size), _bytes(at, size))
-        found = _load_words(ref, byte, row[1] * row_size + offset * size, 4, cached)
+        words = _load_words(ref, byte, row[1] * row_size + offset * size, 4, cached)
         if sure_k:
-            return found
+            return words
         inside = arith.cmpi(arith.CmpIPredicate.slt, add(start, further), constant(k))
-        return [arith.select(inside, register, constant(0)) for register in found]
+        return [arith.select(inside, register, constant(0)) for register in words]
 
     loaded = []
     for u in range(config.unroll):
@@ -202,7 +201,7 @@ def _multiply(total, values, x, metadata, m0, i, config):
                 ([load(values, one, k, start, further, 16, 1, cached=False) for one in row], word)
             )
         for first in range(0, total.shape[1], 8):
-            # rows that x lacks are computed and not stored
+            # rows beyond those of x are computed but not stored
             row = _cut(group, first, rows - 1, sure_n)
             start = add(column, arith.muli(place, constant(8)))
             columns.append(
@@ -223,9 +222,7 @@ def _multiply(total, values, x, metadata, m0, i, config):
 
 
 def _elements(config, n):
-    """The places `(row, feature)` in the block's results that this thread has of its warpgroup's
-    share, one after the other.
-    """
+    """The positions `(row, feature)` in the block's results that this thread handles, in turn."""
     index = ir.IndexType.get()
     share = config.tile_m // config.warpgroups
     thread = arith.index_cast(index, utils.thread_idx())
@@ -290,7 +287,7 @@ def _store(result, y, m0, config):
 
 
 def registers(config: Config, n: int, has_bias: bool) -> Ops:
-    """The blocks that run on a GPU."""
+    """The operations as they run on a GPU."""
     partial, share = (WARPS * config.tile_m, n), (n, config.tile_m // config.warpgroups)
     ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT((1,))
     strided = plgpu.Layout.WG_STRIDED(share, vec_size=1)
@@ -336,7 +333,7 @@ def _body(
     rows, k = x_ref.shape
     n = rows + -rows % 8
     step, gather, reduce, store, scratch = ops(config, n, bool(bias_ref))
-    # as an array, since inline code takes no scalars
+    # an array, since inline code does not accept scalars
     m0 = jnp.broadcast_to(lax.axis_index("m") * config.tile_m, (1,))
 
     def run(sums, *scratch):
@@ -371,7 +368,7 @@ def matmul(
     ops: Any = registers,
     **params: Any,
 ) -> Float[Array, "N M"]:
-    """`activation(x @ W.T + bias)` with W from its compressed values and metadata.
+    """`activation(x @ W.T + bias)`, where W is given by its compressed values and metadata.
 
     Args:
       x: `[N, K]`, bfloat16 or float16, N at most 64. K is padded to a multiple of 16, which copies
@@ -381,10 +378,10 @@ def matmul(
       bias: float32 `[M]` or None.
       activation: a name in `ACTIVATIONS`.
       config: None chooses by N and M.
-      cores: multiprocessors of the device.
-      ops: makes the blocks that only a GPU has from a `Config`, N in full eights and whether there
-        is a bias.
-      **params: for `plgpu.kernel`, as `interpret`.
+      cores: the number of multiprocessors of the device.
+      ops: a function from a `Config`, N rounded up to a multiple of 8, and whether there is a bias,
+        to the operations that need a GPU.
+      **params: further arguments of `plgpu.kernel`, such as `interpret`.
 
     Returns:
       `[N, M]` in the dtype of x.
@@ -406,13 +403,14 @@ def matmul(
 
 
 def default_config(n: int, m: int, cores: int) -> Config:
-    """The largest tile that leaves few multiprocessors idle, since each block reads all of x; 64 KB
-    on their way to each.
+    """The largest tile that keeps most multiprocessors busy, since each block reads all of x.
+
+    Each multiprocessor has 64 KB in flight.
     """
     tile_m = next(
         (size for size in ((64, 32) if n <= 16 else (32,)) if 10 * m >= 9 * size * cores), 16
     )
     warpgroups = min(2, tile_m // 16)
-    # else two blocks share a multiprocessor, and its registers
+    # otherwise two blocks share a multiprocessor and its registers
     alone = m * warpgroups <= 2 * tile_m * cores
     return Config(tile_m, (128 if alone else 64) // tile_m if n <= 16 else 1, warpgroups)

@@ -1,12 +1,11 @@
-"""2:4 product for Hopper: `wgmma.mma_async.sp` fed by TMA through a ring of stages in shared
-memory.
+"""2:4 product for Hopper: `wgmma.mma_async.sp` fed by TMA through a ring in shared memory.
 
 One block stays on each multiprocessor and walks over output tiles of 128 output features by
-`tile_n` rows of x. Its third warpgroup only issues TMA loads, the first two multiply: 64 output
-features each, by all rows of the tile. The weight is the first operand, since that is the sparse
-one, so the accumulators hold the transposed tile; it is turned on its way through shared memory.
-TMA fills what lies beyond an array with zeros and does not write there, so tiles may stick out;
-rows of all arrays must begin at multiples of 16 bytes.
+`tile_n` rows of x. Its third warpgroup only issues TMA loads; the first two multiply, 64 output
+features each, by all rows of the tile. The first operand must be the sparse one, the weight, so the
+accumulators hold the transposed tile, which is transposed back through shared memory. TMA reads
+zeros beyond an array and writes nothing there, so tiles may extend beyond it; the rows of all
+arrays must begin at multiples of 16 bytes.
 """
 
 import dataclasses
@@ -42,28 +41,26 @@ __all__ = ["Config", "matmul"]
 
 TILE_M, TILE_K = 128, 64
 CONSUMERS = 2
-# pending instructions read their metadata registers: with two steps in a loop body the registers
-# alternate
+# pending instructions read their metadata registers; two steps in a loop body let these alternate
 UNROLL = 2
 STORE_SLOTS = 2
-# as long as the rows of the tiles
+# equal to the length of a tile's rows
 VALUES_SWIZZLE, SWIZZLE = (plgpu.SwizzleTransform(64), plgpu.SwizzleTransform(128))
-# one float32 accumulator a register, as the instruction names them; through a loop other layouts
-# cost moves
+# one float32 accumulator a register, in the order of the instruction; other layouts cost moves in
+# a loop
 ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What may be tuned.
+    """The parameters to tune.
 
     Attributes:
       tile_n: rows of x in a tile: 32, 64, 128 or 256.
       stages: depth of the ring, in steps of 64 of the contraction.
       cluster: 1, or 2 blocks that share each tile of x.
       in_flight: groups of instructions that stay pending from one step to the next, 0 or 1.
-      stripe: tiles of output features that are walked before the rows of x advance, for the L2
-        cache.
+      stripe: tiles of output features to visit before the rows of x advance, for the L2 cache.
     """
 
     tile_n: int = 256
@@ -79,14 +76,14 @@ class Config:
 
 
 class Ops(NamedTuple):
-    """The register-level blocks. Interpret mode puts arithmetic on arrays in their place.
+    """The operations on registers; interpret mode replaces them by arithmetic on arrays.
 
     Attributes:
-      zeros: no arguments to an accumulator of 64 by `tile_n`.
-      step: accumulator, values `[64, 32]`, x `[tile_n, 64]` and metadata `[1, 1, 128]` in shared
-        memory to the accumulator.
-      drain: accumulator to the finished sums.
-      turn: results `[64, store_n]` to their place `[store_n, 64]` in shared memory.
+      zeros: returns an accumulator of 64 by `tile_n`.
+      step: maps the accumulator, and values `[64, 32]`, x `[tile_n, 64]` and metadata `[1, 1, 128]`
+        in shared memory, to the new accumulator.
+      drain: maps the accumulator to the finished sums.
+      turn: transposes results `[64, store_n]` into `[store_n, 64]` in shared memory.
     """
 
     zeros: object
@@ -96,8 +93,9 @@ class Ops(NamedTuple):
 
 
 def _tiles(ref):
-    """A matrix `[R, C]` in shared memory whose rows are as long as their swizzle, as tiles `[R/8,
-    1, 8, C]`.
+    """Views a matrix `[R, C]` in shared memory as tiles `[R/8, 1, 8, C]`.
+
+    Its rows must be as long as their swizzle.
     """
     return utils.memref_unsqueeze(utils.memref_unfold(ref, 0, (None, 8)), 1)
 
@@ -111,8 +109,9 @@ def _advance(descriptor, nbytes):
 
 
 def wgmma_sp(accumulators, a, b, metadata, selector, n, dtype):
-    """One `wgmma.mma_async.sp` of 64 by n by 32: both operands by descriptor, the accumulators tied
-    in and out.
+    """Emits one `wgmma.mma_async.sp` of 64 by n by 32.
+
+    Both operands are given by descriptors; the accumulators are both input and output.
     """
     count = n // 2
     registers = ",".join(f"${i}" for i in range(count))
@@ -130,9 +129,7 @@ def wgmma_sp(accumulators, a, b, metadata, selector, n, dtype):
 
 
 def _multiply(accumulator, values, x, metadata, in_flight):
-    """One step of the ring for one warpgroup: two instructions, each with its half of the quads'
-    metadata.
-    """
+    """One step of the ring for one warpgroup: two instructions, each with half of the metadata."""
     n = accumulator.shape[1]
     dtype = str(ir.MemRefType(values.type).element_type)
     index = ir.IndexType.get()
@@ -153,10 +150,10 @@ def _multiply(accumulator, values, x, metadata, in_flight):
     registers = accumulator.registers.copy()
     flat = list(registers.flat)
     nvvm.wgmma_fence_aligned()
-    # each half is 32 of the contraction: one dense step of 16 compressed values, two of x
+    # each half covers 32 of the contraction: one dense step of 16 compressed values, two of x
     for half in range(2):
-        here = _advance(a, half * a_steps[1][0]), _advance(b, 2 * half * b_steps[1][0])
-        flat = wgmma_sp(flat, *here, word, half, n, dtype)
+        descriptors = _advance(a, half * a_steps[1][0]), _advance(b, 2 * half * b_steps[1][0])
+        flat = wgmma_sp(flat, *descriptors, word, half, n, dtype)
     nvvm.wgmma_commit_group_sync_aligned()
     nvvm.wgmma_wait_group_sync_aligned(in_flight)
     registers.flat[:] = flat
@@ -166,12 +163,12 @@ def _multiply(accumulator, values, x, metadata, in_flight):
 
 
 def registers(config: Config) -> Ops:
-    """The blocks that run on a GPU."""
+    """The operations as they run on a GPU."""
     shape = (64, config.tile_n)
     accumulator = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR)
 
-    # without the barrier some of the zeros are written between two instructions, and ptxas then
-    # serialises them all (C7517)
+    # without the barrier, some zeros are written between two instructions, and ptxas serialises all
+    # of them (C7517)
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=accumulator)
     def settle(_, zeros):
         return fragments.optimization_barrier(zeros)
@@ -246,8 +243,9 @@ def _body(
         tiles = pl.cdiv(m_tiles * n_tiles - block, blocks)
 
         def corner(tile):
-            """Where the output tile begins. Stripes of tiles, walked to and fro, keep what they
-            share in the L2 cache.
+            """The first output feature and row of a tile.
+
+            Tiles are visited in stripes, back and forth, to reuse operands in the L2 cache.
             """
             mi, ni = plgpu.planar_snake(block + tile * blocks, (m_tiles, n_tiles), 0, config.stripe)
             if shared:
@@ -263,7 +261,7 @@ def _body(
 
                 @pl.loop(0, steps)
                 def _(i):
-                    # the ring runs on from one tile to the next
+                    # the ring continues from one tile to the next
                     slot = lax.rem(tile * steps + i, stages)
                     rows, columns = pl.ds(m0, TILE_M), pl.ds(i * (TILE_K // 2), TILE_K // 2)
                     plgpu.barrier_wait(free.at[slot])
@@ -279,7 +277,7 @@ def _body(
                         metadata_ref.at[rows, columns], metadata.at[slot], filled.at[slot]
                     )
 
-            # the other block of the cluster still arrives here: do not leave before it has
+            # wait for the other block of the cluster, which still arrives at these barriers
             @pl.loop(0, stages)
             def _(slot):
                 plgpu.barrier_wait(free.at[slot])
@@ -330,7 +328,7 @@ def _body(
                 parts = config.tile_n // config.store_n
                 for part in range(parts):
                     ours = out.at[warpgroup, part % STORE_SLOTS]
-                    # the next tile begins with slot 0 again
+                    # min, because the next tile starts at slot 0 again
                     plgpu.wait_smem_to_gmem(min(STORE_SLOTS, parts) - 1, wait_read_only=True)
                     turn(result[:, part * config.store_n : (part + 1) * config.store_n], ours)
                     plgpu.commit_smem()
@@ -354,20 +352,19 @@ def matmul(
     ops: Any = registers,
     **params: Any,
 ) -> Float[Array, "N M"]:
-    """`activation(x @ W.T + bias)` with W from its compressed values and metadata.
+    """`activation(x @ W.T + bias)`, where W is given by its compressed values and metadata.
 
     Args:
       x: `[N, K]`, bfloat16 or float16. K is padded to a multiple of 16, which copies x and values.
-      values: `[M, K/2]` of the same dtype. The result is cut to M from a multiple of 8, which
-        copies it.
+      values: `[M, K/2]` of the same dtype. If M is not a multiple of 8, the result is computed for
+        the next multiple and cut, which copies it.
       metadata: uint32 in the layout `"mma16"`.
       bias: float32 `[M]` or None.
       activation: a name in `ACTIVATIONS`.
       config: None chooses by N and M.
-      cores: multiprocessors of the device.
-      ops: makes the register-level blocks from a `Config` and the arrangements of values and x in
-        shared memory.
-      **params: for `plgpu.kernel`, as `interpret`.
+      cores: the number of multiprocessors of the device.
+      ops: a function from a `Config` to the operations on registers.
+      **params: further arguments of `plgpu.kernel`, such as `interpret`.
 
     Returns:
       `[N, M]` in the dtype of x.
@@ -395,9 +392,7 @@ def matmul(
 
 
 def default_config(n: int, m: int) -> Config:
-    """A tile as wide as the rows of x fill; two blocks share x where the output features come in
-    pairs of tiles.
-    """
+    """A tile that the rows of x fill; two blocks share x if the feature tiles come in pairs."""
     tile_n = next((size for size in (32, 64, 128) if n <= size), 256)
     stages = {32: 8, 64: 8, 128: 7, 256: 5}[tile_n]
     return Config(tile_n, stages, cluster=2 if tile_n == 256 and pl.cdiv(m, TILE_M) % 2 == 0 else 1)

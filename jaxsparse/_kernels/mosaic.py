@@ -1,7 +1,6 @@
-"""What the kernels need of Pallas for Mosaic GPU, in one spelling for every supported version of
-jax.
+"""The parts of Pallas for Mosaic GPU that kernels need, for every supported version of jax.
 
-Importing this module imports Pallas, so only a lowering for CUDA does it.
+Importing this module imports Pallas, so it is only imported when lowering for CUDA.
 """
 
 import contextlib
@@ -39,17 +38,15 @@ __all__ = [
 ]
 
 VERSION = jax.__version_info__[:2]
-# asynchronous copies as they were before Hopper, from jax 0.11 on
+# waits for the asynchronous copies of GPUs before Hopper; available from jax 0.11
 wait_copies = getattr(plgpu, "wait_gmem_to_smem", None)
 
 
 def kernel(body: Any, name: str, out: Any, **params: Any) -> Any:
-    """`plgpu.kernel` with one output, in the semantics in which inline assembly sees the registers
-    of each lane.
+    """`plgpu.kernel` with one output and lane semantics, as inline assembly requires.
 
-    The lowered program shows the name.
-
-    `tanh` is the instruction, exact to 11 bits, which is what a 16-bit result keeps.
+    The name appears in the lowered program. `tanh` is the approximate instruction, exact to 11
+    bits, which is sufficient for a 16-bit result.
     """
     output = "out_type" if VERSION >= (0, 11) else "out_shape"
     compiler = plgpu.CompilerParams(
@@ -59,8 +56,9 @@ def kernel(body: Any, name: str, out: Any, **params: Any) -> Any:
 
 
 def padded(x: Any, values: Any, multiple: int) -> Any:
-    """x `[N, K]` and values `[M, K/2]` with zeros up to a multiple of the contraction; unless K is
-    one, that copies them.
+    """Pads x `[N, K]` and values `[M, K/2]` with zeros to a multiple of the contraction.
+
+    This copies them unless K already is a multiple.
     """
     spare = -x.shape[1] % multiple
     return (
@@ -72,9 +70,7 @@ def padded(x: Any, values: Any, multiple: int) -> Any:
 
 @contextlib.contextmanager
 def architecture(capability: tuple[int, int]) -> Any:
-    """Lowers for a compute capability; by itself Mosaic takes that of the default device, which may
-    be another.
-    """
+    """Lowers for a compute capability; by default Mosaic uses that of the default device."""
     modules: list[Any] = [module for module in (core, utils) if hasattr(module, "_infer_arch")]
     before = [module._infer_arch for module in modules]
     for module in modules:
@@ -98,7 +94,7 @@ def constant(value: int, bits: int = 32) -> Any:
 
 
 def asm(results: Any, text: str, constraints: str, operands: Any, *, side_effects: bool) -> Any:
-    """Inline PTX; `results` are MLIR types, and a list of as many values comes back."""
+    """Emits inline PTX and returns a list with one value for each MLIR type in `results`."""
     kind = llvm.StructType.get_literal(results) if len(results) > 1 else results[0]
     out: Any = llvm.inline_asm(
         kind, operands, text, constraints, asm_dialect=0, has_side_effects=side_effects
@@ -119,14 +115,15 @@ def add(*terms):
 
 
 def mma_sp(total: Any, a: Any, b: Any, word: Any, selector: int, dtype: str) -> Any:
-    """One `mma.sp` m16n8k32 by each warp of a warpgroup.
+    """Emits one `mma.sp` m16n8k32 for each warp of a warpgroup.
 
     Args:
       total: float32 `[64, 8]` in the layout of wgmma: 16 rows for each of four warps.
       a: 4 registers, the lane's part of 16 by 16 compressed values.
       b: 4 registers, its part of 32 by 8.
       word: its metadata.
-      selector: which lanes of each four supply theirs, 0 for the first two and 1 for the last two.
+      selector: which lanes of each quad supply their metadata, 0 for the first two and 1 for the
+        last two.
       dtype: `"bf16"` or `"f16"`.
 
     Returns:

@@ -34,7 +34,7 @@ def unpack(words: UInt8[AnArray, "..."], size: int, axis: int) -> Bool[Array, ".
 
 
 def _places(eights, axis):
-    """The places of eight bits along an axis of `eights`, 1 along the others."""
+    """The places of eight bits along an axis of `eights`; size 1 along the others."""
     return jnp.arange(8, dtype=jnp.uint8).reshape(
         [8 if i == axis else 1 for i in range(eights.ndim)]
     )

@@ -1,4 +1,4 @@
-"""Masked weights to compressed ones."""
+"""Compression of masked weights."""
 
 import functools
 import math
@@ -22,29 +22,29 @@ __all__ = ["compress"]
 def compress(
     params: PyTree, opt_state: PyTree, plan: Plan | None = None, *, layout: Layout | None = None
 ) -> Any:
-    """Turns every sparse leaf into a `Sparse24`; the dense leaves stay as they are.
+    """Turns every sparse leaf into a `Sparse24`; dense leaves are unchanged.
 
-    A 16-bit weight takes 36 of 64 bits a group (44 % saved), an 8-bit one 20 of 32 (38 %). Works
-    under `jit`, where the masks' values cannot be checked. A weight runs on every device whatever
-    its layout; the layout says where no time is lost.
+    A 16-bit weight takes 36 bits a group instead of 64 (44 % less), an 8-bit weight 20 instead of
+    32 (38 % less). It works under `jit`, where the values of masks cannot be checked. A weight runs
+    on every device whatever its layout; the layout only affects the speed.
 
     Args:
       params: pytree of weights.
       opt_state: an optimizer state that holds masks and their plan, or a pytree of masks.
-      plan: the plan of bare masks. Without it a mask must be 2:4 along one axis only, which is then
-        the axis.
-      layout: how the metadata are arranged, as for `Sparse24`. None means `"mma16"` for weights of
-        16 bits where the default backend is a GPU, and `"canonical"` elsewhere.
+      plan: the plan for bare masks. Without it a mask must be 2:4 along exactly one axis, which
+        becomes the axis of its groups.
+      layout: the layout of the metadata, as for `Sparse24`. None means `"mma16"` for weights of 16
+        bits if the default backend is a GPU, and `"canonical"` otherwise.
 
     Returns:
-      The pytree with `Sparse24` in the place of the sparse leaves, transposable ones where the plan
-      says `TransposableNM(2, 4)`. `decompress` gives back the masked weights.
+      The pytree with a `Sparse24` for each sparse leaf, transposable if the plan has
+      `TransposableNM(2, 4)`. `decompress` returns the masked weights.
 
     Raises:
-      TypeError: `plan` is no plan.
-      ValueError: there are no masks, they or the plan are of other parameters, a leaf is planned
-        under another pattern than 2:4, its mask does not keep exactly 2 of every 4 along its axes,
-        its decay factor is not 0 or traced, or `layout` does not fit its dtype.
+      TypeError: `plan` is not a plan.
+      ValueError: there are no masks; they or the plan do not match the parameters; a leaf is
+        planned with a pattern other than 2:4; its mask does not keep exactly 2 of every 4 along its
+        axes; its decay factor is not 0, or is traced; or `layout` does not fit its dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,7 +58,7 @@ def compress(
       Array([ 0., -4.,  3.,  0.], dtype=float32)
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3 (arXiv:2104.08378).
     """
     if plan is not None:
         match(plan, params, "compress")
@@ -67,11 +67,11 @@ def compress(
     _check_binary(masked)
     planned = masked.planned if plan is None else plan.sparse
     leaves, structure = jax.tree.flatten(params)
-    packing = []  # all is checked before anything is packed
+    packing = []  # all leaves are checked before any is packed
     for path, mask in zip(leaf_paths(params), masks, strict=True):
         if mask is None and path in planned:
             raise ValueError(
-                f"compress: the plan makes {path} sparse, but there is no mask of it. Pass its "
+                f"compress: the plan makes {path} sparse, but there is no mask for it. Pass its "
                 "mask, or plan it dense."
             )
         packing.append(mask if mask is None else (mask, *_place(path, mask, planned.get(path))))
@@ -83,16 +83,14 @@ def compress(
 
 
 def _check_binary(masked: Masked) -> None:
-    """Refuses a model that does not run under its masks alone, which is another than the compressed
-    one.
-    """
+    """Refuses a model whose forward pass still uses non-participating weights."""
     for path, forward in masked.forwards.items():
         factor = forward.decay_factor
         if isinstance(factor, jax.core.Tracer):
             raise ValueError(
-                f"compress: the decay factor of {path} is traced, so nobody can tell whether it is "
-                "0. Compress outside of jit, or pass jaxsparse.masks(opt_state) and the plan once "
-                "it is."
+                f"compress: the decay factor of {path} is traced, so it cannot be checked to be 0. "
+                "Compress outside of jit, or, once it is 0, pass jaxsparse.masks(opt_state) and "
+                "the plan."
             )
         if factor is not None and jnp.any(factor != 0):
             raise ValueError(
@@ -103,25 +101,24 @@ def _check_binary(masked: Masked) -> None:
 
 
 def _place(path: str, mask: Any, leaf: Leaf | None) -> tuple[str, bool]:
-    """What each axis of a weight is, as `Sparse24.axes` says, and whether the weight is
-    transposable.
+    """The kind of each axis of a weight, as in `Sparse24.axes`, and whether it is transposable.
 
-    The mask is then known to be 2:4 along the innermost contracted axis, or along the innermost
-    output axis, too.
+    This also checks that the mask is 2:4 along the innermost contracted axis and, for a
+    transposable weight, along the innermost output axis.
     """
     if leaf is not None and leaf.pattern is not None:
         groups = leaf.pattern.groups
         if not groups or set(groups) != {(2, 4)}:
             raise ValueError(
-                f"compress: {path} is planned {leaf.pattern}, but the compressed format is 2:4. "
-                "Train it under 2:4."
+                f"compress: {path} is planned as {leaf.pattern}, but the compressed format is 2:4. "
+                "Train it as 2:4."
             )
         axis, *other = (axis - mask.ndim for axis in axes_in(leaf.pattern, mask.ndim))
         for one in (axis, *other):
             if not isinstance(mask, jax.core.Tracer) and not _is_24(mask, one):
                 raise ValueError(
                     f"compress: the mask of {path} does not keep exactly 2 of every 4 along axis "
-                    f"{one} of shape {mask.shape}. Pass the masks that it was trained with, once "
+                    f"{one} of shape {mask.shape}. Pass the masks that it was trained with, after "
                     "its recipe has reached 2:4."
                 )
         if not leaf.summed:
@@ -134,30 +131,30 @@ def _place(path: str, mask: Any, leaf: Leaf | None) -> tuple[str, bool]:
         return kinds, bool(other) and other == [kinds.rfind("O") - mask.ndim]
     if isinstance(mask, jax.core.Tracer):
         raise ValueError(
-            f"compress: the axis of {path} cannot be told from a traced mask. Pass the optimizer "
-            "state or the plan."
+            f"compress: the axis of {path} cannot be inferred from a traced mask. Pass the "
+            "optimizer state or the plan."
         )
     axes = [
         axis for axis in range(-mask.ndim, 0) if mask.shape[axis] % 4 == 0 and _is_24(mask, axis)
     ]
     if len(axes) == 1:
         return _usual_axes(mask.ndim, axes[0]), False
-    found = (
+    problem = (
         f"is 2:4 along each of the axes {axes}"
         if axes
         else "does not keep exactly 2 of every 4 along any axis"
     )
     raise ValueError(
-        f"compress: the mask of {path}, of shape {mask.shape}, {found}. Pass the optimizer state "
-        "or the plan, which know the axis."
+        f"compress: the mask of {path}, of shape {mask.shape}, {problem}. Pass the optimizer state "
+        "or the plan, which contain the axis."
     )
 
 
 def _usual_axes(ndim: int, axis: int) -> str:
-    """What the axes of a weight are where only the one along which groups run is known, counted
-    from the end.
+    """The kinds of the axes of a weight when only the group axis is known, counted from the end.
 
-    Those after it are outputs, those before it stacks; before the last axis stands the output.
+    The axes after it are outputs, those before it stacks. If it is the last axis, the one before it
+    is the output.
     """
     if axis == -1:
         return "S" * (ndim - 2) + "OK"[-ndim:]

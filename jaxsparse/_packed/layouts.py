@@ -1,4 +1,4 @@
-"""Arrangements of 2:4 metadata: the canonical one, and that of a sparse tensor core's lanes."""
+"""Layouts of 2:4 metadata: the canonical one, and that of the lanes of a sparse tensor core."""
 
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ FILLER = 0x4444  # places 0 and 1 in each of four groups: legal for the hardware
 
 
 def preferred_layout(dtype: Any) -> Layout:
-    """The layout in which the default backend loses no time; all are correct on all backends."""
+    """The fastest layout on the default backend; all layouts are correct on all backends."""
     sixteen = jnp.dtype(dtype).itemsize == 2
     return "mma16" if sixteen and jax.default_backend() == "gpu" else "canonical"
 
@@ -32,14 +32,14 @@ def metadata_form(layout: str, values: Any, call: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*stack, m, columns), jnp.uint16)
     if jnp.dtype(values.dtype).itemsize != 2:
         raise ValueError(
-            f'{call}: the layout "mma16" is for weights of 16 bits, and this one is '
+            f'{call}: the layout "mma16" is for weights of 16 bits, but this weight is '
             f'{values.dtype}. Pass "canonical".'
         )
     return jax.ShapeDtypeStruct((*stack, 2 * -(-m // 128), 2 * -(-columns // 8), 128), jnp.uint32)
 
 
 def convert(metadata: Any, old: str, new: str, values: Any) -> Any:
-    """Metadata of `values` `[..., M, K/2]` in another layout."""
+    """Converts the metadata of `values` `[..., M, K/2]` to another layout."""
     metadata_form(new, values, "Sparse24")
     if old == new:
         return metadata
@@ -51,12 +51,12 @@ def convert(metadata: Any, old: str, new: str, values: Any) -> Any:
 def tile(
     words: UInt16[AnArray, "*stack M C"],
 ) -> UInt32[Array, "*stack row_tiles column_tiles 128"]:
-    """Canonical uint16 `[..., M, C]` to uint32 `[..., 2*ceil(M/128), 2*ceil(C/8), 128]`.
+    """Converts canonical uint16 `[..., M, C]` to the layout `"mma16"`.
 
-    One last axis holds 64 rows by 64 columns of the dense weight. Word `32*w + 4*g + p` is the
-    register of lane `4*g + p` of warp w: columns `16*p` to `16*p + 15` of row `16*w + g` in its low
-    half and of row `16*w + g + 8` in its high half. Rows and columns beyond the weight hold
-    `FILLER`.
+    The result is uint32 `[..., 2*ceil(M/128), 2*ceil(C/8), 128]`, whose last axis covers 64 rows by
+    64 columns of the dense weight. Word `32*w + 4*g + p` is the register of lane `4*g + p` of warp
+    w: columns `16*p` to `16*p + 15` of row `16*w + g` in its low half, and of row `16*w + g + 8` in
+    its high half. Rows and columns beyond the weight hold `FILLER`.
     """
     *stack, rows, columns = words.shape
     words = jnp.pad(
@@ -72,7 +72,7 @@ def tile(
 def untile(
     lanes: UInt32[AnArray, "*stack row_tiles column_tiles 128"], rows: int, columns: int
 ) -> UInt16[Array, "*stack {rows} {columns}"]:
-    """The inverse of `tile`, cut to canonical `[..., rows, columns]`."""
+    """Inverts `tile`, cut to canonical `[..., rows, columns]`."""
     *stack, row_tiles, column_tiles, _ = lanes.shape
     # row tile, w, g, column tile, p
     lanes = jnp.moveaxis(lanes.reshape(*stack, row_tiles, column_tiles, 4, 8, 4), -4, -2)

@@ -32,38 +32,38 @@ def sparse_matmul(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Real[Array, "..."]:
-    """`activation(x @ w + bias)` with a compressed weight: sums over the last axes of `x` and the
-    contracted axes of `w`.
+    """`activation(x @ w + bias)` with a compressed weight.
 
-    Differentiable with respect to `x`, `w.values` and `bias`, forwards and backwards; the gradient
-    of the values is that at the kept places. Sums are taken in float32 for 16-bit floats, and bias
-    and activation applied before they are rounded (under differentiation, after).
+    It sums over the last axes of `x` and the contracted axes of `w`. It is differentiable with
+    respect to `x`, `w.values` and `bias`, in forward and reverse mode; the gradient of the values
+    is the dense gradient at the kept places. Sums are taken in float32 for 16-bit floats; bias and
+    activation are applied before rounding (under differentiation, after it).
 
-    The gradient of `x` is a product with the transpose of `w`. Where `w` is transposable, kernels
-    compute it as they do the product itself, from values that are packed anew along the output at
-    each use: nothing is stored twice, and values that are trained stay the only truth. Elsewhere it
-    is a dense product.
+    The gradient of `x` is a product with the transpose of `w`. If `w` is transposable, kernels
+    compute it like the product itself, from values that are packed again along the output at each
+    use, so that nothing is stored twice. Otherwise it is a dense product.
 
-    On a CUDA device a kernel for Sparse Tensor Cores may run, which the lowered program names
-    (`sparse_matmul_hopper`); everywhere else the weight is decompressed for the dense product. None
-    chooses a kernel only where it is measured to win, with metadata in the layout `"mma16"` and no
-    stack, on one device or inside `shard_map`. The kernels have not run on hardware
-    yet: they are exact in emulation, nothing is measured, and so each runs only where it is named.
-    A kernel that is named takes the weights of a stack one after the other, for which XLA copies
-    each with its rows.
+    On a CUDA device a kernel for Sparse Tensor Cores may run, whose name is in the lowered program
+    (`sparse_matmul_hopper`); everywhere else the weight is decompressed for the dense product.
+    `implementation=None` chooses a kernel only where it is measured to be faster, with metadata in
+    the layout `"mma16"` and no stack, on one device or inside `shard_map`. The kernels have not run
+    on hardware yet. They are exact in emulation but not measured, so each runs only if it is named.
+    A named kernel processes the weights of a stack one after the other, and XLA copies each of them
+    with its rows.
 
     Args:
-      x: `[..., K]`, or `[..., *w.contracting]` where several axes are contracted; with a stacked
+      x: `[..., K]`, or `[..., *w.contracting]` if several axes are contracted; with a stacked
         weight (`w` of shape `[*stack, ...]`) it begins with the axes of the stack.
       w: the compressed weight.
       bias: `[*stack, *w.output]`, or None.
       activation: `"relu"`, `"gelu"` (by tanh), `"silu"` or None.
-      implementation: None chooses for the device; `"dense"` runs everywhere. `"hopper"` (9.0),
-        `"ampere"` (8.0 to 8.9) and `"decode"` (8.0 and later, 64 rows at most) need 16-bit floats.
-        Sizes that do not fill their tiles are padded inside: `"hopper"` and `"decode"` copy nothing
-        for it where K is a multiple of 16 and, `"hopper"`, M one of 8; `"ampere"` where rows and K
-        are multiples of 64 and M is one of 128. None chooses no kernel that would copy the weight
-        or the result. The gradient of `x` has the same implementation, where `w` is transposable.
+      implementation: None chooses for the device; `"dense"` runs everywhere. `"hopper"` (compute
+        capability 9.0), `"ampere"` (8.0 to 8.9) and `"decode"` (8.0 and later, at most 64 rows)
+        need 16-bit floats. Sizes that do not fill their tiles are padded inside. This copies
+        nothing for `"hopper"` and `"decode"` if K is a multiple of 16 and, for `"hopper"`, M a
+        multiple of 8; nor for `"ampere"` if rows and K are multiples of 64 and M is a multiple of
+        128. None never chooses a kernel that would copy the weight or the result. If `w` is
+        transposable, the gradient of `x` has the same implementation.
       precision: as in `jax.numpy.matmul`, for the dense product.
       preferred_element_type: the dtype of the result, as in `jax.numpy.matmul`; None means the
         promoted dtype of `x` and `w`, the only one that kernels return.
@@ -72,10 +72,10 @@ def sparse_matmul(
       `[..., *w.output]`.
 
     Raises:
-      TypeError: `w` is no `Sparse24`.
-      ValueError: the axes of `x` or `bias` do not fit those of `w`, there is no such implementation
-        or activation, or the implementation cannot compute this product on any device.
-      NotImplementedError: the implementation cannot run on the device that is lowered for.
+      TypeError: `w` is not a `Sparse24`.
+      ValueError: the axes of `x` or `bias` do not fit those of `w`, the implementation or
+        activation does not exist, or the implementation cannot compute this product on any device.
+      NotImplementedError: the implementation cannot run on the device.
 
     Example:
       >>> import jax.numpy as jnp
@@ -86,7 +86,7 @@ def sparse_matmul(
       Array([[260.]], dtype=float32)
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3 (arXiv:2104.08378).
     """
     if not isinstance(w, Sparse24):
         raise TypeError(
@@ -125,7 +125,7 @@ def sparse_matmul(
     out_dtype = default if preferred_element_type is None else jnp.dtype(preferred_element_type)
     if implementation in KERNELS:
         wider = (
-            f"it returns {dtype}, and the result is to be {out_dtype}"
+            f"it returns {dtype}, but the result must be {out_dtype}"
             if out_dtype != dtype
             else None
         )
@@ -155,8 +155,9 @@ def sparse_matmul(
 
 
 def _precision(precision):
-    """What is asked for here; inside a compiled function that is no longer known when the product
-    is lowered.
+    """The requested precision, from the context if it is None.
+
+    It must be read here: inside a compiled function, the context is no longer known at lowering.
     """
     if precision is None:
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
@@ -170,8 +171,9 @@ def _precision(precision):
 
 
 def common_dtype(a, b):
-    """The dtype in which two operands are multiplied; 8-bit floats, which promote to no other type
-    by themselves, are widened.
+    """The dtype in which two operands are multiplied.
+
+    8-bit floats, which jax does not promote implicitly, are widened.
     """
     narrow = [
         dtype
@@ -184,7 +186,7 @@ def common_dtype(a, b):
 
 
 def _wider(*dtypes):
-    """The promoted dtype of what the library itself widens, whatever promotion JAX allows."""
+    """Promotes dtypes, even where JAX is configured to forbid it."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 
@@ -198,7 +200,7 @@ def check_implementation(implementation, call):
 
 
 def chosen(implementation: str | None, rows: int, w: Sparse24, dtype: Any, out_dtype: Any) -> str:
-    """What computes a product on the default device: `"dense"` or the name of a kernel."""
+    """The implementation of a product on the default device: `"dense"` or the name of a kernel."""
     if implementation is not None:
         return implementation
     device = jax.devices()[0]
@@ -209,8 +211,9 @@ def chosen(implementation: str | None, rows: int, w: Sparse24, dtype: Any, out_d
 
 
 def _varying_alike(operands):
-    """The operands as varying over the same axes of a mesh inside `shard_map`; so the gradient of
-    what did not vary is summed.
+    """Makes the operands vary over the same axes of a mesh inside `shard_map`.
+
+    The gradient of an operand that did not vary is then summed.
     """
     varying = [jax.typeof(a).manual_axis_type.varying for a in operands]
     over = frozenset().union(*varying)
@@ -224,13 +227,13 @@ def _refuse(implementation, reason, error):
     if reason:
         raise error(
             f'sparse_matmul: "{implementation}" cannot compute this: {reason}. Pass '
-            "implementation=None to have one chosen."
+            "implementation=None to choose automatically."
         )
 
 
-# x [*stack, N, K], values [*stack, M, K/2], metadata as layout says, perhaps bias [*stack, M] ->
-# [*stack, N, M]; transposed, by the transpose of the same weight: x [*stack, N, M] -> [*stack, N,
-# K], and no bias
+# x [*stack, N, K], values [*stack, M, K/2], metadata in `layout`, optional bias [*stack, M] ->
+# [*stack, N, M]. If `transposed`, multiplies by the transpose of the same weight, without bias:
+# x [*stack, N, M] -> [*stack, N, K]
 sparse_matmul_p = Primitive("sparse_matmul")
 
 
@@ -255,7 +258,7 @@ def _jitted(**params):
 
 @sparse_matmul_p.def_impl
 def _impl(*operands, **params):
-    with jax.disable_jit(False):  # it is jit that lowers the primitive
+    with jax.disable_jit(False):  # only jit lowers the primitive
         return _jitted(**params)(*operands)
 
 
@@ -278,8 +281,9 @@ def _sum_dtype(dtype):
 
 
 def _contract(a, b, a_axis, b_axis, precision, wanted=None):
-    """Sums over one of the last two axes each; leading axes are batches. The result has the dtype
-    of the sums, as wide as wanted.
+    """Sums over one of the last two axes of each operand; leading axes are batches.
+
+    The result has the dtype of the sums, at least as wide as `wanted`.
     """
     stack = tuple(range(a.ndim - 2))
     sums = (((a.ndim + a_axis,), (b.ndim + b_axis,)), (stack, stack))
@@ -325,7 +329,7 @@ def _lower_cuda(
 
 
 def _with_kernel(run, wanted, layout, transposed, x, values, metadata, *bias):
-    """The product by a kernel, which takes one weight; of a stack one after the other."""
+    """Computes the product by a kernel, which takes a single weight; loops over stacks."""
     stack = x.shape[:-2]
     if stack:
         operands = [a.reshape(-1, *a.shape[len(stack) :]) for a in (x, values, metadata, *bias)]
@@ -338,8 +342,9 @@ def _with_kernel(run, wanted, layout, transposed, x, values, metadata, *bias):
 
 
 def _device(module):
-    """A device of the kind that a module is lowered for, or None if that is open; and why no kernel
-    may run there, or None.
+    """A device of the kind that a module is lowered for, and why no kernel may run there.
+
+    Either is None: the device if its kind is not known yet, the reason if there is none.
     """
     if module.lowering_parameters.for_export or len(module.platforms) > 1 or module.backend is None:
         return None, None
@@ -384,7 +389,7 @@ def _jvp(primals, tangents, **params):
 
     def finish(y, *bias):
         wide = y.astype(_sum_dtype(y.dtype))
-        # whose gradient at 0 is 0
+        # the gradient of jax.nn.relu at 0 is 0
         activate = jax.nn.relu if activation == "relu" else ACTIVATIONS[activation]
         return activate(wide + bias[0][..., None, :] if bias else wide).astype(y.dtype)
 

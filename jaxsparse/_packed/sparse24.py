@@ -25,40 +25,40 @@ _checked: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDiction
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Sparse24:
-    """A weight of which 2 of every 4 neighbours along the contraction are kept: values and their
-    places.
+    """A compressed weight: 2 of every 4 neighbours along the contraction, and their places.
 
-    An ordinary pytree: `jit`, `grad` (with `allow_int=True`, or with respect to `values`),
-    checkpoints, sharding, donation and `lax.scan` over a stack of them work as for any other. Make
-    it with `compress`.
+    It is an ordinary pytree: `jit`, `grad` (with `allow_int=True`, or with respect to `values`),
+    checkpoints, sharding, donation and `lax.scan` over a stack work as usual. Make it with
+    `compress`.
 
-    M is the product of the output axes, K that of the contracted ones, in the order in which they
-    stand in the dense weight. Leading axes (`...`) are stacks of weights, as `nn.scan` makes them;
-    a loop over the stack takes one from the front.
+    M is the product of the output axes and K that of the contracted axes, in the order of the dense
+    weight. Leading axes (`...`) are stacks of weights, as `nn.scan` makes them; a loop over the
+    stack removes the first.
 
     Attributes:
       values: `[..., M, K/2]`, the kept weights in the order of the contraction.
-      metadata: the places of the kept weights, in the arrangement that `layout` names.
-      contracting: sizes of the axes that the matmul sums over, static.
-      output: sizes of the other axes of one weight, static.
-      axes: what each axis of the dense weight is, static: `"K"` contracted, `"O"` output, `"S"`
+      metadata: the places of the kept weights, in the arrangement given by `layout`.
+      contracting: the sizes of the axes that the matmul sums over, static.
+      output: the sizes of the other axes of one weight, static.
+      axes: the kind of each axis of the dense weight, static: `"K"` contracted, `"O"` output, `"S"`
         stack. A Flax kernel is `"KO"`, a scanned one `"SKO"`, one scanned along axis 1 `"KSO"`, a
-        kernel `[heads, inputs, width]` `"OKO"`. Stacks that are missing here stand in front, and
-        those that were taken off are the first. Empty means contracted before output axes.
+        kernel `[heads, inputs, width]` `"OKO"`. If `axes` names fewer stacks than there are, the
+        others come first; if it names more, the first ones were removed. Empty means contracted
+        axes before output axes.
       layout: the arrangement of `metadata`, static. `"canonical"` is uint16 `[..., M, ceil(K/16)]`,
-        one nibble for each group of four, the lowest first, `first | second << 2` with the two
+        one nibble for each group of four, the lowest first: `first | second << 2`, with the two
         places in ascending order. `"mma16"` is uint32 `[..., 2*ceil(M/128), 2*ceil(K/128), 128]`,
         the same words as the lanes of a sparse tensor core read them with 16-bit operands.
-      transposable: whether 2 of every 4 neighbours along the innermost output axis are kept, too,
-        static: then kernels can compute the gradient of the other operand of a product. Nothing
-        more is stored for it.
+      transposable: whether 2 of every 4 neighbours are also kept along the innermost output axis,
+        static. Kernels can then compute the gradient of the other operand of a product. This needs
+        no further storage.
 
     Raises:
-      TypeError: values or metadata are not arrays of a dtype that the format has.
-      ValueError: shapes, sizes, layout or places do not fit; see `check`.
+      TypeError: values or metadata are not arrays of a dtype of the format.
+      ValueError: shapes, sizes, layout or places are inconsistent; see `check`.
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3.
+      Mishra et al., Accelerating Sparse Deep Neural Networks, section 3 (arXiv:2104.08378).
     """
 
     values: Any
@@ -82,28 +82,28 @@ class Sparse24:
 
     @classmethod
     def tree_unflatten(cls, static, data):
-        # unchecked, since JAX also builds trees of specs, gradients and placeholders
+        # not checked, since JAX also builds trees of specs, gradients and placeholders
         new = object.__new__(cls)
         for name, value in zip((*_DATA, *_STATIC), (*data, *static), strict=True):
             object.__setattr__(new, name, value)
         return new
 
     def check(self, call: str = "Sparse24.check") -> "Sparse24":
-        """Checks that values, metadata and sizes fit each other, and the places if they are known.
+        """Checks that values, metadata and sizes are consistent, and that places are valid.
 
-        Making a `Sparse24` checks it. Call this for one that was restored by other means than
+        Creating a `Sparse24` checks it. Call this for one that was restored by other means than
         `flax.serialization`. Under `jit` only dtypes, shapes and the layout are checked.
 
         Args:
-          call: the name that errors begin with.
+          call: the name at the start of errors.
 
         Returns:
           The weight itself.
 
         Raises:
-          TypeError: values or metadata are not arrays of a dtype that the format has.
-          ValueError: shapes do not fit, there is no such layout, or the two places of a group are
-            equal or descending.
+          TypeError: values or metadata are not arrays of a dtype of the format.
+          ValueError: shapes are inconsistent, the layout does not exist, or the two places of a
+            group are not in ascending order.
 
         Example:
           >>> import jax.numpy as jnp
@@ -120,9 +120,7 @@ class Sparse24:
 
     @property
     def kinds(self) -> str:
-        """What each axis of the dense weight is, as `axes` says, with exactly the stacks that are
-        there.
-        """
+        """The kind of each axis of the dense weight, as in `axes`, with the existing stacks."""
         kinds = self.axes or "K" * len(self.contracting) + "O" * len(self.output)
         surplus = kinds.count("S") - len(self.values.shape[:-2])
         return kinds.replace("S", "", surplus) if surplus > 0 else "S" * -surplus + kinds
@@ -163,17 +161,17 @@ class Sparse24:
         return self.values.nbytes + self.metadata.nbytes
 
     def with_layout(self, layout: Layout) -> "Sparse24":
-        """The same weight with its metadata arranged in another way; exact in both directions.
+        """Converts the metadata to another layout; exact in both directions.
 
         Args:
           layout: `"canonical"`, for files that any reader understands and for the dense fallback;
             or `"mma16"`, for the kernels, with weights of 16 bits.
 
         Returns:
-          A `Sparse24` of the same values.
+          A `Sparse24` with the same values.
 
         Raises:
-          ValueError: there is no such layout, or the weight does not have 16 bits.
+          ValueError: the layout does not exist, or the weight does not have 16 bits.
 
         Example:
           >>> import jax.numpy as jnp
@@ -191,7 +189,7 @@ class Sparse24:
 
 
 def _unchecked(w: Sparse24, **changes: Any) -> Sparse24:
-    """The weight with some fields changed; for what is known to fit."""
+    """The weight with some fields changed, without checks; only for valid changes."""
     fields = {name: changes.get(name, getattr(w, name)) for name in (*_DATA, *_STATIC)}
     return Sparse24.tree_unflatten(
         [fields[name] for name in _STATIC], [fields[name] for name in _DATA]
@@ -199,7 +197,7 @@ def _unchecked(w: Sparse24, **changes: Any) -> Sparse24:
 
 
 def check_static(w: Sparse24, call: str) -> None:
-    """Checks dtypes, shapes and the layout, which are known under `jit`, too."""
+    """Checks dtypes, shapes and the layout, which are also known under `jit`."""
     for name in _DATA:
         array = getattr(w, name)
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
@@ -215,8 +213,8 @@ def check_static(w: Sparse24, call: str) -> None:
     if values.shape[-2:] != (m, k // 2) or k % 4:
         raise ValueError(
             f"{call}: `values` of shape {values.shape} do not fit output={w.output} and "
-            f"contracting={w.contracting}. They hold [..., {m}, {k // 2}], and the contraction is "
-            f"a multiple of 4."
+            f"contracting={w.contracting}. They must have shape [..., {m}, {k // 2}], and the "
+            "contraction must be a multiple of 4."
         )
     form = metadata_form(w.layout, values, call)
     if metadata.dtype != form.dtype:
@@ -231,7 +229,7 @@ def check_static(w: Sparse24, call: str) -> None:
 
 
 def check_places(w: Sparse24, call: str) -> None:
-    """Checks, once for each array outside of `jit`, that places of a group are ascending."""
+    """Checks that places ascend in each group, once for each array and outside of `jit`."""
     metadata = w.metadata
     if isinstance(metadata, jax.core.Tracer) or not isinstance(metadata, (jax.Array, np.ndarray)):
         return
@@ -247,8 +245,8 @@ def check_places(w: Sparse24, call: str) -> None:
         at = (*row, group)
         raise ValueError(
             f"{call}: the places in group {group} of row {tuple(row)} are {int(first[at])} and "
-            f"{int(second[at])}, but places ascend: a weight would be lost. The metadata are "
-            "damaged, or not in this layout."
+            f"{int(second[at])}, but they must be in ascending order. The metadata are damaged, "
+            "or not in this layout."
         )
     if isinstance(metadata, jax.Array):
         _checked[id(metadata)] = metadata
@@ -257,7 +255,7 @@ def check_places(w: Sparse24, call: str) -> None:
 def to_kept(
     w: Shaped[AnArray, "*stack M K"], mask: Bool[AnArray, "*stack M K"]
 ) -> tuple[Shaped[Array, "*stack M K//2"], UInt16[Array, "*stack M C"]]:
-    """A weight `[..., M, K]` and its mask to values and canonical metadata."""
+    """Compresses a weight `[..., M, K]` and its mask to values and canonical metadata."""
     w0, w1, w2, w3 = (w[..., i::4] for i in range(4))
     m0, m1, m2, m3 = (mask[..., i::4] for i in range(4))
     first = jnp.where(m0, w0, jnp.where(m1, w1, w2))
@@ -268,8 +266,9 @@ def to_kept(
 
 
 def _to_words(nibbles):
-    """uint16 `[..., G]` below 16 to uint16 `[..., ceil(G/4)]`, the lowest first; the last word is
-    filled up with places 0 and 1.
+    """Packs nibbles, uint16 `[..., G]` below 16, into uint16 `[..., ceil(G/4)]`, the lowest first.
+
+    The last word is filled with places 0 and 1.
     """
     spare = -nibbles.shape[-1] % 4
     nibbles = jnp.pad(nibbles, [(0, 0)] * (nibbles.ndim - 1) + [(0, spare)], constant_values=4)
@@ -278,13 +277,14 @@ def _to_words(nibbles):
 
 
 def _four(like):
-    """0, 1, 2, 3 along the last axis, with as many axes and the dtype of `like`."""
+    """0, 1, 2, 3 along the last axis, with the rank and dtype of `like`."""
     return lax.broadcasted_iota(like.dtype, (*[1] * (like.ndim - 1), 4), like.ndim - 1)
 
 
 def places(metadata, groups):
-    """Canonical metadata to the places of the first and the second kept weight of each group, uint8
-    `[..., M, groups]`.
+    """The places of the first and the second kept weight of each group.
+
+    Both are uint8 `[..., M, groups]`, from canonical metadata.
     """
     words = metadata[..., None]
     nibbles = (words >> 4 * _four(words)).astype(jnp.uint8)
@@ -295,7 +295,7 @@ def places(metadata, groups):
 def expand(
     values: Shaped[AnArray, "*stack M H"], metadata: UInt16[AnArray, "*stack M C"]
 ) -> Shaped[Array, "*stack M 2*H"]:
-    """Compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
+    """Expands compressed values `[..., M, K/2]` and metadata to the masked weight `[..., M, K]`."""
     pairs = values.reshape(*values.shape[:-1], -1, 2)
     first, second = (kept[..., None] for kept in places(metadata, pairs.shape[-2]))
     place = _four(first)
@@ -309,7 +309,7 @@ def expand(
 def kept_values(
     dense: Shaped[AnArray, "*stack M K"], metadata: UInt16[AnArray, "*stack M C"]
 ) -> Shaped[Array, "*stack M K//2"]:
-    """What `[..., M, K]` holds at the kept places, `[..., M, K/2]`: the transpose of `expand`."""
+    """The values of `[..., M, K]` at the kept places, `[..., M, K/2]`; transposes `expand`."""
     groups = dense.reshape(*dense.shape[:-1], -1, 4)
     both = [kept[..., None] for kept in places(metadata, groups.shape[-2])]
     picked = [
@@ -321,22 +321,19 @@ def kept_values(
 def transposed(
     values: Shaped[AnArray, "*stack M H"], metadata: UInt16[AnArray, "*stack M C"]
 ) -> tuple[Shaped[Array, "*stack 2*H M//2"], UInt16[Array, "*stack 2*H D"]]:
-    """Values `[..., M, K/2]` and metadata of a transposable weight to those of its transpose,
-    `[..., K, M/2]`.
-    """
+    """Transposes a transposable weight: values and metadata of the transpose, `[..., K, M/2]`."""
     mask = expand(jnp.ones_like(values, bool), metadata)
     return to_kept(expand(values, metadata).swapaxes(-1, -2), mask.swapaxes(-1, -2))
 
 
 def decompress(packed):
-    """Gives back the masked weight of every `Sparse24` in a pytree, exactly; other leaves stay as
-    they are.
+    """Replaces every `Sparse24` in a pytree by its masked weight, exactly; others are unchanged.
 
     Args:
-      packed: a `Sparse24`, or a pytree with some.
+      packed: a `Sparse24`, or a pytree that contains some.
 
     Returns:
-      The pytree with arrays in their place, of the shape and dtype that they were compressed from.
+      The pytree with arrays in their place, of the original shapes and dtypes.
 
     Example:
       >>> import jax.numpy as jnp

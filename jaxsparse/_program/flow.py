@@ -264,7 +264,7 @@ def _same_axes(before: PyTree, after: PyTree) -> dict[int, int]:
 def _regrouped(origin: Origin, before: PyTree, after: PyTree) -> Origin:
     """The origin after a reshape.
 
-    Within each part that the reshape keeps together, the atoms are distributed anew over the axes,
+    Within each part that the reshape keeps together, the atoms are redistributed over the axes,
     and split where an axis is split.
     """
     axes: list[tuple[Atom, ...]] = []
@@ -352,7 +352,7 @@ def _cut(eqn: Any, value: Value, after: PyTree) -> Value:
 
 
 def _resized(value: Value, after: PyTree, changed: Iterable[int]) -> Value:
-    """What is known of a value once its size changes along the axes in `moved`."""
+    """What is known of a value whose size changes along the axes `changed`."""
 
     def resize(origin: Origin) -> Origin:
         axes, hidden = list(origin.axes), set(origin.hidden)

@@ -1,6 +1,4 @@
-"""Small models with the structure of those that people use, and what is known of each by hand:
-`MODELS`, by name.
-"""
+"""Small models with the structure of popular ones, with tables by hand: `MODELS`, by name."""
 
 from zoo import equinox_transformer, functions, gemma, gpt2, lm1b, lstm, moe, nnx_gemma, t5, vision
 

@@ -1,4 +1,4 @@
-"""What an entry of the zoo says about its model, and random weights for it."""
+"""The entries of the zoo: a model, tables about it, and random weights."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,8 +10,7 @@ import numpy as np
 
 
 class Along(NamedTuple):
-    """Where the groups of a weight run, as read off the model's code; axes are counted from the
-    end.
+    """Where the groups of a weight run, read from the model's code; axes count from the end.
 
     Attributes:
       axis: the axis that groups run along.
@@ -26,14 +25,14 @@ class Along(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A model as a function: `fn(params, *args)` is a float array.
+    """A model as a function: `fn(params, *args)` returns a floating array.
 
     Attributes:
       fn: the function.
       params: random weights.
       args: its other arguments.
       module: the Linen module that `fn` applies, if any.
-      init_args: what `module.init` takes after the key.
+      init_args: the arguments of `module.init` after the key.
     """
 
     fn: Callable[..., jax.Array]
@@ -45,14 +44,14 @@ class Built(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model and what is known about it; every table is written by hand.
+    """A model and its tables, which are all written by hand.
 
     Attributes:
       build: makes the model.
       planned: the weights that a product sums over, by path; all others stay dense.
       products: the number of products in the traced program that run from compressed weights; the
         body of a scan counts once.
-      decompressed: the planned weights that have a product which cannot run compressed.
+      decompressed: the planned weights with a product that cannot run compressed.
       rules: the rules of the plan.
     """
 
@@ -64,7 +63,7 @@ class Model:
 
 
 def random_like(shapes, scale=0.4):
-    """Random numbers of the given shapes and dtypes; integers and keys stay as they are."""
+    """Random numbers of the given shapes and dtypes; integers and keys do not change."""
     random = np.random.default_rng(0)
 
     def draw(leaf):
@@ -76,12 +75,12 @@ def random_like(shapes, scale=0.4):
 
 
 def tokens(*shape, below):
-    """Token numbers."""
+    """Random token numbers."""
     return jnp.asarray(np.random.default_rng(1).integers(below, size=shape), jnp.int32)
 
 
 def floats(*shape):
-    """A float input."""
+    """A random floating input."""
     return jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
 
 
@@ -92,9 +91,7 @@ def linen(module, *args):
 
 
 def in_layers(name, table, count=2):
-    """The table of one layer for each of `count` layers, `name` with their numbers in the place of
-    `{}`.
-    """
+    """The table of one layer repeated for `count` layers, with their numbers for `{}` in `name`."""
     return {
         f"{name.format(i)}/{path}": along for i in range(count) for path, along in table.items()
     }

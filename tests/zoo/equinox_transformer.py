@@ -1,5 +1,6 @@
-"""A transformer in Equinox: modules are pytrees, kernels are `[outputs, inputs]`, and the batch is
-a `vmap`.
+"""A transformer in Equinox: modules are pytrees, kernels are `[outputs, inputs]`.
+
+The batch is a `vmap`.
 """
 
 import equinox as eqx
@@ -57,7 +58,7 @@ class Transformer(eqx.Module):
 
 
 class Stacked(eqx.Module):
-    """The same with its layers made by `vmap` and run by `scan`."""
+    """The same transformer with layers made by `vmap` and run by `scan`."""
 
     embed: eqx.nn.Embedding
     layers: Block

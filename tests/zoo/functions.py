@@ -1,5 +1,6 @@
-"""A transformer as a plain function of nested dictionaries, its kernels changed in the ways that
-people change them before a product.
+"""A transformer as a plain function of nested dictionaries.
+
+Its kernels are changed before a product in all common ways.
 """
 
 import jax
@@ -28,7 +29,7 @@ def attend(q, k, v):
 
 
 def separate(p, x, project):
-    """Attention with a product for each of q, k and v."""
+    """Attention with separate products for q, k and v."""
     q, k, v = (
         project(p[name], x).reshape(*x.shape[:2], HEADS, HEAD_WIDTH)
         for name in ("query", "key", "value")
@@ -59,8 +60,9 @@ def by_einsum(p, x, project):
 
 
 def language_model(project=linear, attention=None):
-    """The forward of two layers in which `project(p, x)` multiplies by a kernel; without attention,
-    of their MLPs alone.
+    """The forward pass of two layers in which `project(p, x)` multiplies by a kernel.
+
+    Without attention, only their MLPs.
     """
 
     def fn(params, ids):
@@ -84,9 +86,7 @@ def with_bias(inputs, outputs):
 
 
 def heads(kernel):
-    """The kernels of an attention whose heads are an axis of the product's result, split off after
-    it.
-    """
+    """The kernels of an attention whose heads are split off after the product."""
     inner = HEADS * HEAD_WIDTH
     return {
         **dict.fromkeys(("query", "key", "value"), kernel(WIDTH, inner)),
@@ -101,7 +101,7 @@ def heads_of_three_axes(_):
 
 
 def build(project=linear, attention=None, kernel=with_bias, attention_kernels=heads):
-    """The model; `kernel(inputs, outputs)` is the shapes that `project` reads."""
+    """Builds the model; `kernel(inputs, outputs)` gives the shapes that `project` reads."""
     norms = {"scale": shaped(WIDTH), "offset": shaped(WIDTH)}
     layer = {"mlp_norm": norms, "mlp_in": kernel(WIDTH, HIDDEN), "mlp_out": kernel(HIDDEN, WIDTH)}
     if attention is not None:
@@ -144,7 +144,7 @@ def with_lora(inputs, outputs):
 
 
 def scaled(p, x):
-    """As muP scales by the width."""
+    """A kernel scaled by the width, as in muP."""
     return x @ (p["w"] * 0.5) + p["b"]
 
 
@@ -213,7 +213,7 @@ MODELS = {
         rules={"layer_*/w": js.NM(2, 4, axis=-2), "head/w": "2:4"},
     ),
     "dictionary, muP": Model(lambda: build(scaled), {**WEIGHTS, **HEAD}, products=2 * 2 + 1),
-    # the scaled kernel runs compressed, its norm is taken of the whole
+    # the scaled kernel runs compressed; its norm needs the dense kernel
     "dictionary, weight normalisation": Model(
         lambda: build(weight_normed, kernel=with_length),
         {**WEIGHTS, **HEAD},

@@ -1,5 +1,6 @@
-"""Gemma in Linen: weights of an own `Einsum`, grouped-query attention, rotary positions, a gated
-MLP and a tied embedding.
+"""Gemma in Linen: custom `Einsum` modules, grouped-query attention, rotary positions.
+
+It has a gated MLP and a tied embedding.
 """
 
 import jax

@@ -1,5 +1,6 @@
-"""GPT-2 as Flax code of Hugging Face writes it: kernels of `[features, inputs]`, transposed at use,
-one for q, k and v, a tied head.
+"""GPT-2 as in Hugging Face's Flax code: kernels `[features, inputs]`, transposed at use.
+
+One kernel for q, k and v, and a tied head.
 """
 
 import jax.numpy as jnp
@@ -81,9 +82,7 @@ class Transformer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The head is tied by applying it, inside the model, to parameters that are put together on the
-    spot.
-    """
+    """The head is tied by applying it, inside the model, to parameters assembled there."""
 
     def setup(self):
         self.transformer = Transformer()

@@ -1,6 +1,4 @@
-"""The language model of Flax's lm1b example: every parameter boxed with its logical axes, also
-under a mesh.
-"""
+"""The language model of Flax's lm1b example, with boxed parameters, also under a mesh."""
 
 import functools
 
@@ -94,9 +92,7 @@ class LanguageModel(nn.Module):
 
 
 def under_a_mesh(fn):
-    """The function with a mesh around it, so that Flax constrains the sharding of every boxed
-    parameter where it is used.
-    """
+    """The function under a mesh, so that Flax constrains the sharding of every boxed parameter."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
 
     @functools.wraps(fn)

@@ -1,5 +1,6 @@
-"""A translator of LSTMs in Linen: an encoder under `nn.RNN`, a decoder under `nn.scan` that attends
-to the encoder's states.
+"""A translator of LSTMs in Linen: an encoder under `nn.RNN`, a decoder under `nn.scan`.
+
+The decoder attends to the encoder's states.
 """
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ VOCABULARY, WIDTH, HIDDEN = 20, 16, 24
 
 
 class DecoderStep(nn.Module):
-    """One step: the cell reads the token and what was attended to before."""
+    """One step: the cell reads the token and the previous context."""
 
     @nn.compact
     def __call__(self, carry, x, encoded):

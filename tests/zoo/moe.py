@@ -1,5 +1,6 @@
-"""A mixture of experts as Mixtral's: a router, experts in stacks, two of them for each token; three
-ways to run the experts.
+"""A mixture of experts as in Mixtral, with three ways to run the experts.
+
+A router selects two experts, stored in stacks, for each token.
 """
 
 import jax
@@ -36,7 +37,7 @@ def ragged(x, gates, chosen, w1, w3, w2):
 
 
 def gathered(x, gates, chosen, w1, w3, w2):
-    """Every token gets the weights of its experts."""
+    """Every token gathers the weights of its experts."""
     hidden = nn.silu(jnp.einsum("td,tkdf->tkf", x, w1[chosen])) * jnp.einsum(
         "td,tkdf->tkf", x, w3[chosen]
     )

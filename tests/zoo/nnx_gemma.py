@@ -1,5 +1,6 @@
-"""A Gemma in NNX, as a function of its parameters: einsums, grouped queries, a tied embedding; its
-layers in a list or in a stack.
+"""A Gemma in NNX as a function of its parameters; its layers in a list or in a stack.
+
+It has einsums, grouped queries and a tied embedding.
 """
 
 import jax

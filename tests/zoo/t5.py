@@ -1,6 +1,4 @@
-"""T5 as T5X writes it: kernels stored as matrices and reshaped at use, relative positions, an
-encoder and a decoder.
-"""
+"""T5 as in T5X: kernels stored as matrices and reshaped at use, relative positions."""
 
 import math
 
@@ -15,7 +13,7 @@ VOCABULARY, WIDTH, HEADS, HEAD_WIDTH, HIDDEN, BUCKETS, LAYERS = 20, 16, 4, 8, 24
 
 
 class DenseGeneral(nn.Module):
-    """Stores its kernel as a matrix and gives it the shape of the product."""
+    """A layer that stores its kernel as a matrix and reshapes it for the product."""
 
     features: tuple[int, ...]
     axes: tuple[int, ...] = (-1,)
@@ -32,7 +30,7 @@ class DenseGeneral(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """T5's: no mean, no bias."""
+    """The normalisation of T5, without mean and bias."""
 
     @nn.compact
     def __call__(self, x):
@@ -57,9 +55,7 @@ class Embed(nn.Module):
 
 
 class RelativePositions(nn.Module):
-    """One number for each head and bucket of distances, looked up by a product with one-hot
-    rows.
-    """
+    """A number for each head and bucket of distances, looked up by a product with one-hot rows."""
 
     bidirectional: bool
 
@@ -117,7 +113,7 @@ class DecoderLayer(nn.Module):
 
 
 class Stack(nn.Module):
-    """The layers of the encoder or the decoder, and its norm."""
+    """The layers of the encoder or the decoder, and the final norm."""
 
     layer: type[nn.Module]
     scan: bool
@@ -170,8 +166,10 @@ def attention(name, along):
 
 
 def layers(along):
-    """Kernels are stored as matrices, so all are grouped along their first axis; where they are
-    stacked along axis 1, that is -3.
+    """The table of a stack of layers.
+
+    Kernels are stored as matrices, so all are grouped along their first axis; if they are stacked
+    along axis 1, that is -3.
     """
     mlp = {f"mlp/{kernel}/kernel": along for kernel in ("wi_0", "wi_1", "wo")}
     encoder = {**attention("attention", along), **mlp}

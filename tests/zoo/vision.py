@@ -1,6 +1,4 @@
-"""Models of images in Linen: a vision transformer, one over latents whose head is a convolution,
-and a residual network.
-"""
+"""Vision models in Linen: a transformer, one on latents with a convolutional head, a ResNet."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Norms come first, as in the vision transformer of Google."""
+    """A block with norms first, as in Google's vision transformer."""
 
     @nn.compact
     def __call__(self, x, _=None):
@@ -44,9 +42,7 @@ class Vit(nn.Module):
 
 
 class LatentVit(nn.Module):
-    """Patches of a latent image of four channels; the head is a convolution of window 1 over the
-    map of patches.
-    """
+    """Patches of a latent image of four channels; the head is a 1x1 convolution over patches."""
 
     @nn.compact
     def __call__(self, latents):
@@ -62,9 +58,7 @@ class LatentVit(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions with batch norm; a convolution of window 1 on the way around them where
-    shapes differ.
-    """
+    """Three convolutions with batch norm, and a 1x1 convolution as shortcut if shapes differ."""
 
     features: int
     stride: int = 1
@@ -114,7 +108,7 @@ MODELS = {
     "ViT, scan of remat": Model(
         lambda: linen(Vit(), floats(2, 8, 8, 3)),
         {
-            # the patches of three channels have no groups of four
+            # patches of three channels cannot be grouped in fours
             f"encoderblock/{ATTENTION}/query/kernel": Along(-3, stack=(-4,)),
             f"encoderblock/{ATTENTION}/key/kernel": Along(-3, stack=(-4,)),
             f"encoderblock/{ATTENTION}/value/kernel": Along(-3, stack=(-4,)),
@@ -158,7 +152,7 @@ MODELS = {
             "Bottleneck_1/Conv_2/kernel": CONV,
             "head/kernel": Along(-2),
         },
-        # convolutions of window 1 are matrix products, with a stride, too
+        # 1x1 convolutions are matrix products, also with a stride
         products=6,
         decompressed=frozenset({"Bottleneck_0/Conv_1/kernel", "Bottleneck_1/Conv_1/kernel"}),
     ),
