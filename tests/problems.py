@@ -17,4 +17,4 @@ def problem(n, m, k, dtype=jnp.bfloat16, layout="mma16", seed=0):
     )["w"]
     x = rng.integers(-4, 5, (n, k)).astype(np.float32)
     bias = rng.integers(-9, 10, m).astype(np.float32)
-    return jnp.asarray(x, dtype), packed, jnp.asarray(bias), x @ (weights * mask).T
+    return jnp.asarray(x, dtype), packed, bias, x @ (weights * mask).T

@@ -43,7 +43,7 @@ def test_the_whole_kernel_is_exact(n, m, k, config):
 
 def test_bias_and_activation_are_applied_before_rounding():
     x, w, bias, exact = problem(24, 256, 64, jnp.float16)
-    exact = ACTIVATIONS["silu"](jnp.asarray(exact / 64) + bias)
+    exact = ACTIVATIONS["silu"](jnp.asarray(exact / 64 + bias))
     y = ampere.matmul(
         x / 64,
         w.values,

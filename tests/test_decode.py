@@ -94,7 +94,12 @@ def test_the_compiled_kernel_is_exact(tmp_path, gpu, n, m, k, options):
     spare = -k % 16  # the kernel's operands are padded before the call
     x, w = (
         jnp.pad(x, ((0, 0), (0, spare))),
-        dataclasses.replace(w, values=jnp.pad(w.values, ((0, 0), (0, spare // 2)))),
+        dataclasses.replace(
+            w,
+            values=jnp.pad(w.values, ((0, 0), (0, spare // 2))),
+            contracting=(k + spare,),
+            metadata=w.metadata,
+        ),
     )
     y = ptx.product(
         code,

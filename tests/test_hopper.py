@@ -53,7 +53,7 @@ def test_the_whole_kernel_is_exact(n, m, k, config):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bias_and_activation_are_applied_before_rounding(activation):
     x, w, bias, exact = problem(24, 192, 64, jnp.float16)
-    exact = ACTIVATIONS[activation](jnp.asarray(exact / 64) + bias)
+    exact = ACTIVATIONS[activation](jnp.asarray(exact / 64 + bias))
     y = hopper.matmul(
         x / 64,
         w.values,

@@ -263,14 +263,14 @@ def test_the_fallback_with_bias_and_activation(activation, layout):
     y = js.sparse_matmul(x, w, bias=bias, activation=activation)
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(
-        y, ACTIVATIONS[activation](jnp.asarray(exact) + bias).astype(x.dtype)
+        y, ACTIVATIONS[activation](jnp.asarray(exact + bias)).astype(x.dtype)
     )
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_gradients_do_not_depend_on_the_layout(activation):
     x, w, bias, _ = problem(8, 128, 64)
-    x, bias = x / 16, bias / 16
+    x, bias = x / 16, jnp.asarray(bias / 16)
     ct = jnp.asarray(np.random.default_rng(1).integers(-3, 4, (8, 128)), x.dtype)
 
     def loss(x, values, bias, layout):
@@ -284,9 +284,9 @@ def test_gradients_do_not_depend_on_the_layout(activation):
     def dense(x, values, bias):
         packed = js.Sparse24(values, w.with_layout("canonical").metadata, w.contracting, w.output)
         y = jnp.dot(x, js.decompress(packed), preferred_element_type=jnp.float32).astype(x.dtype)
-        return (ACTIVATIONS[activation](y.astype(jnp.float32) + bias).astype(x.dtype) * ct).sum(
-            dtype=jnp.float32
-        )
+        return (
+            ACTIVATIONS[activation](y.astype(jnp.float32) + bias[None]).astype(x.dtype) * ct
+        ).sum(dtype=jnp.float32)
 
     expected = jax.grad(dense, (0, 1, 2))(x, w.values, bias)
     for layout in ("canonical", "mma16"):

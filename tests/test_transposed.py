@@ -310,13 +310,13 @@ def test_kernels_are_given_each_weight_of_a_stack_the_right_way_around(stack, la
     )
     bias = jnp.broadcast_to(jnp.arange(128.0), (*stack, 128))
     dense = np.asarray(dense, np.float32)
-    y = matmul._with_kernel(by_expanding, layout, False, x, w.values, w.metadata, bias)
+    y = matmul._with_kernel(by_expanding, "mma16", layout, False, x, w.values, w.metadata, bias)
     np.testing.assert_array_equal(
         y,
         jnp.asarray((np.asarray(x, np.float32) @ dense).astype(jnp.bfloat16))
         + bias[..., None, :].astype(x.dtype),
     )
-    dx = matmul._with_kernel(by_expanding, layout, True, ct, w.values, w.metadata)
+    dx = matmul._with_kernel(by_expanding, "mma16", layout, True, ct, w.values, w.metadata)
     np.testing.assert_array_equal(
         dx, jnp.asarray(np.asarray(ct, np.float32) @ dense.swapaxes(-1, -2)).astype(jnp.bfloat16)
     )
@@ -336,7 +336,7 @@ def test_the_gradient_of_x_by_a_whole_kernel_is_exact(name):
     w, dense = packed((196, 132), (0, 1), dtype=jnp.bfloat16, layout="mma16", integers=True)
     ct = jnp.asarray(np.random.default_rng(1).integers(-4, 5, (24, 132)), jnp.bfloat16)
     run = functools.partial(RUNS[name], **interpreted.params())
-    dx = matmul._with_kernel(run, "mma16", True, ct, w.values, w.metadata)
+    dx = matmul._with_kernel(run, "mma16", "mma16", True, ct, w.values, w.metadata)
     np.testing.assert_array_equal(
         dx,
         jnp.asarray(np.asarray(ct, np.float32) @ np.asarray(dense, np.float32).T).astype(
