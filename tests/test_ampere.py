@@ -27,6 +27,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m", "k", "config"), CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_whole_kernel_is_exact(n, m, k, config):
     x, w, bias, exact = problem(n, m, k)

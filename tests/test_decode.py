@@ -37,6 +37,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @interpret
 @pytest.mark.parametrize(("n", "m", "k", "config"), CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_whole_kernel_is_exact(n, m, k, config):

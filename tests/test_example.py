@@ -30,6 +30,7 @@ def run(tmp_path, capsys, *args):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_example_trains_compresses_checks_and_writes(tmp_path, capsys):
     out = run(tmp_path, capsys)
     rows = {
@@ -51,6 +52,7 @@ def test_the_example_stops_where_the_compressed_forward_differs(tmp_path, capsys
         run(tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_another_pattern_runs_masked_and_says_so(tmp_path, capsys):
     out = run(tmp_path, capsys, "--pattern", "1:4")
     assert "The compressed format is 2:4, so 1:4 runs masked." in out

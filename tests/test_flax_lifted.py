@@ -117,6 +117,7 @@ def close(found, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_masked(name):
     model, args, params, _, masks = prepared(name)

@@ -66,6 +66,7 @@ def test_the_probes_name_what_is_wrong(checks, multiply, operand):
     assert checks.probes(multiply)[operand] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="jax 0.10 cannot interpret transposed references"
 )
@@ -89,6 +90,7 @@ def test_integers_and_errors_notice_a_missing_step(checks):
     )
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_noticed(gpu, monkeypatch):
     right = gpu.x_gradient("dense")
 

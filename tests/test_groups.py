@@ -36,6 +36,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_algorithms_agree(name, dtype):

@@ -32,6 +32,7 @@ def claimed():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.clock
 def test_masks_cost_what_the_readme_says():
     bars = {pattern: MARGIN * ratio for pattern, ratio in claimed().items()}

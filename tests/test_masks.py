@@ -150,6 +150,7 @@ def test_no_scores_have_no_mask(shape):
         assert js.nm_mask(jnp.zeros(shape), 2, 4, axis=axis).shape == shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (3, 12)])
 def test_transformations_give_the_same_mask(n, m):
     scores = jnp.asarray(random_scores(np.random.default_rng(1), "float32", (5, 2 * m, 3)))
@@ -291,6 +292,7 @@ def test_masks_in_64_bits(n, m, dtype):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int4", "uint4"])
 def test_every_mask_takes_numbers_of_8_bits_and_fewer(dtype):
     values = np.random.default_rng(0).integers(0, 8, (32, 8))

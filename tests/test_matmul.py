@@ -286,6 +286,7 @@ def test_forward_mode_equals_the_dense_one(mode):
     close(run(sparse), run(TWIN))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
 @pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
 def test_second_derivatives_equal_the_dense_ones(outer, argnums):

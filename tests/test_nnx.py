@@ -152,6 +152,7 @@ def through_jax_jit(step):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "compiled", "recipe"),
     [(nnx_step, nnx.jit, js.recipes.explore_exploit), (merged_step, through_jax_jit, mdgf)],

@@ -43,6 +43,7 @@ def test_flax_plans_learn_both_axes(model, x, axes, stack):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "patterns"),
     [(0, (T24, HALF, BLOCK)), (1, (T24, js.Block((3, 3), 0.5, pool="l2"))), (-1, (HALF, BLOCK))],
@@ -66,6 +67,7 @@ def test_each_weight_of_a_stack_is_masked_for_itself(axis, patterns):
             np.testing.assert_array_equal(its, js.magnitude_masks({"w": one}, alone)["w"])
 
 
+@pytest.mark.slow
 def test_stacks_of_stacks():
     class Inner(nn.Module):
         @nn.compact
@@ -168,6 +170,7 @@ def test_global_ties_go_by_leaf_and_then_by_index():
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["max", "mean", "l2"])
 def test_global_blocks(score):
     params = {"a": jnp.full((4, 4), -1.0), "b": jnp.full((4, 6), 2.0), "c": jnp.full((4, 2), -3.0)}
@@ -176,6 +179,7 @@ def test_global_blocks(score):
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"a": 0, "b": 16, "c": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["leaf", "global"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_density_schedule_does_not_recompile(scope, every):
@@ -209,6 +213,7 @@ def test_a_density_schedule_does_not_recompile(scope, every):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [T24.along((0, 1)), HALF, BLOCK.along((0, 1))], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_recipes_train_under_every_pattern(pattern, dtype):

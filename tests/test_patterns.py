@@ -44,6 +44,7 @@ def test_topk_equals_the_reference(seed, shape, dtype, density):
     np.testing.assert_array_equal(found, reference.topk_mask(wide(scores), k))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (10007,), (37, 41, 7), (2, 3, 1), (130, 257)])
 def test_topk_at_every_density(dtype, shape):
@@ -84,6 +85,7 @@ def test_numbers_are_rounded_half_up_and_at_least_one_stays():
     assert js.topk_mask(jnp.zeros((0, 3)), 0.5).shape == (0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_transposable_equals_brute_force(n, dtype):
@@ -159,6 +161,7 @@ def test_transposable_masks_of_negative_and_huge_scores_stay_patterns():
             np.testing.assert_array_equal(groups.reshape(-1, 4).sum(1), 2)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([(4, 6), (5, 9), (7, 3, 4)]),
@@ -186,6 +189,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_transformations_give_the_same_mask(name):
     mask = MASKS[name]
@@ -215,6 +219,7 @@ def test_a_traced_density_may_differ_from_one_batch_member_to_the_next():
         np.testing.assert_array_equal(mask, reference.topk_mask(row, k))
 
 
+@pytest.mark.slow
 def test_no_wide_types_appear_and_wide_ones_work():
     for mask in MASKS.values():
         assert "64[" not in str(jax.make_jaxpr(mask)(jnp.zeros((8, 16))))

@@ -256,6 +256,7 @@ def used_factor(params, state):
     return factors.mean() if factors.size else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [

@@ -10,6 +10,7 @@ import jaxsparse as js
 X = jax.random.normal(jax.random.key(1), (2, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

@@ -289,6 +289,7 @@ def close(found, expected, tolerance=2e-5):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_outputs_and_gradients_equal_those_of_the_masked_weights(name):
     packed, masked, masks, plan = prepared(name)

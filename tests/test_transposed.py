@@ -328,6 +328,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="jax 0.10 cannot interpret transposed references"
 )

@@ -205,6 +205,7 @@ def test_masks_keep_the_largest_two_of_every_four_along_that_axis(name):
     jax.tree.map(np.testing.assert_array_equal, masks, masks_by_hand(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_masked_forward_is_that_of_weights_masked_by_hand(name):
     _, params, args, *_ = built(name)
@@ -219,6 +220,7 @@ def test_the_ways_to_run_experts_agree():
         np.testing.assert_allclose(found, outputs[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ONE_OF_EACH_KIND if name in LINEN])
 def test_the_masked_forward_under_intercept_is_that_of_weights_masked_by_hand(name):
     fn, params, args, *_ = built(name)
@@ -231,6 +233,7 @@ def test_the_masked_forward_under_intercept_is_that_of_weights_masked_by_hand(na
     np.testing.assert_allclose(found, expected(name)[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_compressed_forward_is_the_masked_one(name):
     assert {path for path, leaf in by_path(packed(name)).items() if is_packed(leaf)} == set(
@@ -290,6 +293,7 @@ def values_of(tree):
     return {path: leaf.values if is_packed(leaf) else leaf for path, leaf in by_path(tree).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_gradients_of_compressed_weights_and_of_inputs_are_the_dense_ones(name):
     (of_params, *of_inputs), _ = expected(name)

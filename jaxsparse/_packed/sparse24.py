@@ -237,9 +237,10 @@ def check_places(w: Sparse24, call: str) -> None:
         metadata, "is_fully_addressable", True
     ):
         return
-    canonical = convert(metadata, w.layout, "canonical", w.values)
-    first, second = places(canonical, w.values.shape[-1] // 2)
-    wrong = np.argwhere(np.asarray(first >= second))
+    with jax.ensure_compile_time_eval():  # known metadata may get traced values
+        canonical = convert(metadata, w.layout, "canonical", w.values)
+        first, second = map(np.asarray, places(canonical, w.values.shape[-1] // 2))
+    wrong = np.argwhere(first >= second)
     if len(wrong):
         *row, group = wrong[0].tolist()
         at = (*row, group)
