@@ -14,6 +14,8 @@ import pytest
 import jaxsparse as js
 from jaxsparse._kernels import KERNELS, hopper
 
+pytestmark = pytest.mark.promotes("the benchmark is not the library")
+
 
 @pytest.fixture
 def gpu(monkeypatch):

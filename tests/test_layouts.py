@@ -166,7 +166,7 @@ def test_flax_writes_canonical_metadata_and_restores_the_layout_of_the_target():
 def test_layouts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="no metadata layout 'mma8'"):
         packed(layout="mma8")
-    with pytest.raises(ValueError, match="for weights of 16 bits, and this one is float32"):
+    with pytest.raises(ValueError, match="for weights of 16 bits, but this weight is float32"):
         packed(dtype=jnp.float32)
 
 

@@ -20,6 +20,8 @@ from benchmarks.quality import compare, pool, runs, store, tasks, train
 from benchmarks.quality.__main__ import missing, some
 from benchmarks.quality.models import SPARSE, Conv, attention, products
 
+pytestmark = pytest.mark.promotes("the benchmark is not the library")
+
 ROOT = pathlib.Path(__file__).parent.parent
 FINDINGS = (
     "gap",

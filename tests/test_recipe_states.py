@@ -353,7 +353,7 @@ def test_compress_waits_for_the_last_stage():
         with pytest.raises(
             ValueError,
             match=r"the mask of a does not keep exactly 2 of every 4 .* "
-            r"once its recipe has reached 2:4",
+            r"after its recipe has reached 2:4",
         ):
             js.compress(*at(tx, steps))
     params, state = at(tx, 3)

@@ -234,7 +234,7 @@ def _from_sample(sample, k, size):
     """
     count = sample.shape[0]
     share = jnp.asarray(k, jnp.float32) / size
-    deviations = jnp.array([-4.0, -2.0, -1.0, -0.3, 0.3, 1.0, 2.0, 4.0])
+    deviations = jnp.array([-4.0, -2.0, -1.0, -0.3, 0.3, 1.0, 2.0, 4.0], jnp.float32)
     place = count * (1 - share) + deviations * jnp.sqrt(count * share * (1 - share))
     return sample[jnp.clip(place, 0, count - 1).astype(jnp.int32)]
 
@@ -247,6 +247,10 @@ def _between(interval, k):
     width = (interval.high - interval.low).astype(jnp.float32)
     inside = (interval.from_low - interval.above_high).astype(jnp.float32)
     expected = width * (interval.from_low - k).astype(jnp.float32) / inside
-    offsets = expected + jnp.array([-4.0, -1.0, 0.0, 1.0, 4.0]) * width / jnp.sqrt(inside)
-    offsets = jnp.concatenate([jnp.clip(offsets, 1, width), width * jnp.array([0.25, 0.5, 0.75])])
+    offsets = expected + jnp.array([-4.0, -1.0, 0.0, 1.0, 4.0], jnp.float32) * width / jnp.sqrt(
+        inside
+    )
+    offsets = jnp.concatenate(
+        [jnp.clip(offsets, 1, width), width * jnp.array([0.25, 0.5, 0.75], jnp.float32)]
+    )
     return interval.low + offsets.astype(interval.low.dtype)

@@ -68,12 +68,12 @@ def plan(
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxsparse as js
-      >>> params = {"w": jnp.zeros((2, 8)), "b": jnp.zeros(2)}
+      >>> params = {"w": jnp.zeros((2, 8)), "b": jnp.zeros((1, 2))}
       >>> model = lambda params, x: x @ params["w"].T + params["b"]
       >>> print(js.plan(params, {"w": "2:4"}, model, jnp.zeros((1, 8))))
       leaf    layer    shape      axis  pattern      density  note
       ------  -------  -------  ------  ---------  ---------  ---------------
-      b                2                dense            1    no rule matches
+      b                1x2              dense            1    no rule matches
       w                2x8          -1  2:4              0.5
       1 of 2 leaves are sparse, with 16 of 18 weights; 10 weights participate (density 0.556).
       >>> js.plan(params, {"w": js.NM(2, 4, axis=1)}).sparse["w"].pattern.axis
