@@ -11,7 +11,7 @@ from jax import export
 __all__ = ["register_exported", "register_saved", "register_static"]
 
 
-def register_static(cls: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any]) -> type:
+def register_static(cls: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any]) -> None:
     """Registers a class as a pytree without leaves.
 
     `encode` and `decode` convert its values to and from data that JSON can represent.
@@ -19,11 +19,10 @@ def register_static(cls: type, encode: Callable[[Any], Any], decode: Callable[[A
     jax.tree_util.register_static(cls)
     register_exported(cls, encode, decode)
     register_saved(cls, lambda value: {}, lambda value, state: value)
-    return cls
 
 
 def register_exported(
-    cls: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any], **kwargs: Any
+    cls: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any]
 ) -> None:
     """Registers how `jax.export` serializes the static part of a pytree, as JSON."""
     export.register_pytree_node_serialization(
@@ -31,7 +30,6 @@ def register_exported(
         serialized_name=f"jaxsparse.{cls.__name__}",
         serialize_auxdata=lambda static: json.dumps(encode(static)).encode(),
         deserialize_auxdata=lambda text: decode(json.loads(text)),
-        **kwargs,
     )
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import pickle
 from typing import NamedTuple
 
@@ -234,3 +235,16 @@ def test_the_report_names_every_leaf_and_the_totals():
         f"(density {kept / total:.3f})."
     )
     assert "0 of 0 leaves" in str(js.plan({}, {}))
+
+
+def test_trees_with_arrays_in_their_metadata_have_paths():
+    @functools.partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["places"])
+    @dataclasses.dataclass
+    class Layer:
+        w: jax.Array
+        places: np.ndarray
+
+    for _ in range(3):  # the structures hash alike and cannot be compared
+        params = {"layer": Layer(jnp.ones((8, 2)), np.arange(2))}
+        plan = js.plan(params, {"layer/w": js.NM(2, 4, axis=0)})
+        assert list(plan.sparse) == ["layer/w"]

@@ -1,9 +1,18 @@
 """Integer keys that order as scores do, and a way to compute a value only once on XLA:CPU."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["magnitude_keys", "once", "order_keys", "wide", "wide_keys"]
+__all__ = ["common_dtype", "magnitude_keys", "once", "order_keys", "wide", "wide_keys"]
+
+
+def common_dtype(a: Any, b: Any) -> Any:
+    """The promoted dtype, also where the program forbids implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
 
 
 def wide(x):

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsparse import _checks
-from jaxsparse._masks.ranking import magnitude_keys, order_keys, wide, wide_keys
+from jaxsparse._masks.ranking import common_dtype, magnitude_keys, order_keys, wide, wide_keys
 
 __all__ = ["checked_density", "of_one_dtype", "ranked_masks", "topk_mask"]
 
@@ -96,11 +96,9 @@ def of_one_dtype(arrays: Any) -> list:
     dtypes = {array.dtype for array in arrays}
     if len(dtypes) == 1:
         return arrays
-    with jax.numpy_dtype_promotion("standard"):  # explicit, whatever the program forbids
-        # jax does not promote 8-bit floats to other types implicitly
-        dtype = functools.reduce(
-            jnp.promote_types, (wide(a).dtype if a.dtype.itemsize == 1 else a.dtype for a in arrays)
-        )
+    # jax does not promote 8-bit floats to other types implicitly
+    holding = (wide(a).dtype if a.dtype.itemsize == 1 else a.dtype for a in arrays)
+    dtype = functools.reduce(common_dtype, holding)
     return [array.astype(dtype) for array in arrays]
 
 

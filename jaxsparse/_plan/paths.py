@@ -23,7 +23,7 @@ def leaf_paths(tree: PyTree) -> tuple[str, ...]:
     structure = jax.tree.structure(tree)
     try:
         paths = _known.get(structure)
-    except TypeError:  # a node has unhashable metadata
+    except (TypeError, ValueError):  # a node has metadata that cannot be hashed or compared
         return _paths(tree)
     if paths is None:
         paths = _paths(tree)

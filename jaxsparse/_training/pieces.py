@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import _checks
+from jaxsparse._masks.ranking import common_dtype
 from jaxsparse._plan.paths import by_path
 from jaxsparse._training.forward import map_masked
 
@@ -89,7 +90,7 @@ def add_decayed_nonparticipating(
     _checks.factor("add_decayed_nonparticipating", "weight_decay", weight_decay)
 
     def pulled(g, w):
-        dtype = jnp.promote_types(g.dtype, w.dtype)
+        dtype = common_dtype(g.dtype, w.dtype)
         pull = jnp.asarray(weight_decay, dtype) * w.astype(dtype)
         return (g.astype(dtype) + pull).astype(g.dtype)
 
@@ -128,7 +129,7 @@ def decay_nonparticipating(
     _checks.factor("decay_nonparticipating", "weight_decay", weight_decay, most=1)
 
     def shrunk(u, w):
-        dtype = jnp.promote_types(u.dtype, w.dtype)
+        dtype = common_dtype(u.dtype, w.dtype)
         wide = u.astype(dtype)
         lost = jnp.asarray(weight_decay, dtype) * (w.astype(dtype) + wide)
         return (wide - lost).astype(u.dtype)

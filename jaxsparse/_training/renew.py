@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from jaxsparse._plan.masks import magnitude_masks, score_masks
+from jaxsparse._plan.paths import by_path
 from jaxsparse._plan.plan import Plan, check_plan, map_planned
 from jaxsparse._training.scores import SCORES, Score, as_score
 
@@ -92,28 +93,30 @@ def by_score(score: str | Score = "magnitude") -> Renew:
       Hoefler et al., Sparsity in Deep Learning, sections 3.2 to 3.5 (arXiv:2102.00554).
     """
     score = as_score(score, "by_score")
-    start: Any = score.init
-    notice: Any = score.observe
     late = score.needs_gradient or bool(score.extra_args)
 
-    def arguments(trees):
-        """Splits trees into the gradient, if needed, and the extra arguments by keyword."""
-        positional = trees[: int(score.needs_gradient)]
-        return positional, dict(zip(score.extra_args, trees[len(positional) :], strict=False))
+    def arguments(params, gradients, extra):
+        """For each path, the positional and the keyword arguments of the score."""
+        trees = [params, gradients] if score.needs_gradient else [params]
+        positional = [by_path(tree) for tree in trees]
+        named = {name: by_path(extra[name]) for name in score.extra_args}
 
-    def needed_trees(gradients, extra):
-        trees = [gradients] if score.needs_gradient else []
-        return trees + [extra[name] for name in score.extra_args]
+        def of_leaf(path):
+            args = [leaves[path] for leaves in positional]
+            return (path, *args), {name: leaves[path] for name, leaves in named.items()}
+
+        return of_leaf
 
     def masks(plan, params, gradients, masks, step, key, extra):
         if score is SCORES["magnitude"] or (late and gradients is None):
             return magnitude_masks(params, plan, step=step)
+        of_leaf = arguments(params, gradients, extra)
 
-        def score_leaf(leaf, w, *trees):
-            gs, kwargs = arguments(trees)
+        def score_leaf(leaf, w):
+            args, kwargs = of_leaf(leaf.path)
             if score.init is not None:
                 kwargs["state"] = extra["state"][leaf.path]
-            scores = score.rank(leaf.path, w, *gs, **kwargs)
+            scores = score.rank(*args, **kwargs)
             if jnp.shape(scores) != jnp.shape(w):
                 raise ValueError(
                     f"rewire: the score of {leaf.path} has shape {jnp.shape(scores)}, but its "
@@ -121,31 +124,19 @@ def by_score(score: str | Score = "magnitude") -> Renew:
                 )
             return scores
 
-        scores = map_planned(
-            score_leaf, plan, params, *needed_trees(gradients, extra), call="rewire"
-        )
-        return score_masks(scores, plan, step=step)
+        return score_masks(map_planned(score_leaf, plan, params, call="rewire"), plan, step=step)
 
     def init(plan, params):
-        states = {}
-
-        def init_leaf(leaf, w):
-            states[leaf.path] = start(leaf.path, w)
-            return w
-
-        map_planned(init_leaf, plan, params, call="rewire")
-        return states
+        weights = by_path(params)
+        return {path: cast(Callable, score.init)(path, weights[path]) for path in plan.sparse}
 
     def observe(plan, state, params, gradients, extra):
-        states = dict(state)
-
-        def observe_leaf(leaf, w, *trees):
-            gs, kwargs = arguments(trees)
-            states[leaf.path] = notice(leaf.path, state[leaf.path], w, *gs, **kwargs)
-            return w
-
-        map_planned(observe_leaf, plan, params, *needed_trees(gradients, extra), call="rewire")
-        return states
+        of_leaf = arguments(params, gradients, extra)
+        new_state = {}
+        for path in plan.sparse:
+            (_, *args), kwargs = of_leaf(path)
+            new_state[path] = cast(Callable, score.observe)(path, state[path], *args, **kwargs)
+        return new_state
 
     return Renew(
         masks,
