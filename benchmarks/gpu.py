@@ -15,6 +15,7 @@ Finally it prints the rows for the table of automatic choices that the timings i
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -23,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import gpu_checks
 import gpu_report
@@ -60,9 +63,9 @@ SHAPES = {  # output features M, contraction K
 }
 CHECKED = ("Llama-3-8B gate and up", "GPT-2 mlp out", "ViT-So400m mlp out", "padded")
 CHECKED_ROWS = (1, 8, 13, 64, 1024)
-# at the first of the rows
+# at the most rows
 GRADIENTS = ("8192 x 8192", "Llama-3-8B gate", "Llama-3-8B down", "Llama-3-8B attention out")
-ROWS = (8192, 16, 4096, 1, 1024, 64, 256, 8)  # the most informative first, in case time runs out
+ROWS = (1, 8, 16, 64, 256, 1024, 4096, 8192)
 MASKS = (
     "2:4 axis 0",
     "2:4 axis 1",
@@ -82,8 +85,12 @@ PEAKS = {
     "A100-SXM4-40GB": (624e12, 1.56e12),
 }
 # bytes of weights in rotation, several times an L2 cache; seconds that one call should keep the
-# device busy, so that the time to start it does not matter
+# device busy
 EACH_CALL = 256e6, 1e-3
+# Each product of a call costs about 0.1 s of compilation, so a call has at most this many, and
+# several calls are launched before the first is waited for, so that the time to launch them does
+# not matter.
+PRODUCTS, LAUNCHES = 16, 16
 
 
 def runs_here(name):
@@ -99,26 +106,29 @@ def runs_here(name):
     return None
 
 
-def examined(name, shapes, rows):
+def examined(name, shapes, rows, tell=lambda part: None):
     """Whether a kernel runs on this device, and the results of its `checks`."""
     reason = runs_here(name) if name in KERNELS else None
-    return {"right": False, "why": reason} if reason else checks(name, shapes, rows)
+    return {"right": False, "why": reason} if reason else checks(name, shapes, rows, tell)
 
 
 def examined_apart(name, seconds):
     """Examines a kernel in its own process, since it may hang or fault."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--check", name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--check", name],
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-        )
+        lines, errors = process.communicate(timeout=seconds)
+        why = errors[-3000:] if process.returncode else None
     except subprocess.TimeoutExpired:
-        return {"right": False, "why": f"its checks did not end in {seconds:.0f} seconds"}
-    if done.returncode:
-        return {"right": False, "why": done.stderr[-3000:]}
-    return json.loads(done.stdout.splitlines()[-1])
+        process.kill()
+        lines, _ = process.communicate()
+        why = f"its checks did not end in {seconds:.0f} seconds"
+    parts = [json.loads(line) for line in lines.splitlines()]
+    return {"right": False, "why": why, "before that": parts} if why else parts[-1]
 
 
 @functools.cache
@@ -160,58 +170,85 @@ def fits(name, n):
     return name == "dense" or KERNELS[name].misfit(n, jnp.bfloat16) is None
 
 
-def checks(name, shapes, rows):
-    """The results of `gpu_checks` for one kernel, and whether all of them are right."""
+def checks(name, shapes, rows, tell=lambda part: None):
+    """The results of `gpu_checks` for one kernel, and whether all of them are right.
+
+    They compile for longer than they compute, so they run in threads. `tell` gets each part when it
+    is done.
+    """
     multiply, gradient = product(name), x_gradient(name)
-    cases = [(n, *shape) for shape in shapes.values() for n in rows if fits(name, n)]
-    transposable = [(n, m, k) for n, m, k in cases if m % 4 == 0 and n in rows[::2]]
-    found = {
-        "wrong in probes": gpu_checks.probes(multiply),
-        "wrong integers": {
-            f"{n} x {m} x {k}": gpu_checks.wrong_integers(multiply, n, m, k) for n, m, k in cases
-        },
-        "error": {f"{n} x {m} x {k}": gpu_checks.error(multiply, n, m, k) for n, m, k in cases},
-        "error with bias and gelu": {
-            f"{n} x {m} x {k}": gpu_checks.fused_error(fused(name), n, m, k)
-            for n, m, k in cases
-            if n in rows[::2]
-        },
-        "wrong integers of gradients": {
-            f"{n} x {m} x {k}": gpu_checks.wrong_integers(gradient, n, m, k, gradient=True)
-            for n, m, k in transposable
-        },
-        "error of gradients": {
-            f"{n} x {m} x {k}": gpu_checks.error(gradient, n, m, k, gradient=True)
-            for n, m, k in transposable
-        },
+    backward = {"gradient": True}
+    parts = {
+        "wrong integers": (gpu_checks.wrong_integers, multiply, rows, {}),
+        "error": (gpu_checks.error, multiply, rows, {}),
+        "error with bias and gelu": (gpu_checks.fused_error, fused(name), rows[::2], {}),
+        "wrong integers of gradients": (gpu_checks.wrong_integers, gradient, rows[::2], backward),
+        "error of gradients": (gpu_checks.error, gradient, rows[::2], backward),
     }
-    wrong = [
-        count
-        for check, counts in found.items()
-        if check.startswith("wrong")
-        for count in counts.values()
-    ]
-    errors = [
-        error
-        for check, cases in found.items()
-        if check.startswith("error")
-        for error in cases.values()
-    ]
-    return {**found, "right": not any(wrong) and all(error < 1 for error in errors)}
+
+    def result(part_and_shape):
+        part, (m, k) = part_and_shape
+        check, function, counts, options = parts[part]
+        if options and m % 4:  # no transposable weight has this shape
+            return part, {}
+        found = {
+            f"{n} x {m} x {k}": check(function, n, m, k, **options) for n in counts if fits(name, n)
+        }
+        tell({part: found})
+        return part, found
+
+    found = {"wrong in probes": gpu_checks.probes(multiply), **{part: {} for part in parts}}
+    tell(found)
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        for part, some in pool.map(result, itertools.product(parts, shapes.values())):
+            found[part] |= some
+    right = {
+        part: all(one == 0 if part.startswith("wrong") else one < 1 for one in results.values())
+        for part, results in found.items()
+    }
+    return {**found, "right": all(right.values())}
 
 
-def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
-    """Times one product for each competitor, in turns, and computes their largest errors.
+def compiled(programs):
+    """Calls of `{name: (jitted function, *arguments)}`, compiled at the same time.
 
-    Seconds are medians over rounds. The products of one call have different rows each, and rotate
-    through more weights than fit into the L2 cache.
+    The second result says why those that are missing cannot be compiled.
+    """
+    failed = {}
+
+    def call(name):
+        function, *arguments = programs[name]
+        try:
+            return functools.partial(function.lower(*arguments).compile(), *arguments)
+        except Exception as error:  # such as too much shared memory; the others continue
+            failed[name] = f"{type(error).__name__}: {error}"[:500]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        calls = dict(zip(programs, pool.map(call, programs), strict=True))
+    return {name: one for name, one in calls.items() if one is not None}, failed
+
+
+def turns(m, k, competitors, rounds, prepare_torch=None, each_call=EACH_CALL):
+    """Times products with one weight for each number of rows of x.
+
+    Competitors are `{rows: {name: function of x and a compressed weight}}`; the dense product and
+    that of torch join them at each number of rows. The products of one call have different rows
+    each, and rotate through more weights than fit into the L2 cache.
+
+    Returns:
+      `{rows: (seconds, errors, failed)}`, where seconds are medians over rounds, errors are the
+      largest ones, in units, and `failed` says why a competitor cannot be compiled. A competitor
+      with errors is not timed.
     """
     weights = int(np.clip(np.ceil(each_call[0] / (2 * m * k)), 2, 16))
-    count = int(np.clip(each_call[1] / max(2 * n * m * k / 800e12, 2 * m * k / 4e12), weights, 64))
-    keys = jax.random.split(jax.random.key(0), count + weights)
-    x = [gpu_checks.random_rows(key, n, k) for key in keys[:count]]
-    packed = [gpu_checks.random_weight(key, m, k) for key in keys[count:]]
+    packed = [
+        gpu_checks.random_weight(key, m, k) for key in jax.random.split(jax.random.key(0), weights)
+    ]
     kernels = [jax.block_until_ready(js.decompress(w)) for w in packed]
+    try:
+        torch_call = prepare_torch(kernels) if prepare_torch else None
+    except Exception as error:  # such as an unsupported shape; torch is only a reference
+        torch_call = print(f"torch, {m} x {k}: {type(error).__name__}: {error}"[:300], flush=True)
 
     # the barrier keeps XLA from merging products that share a weight
     def all_products(one):
@@ -221,19 +258,46 @@ def turns(n, m, k, names, rounds, torch_call, each_call=EACH_CALL):
             ]
         )
 
-    calls = {name: functools.partial(all_products(product(name)), x, packed) for name in names}
-    calls["jax dense"] = functools.partial(all_products(jnp.dot), x, kernels)
-    errors = {name: gpu_checks.units(call()[0], x[0], packed[0]) for name, call in calls.items()}
-    calls = {name: call for name, call in calls.items() if name == "jax dense" or errors[name] < 1}
-    if torch_call:
-        try:
-            calls["torch semi-structured"] = torch_call(x, kernels)
-            calls["torch semi-structured"]()
-        except Exception as error:  # such as an unsupported shape; torch is only a reference
-            print(f"torch, {n} x {m} x {k}: {type(error).__name__}: {error}"[:300], flush=True)
-            calls.pop("torch semi-structured", None)
-    seconds = timing.in_turns(calls, rounds, f"{n} x {m} x {k}")
-    return {name: float(np.median(times)) / count for name, times in seconds.items()}, errors
+    x, launches, programs = {}, {}, {}
+    for n, named in competitors.items():
+        least = max(2 * n * m * k / 800e12, 2 * m * k / 4e12)  # seconds of one product
+        count = int(np.clip(each_call[1] / least, weights, PRODUCTS))
+        launches[n] = int(np.clip(8 * each_call[1] / (count * least), 1, LAUNCHES))
+        keys = jax.random.split(jax.random.key(n), count)
+        x[n] = [gpu_checks.random_rows(key, n, k) for key in keys]
+        programs |= {(n, name): (all_products(one), x[n], packed) for name, one in named.items()}
+        programs[n, "jax dense"] = (all_products(jnp.dot), x[n], kernels)
+    calls, failed = compiled(programs)
+
+    def times_at(n):
+        ours = {name: call for (rows, name), call in calls.items() if rows == n}
+        errors = {
+            name: gpu_checks.units(call()[0], x[n][0], packed[0]) for name, call in ours.items()
+        }
+        ours = {name: one for name, one in ours.items() if name == "jax dense" or errors[name] < 1}
+        if torch_call:
+            try:
+                ours["torch semi-structured"] = torch_call(x[n])
+                ours["torch semi-structured"]()
+            except Exception as error:
+                print(f"torch, {n} x {m} x {k}: {type(error).__name__}: {error}"[:300], flush=True)
+                ours.pop("torch semi-structured", None)
+
+        def launched(call):
+            for _ in range(launches[n] - 1):
+                call()
+            return call()
+
+        ours = {name: functools.partial(launched, call) for name, call in ours.items()}
+        seconds = timing.in_turns(ours, rounds, f"{n} x {m} x {k}")
+        each = launches[n] * len(x[n])
+        return (
+            {name: float(np.median(times)) / each for name, times in seconds.items()},
+            errors,
+            {name: why for (rows, name), why in failed.items() if rows == n},
+        )
+
+    return {n: times_at(n) for n in competitors}
 
 
 def gradient_turns(n, m, k, names, rounds, each_call=EACH_CALL):
@@ -250,15 +314,17 @@ def gradient_turns(n, m, k, names, rounds, each_call=EACH_CALL):
     )
 
     def all_products(one, weights):
-        return functools.partial(
-            jax.jit(lambda ct, w: [one(*pair) for pair in zip(ct, w, strict=True)]), ct, weights
-        )
+        every = jax.jit(lambda ct, w: [one(*pair) for pair in zip(ct, w, strict=True)])
+        return every, ct, weights
 
-    calls = {name: all_products(x_gradient(name), packed) for name in names}
-    calls |= {f"{name}, turned before": all_products(product(name), backwards) for name in names}
-    calls["turning"] = all_products(lambda _, w: turned(w), packed)
-    calls["decompressing"] = all_products(x_gradient("dense"), packed)
-    calls["jax dense"] = all_products(lambda ct, w: ct @ w.T, kernels)
+    programs = {name: all_products(x_gradient(name), packed) for name in names}
+    programs |= {f"{name}, turned before": all_products(product(name), backwards) for name in names}
+    programs["turning"] = all_products(lambda _, w: turned(w), packed)
+    programs["decompressing"] = all_products(x_gradient("dense"), packed)
+    programs["jax dense"] = all_products(lambda ct, w: ct @ w.T, kernels)
+    calls, failed = compiled(programs)
+    if failed:
+        raise RuntimeError(str(failed))
     seconds = timing.in_turns(calls, rounds, f"gradient {n} x {m} x {k}")
     return {name: float(np.median(times)) / count for name, times in seconds.items()}
 
@@ -295,7 +361,7 @@ def weights_once(size, rounds):
 
 
 def torch_products():
-    """A function that maps lists of x and weights to a call of all products in torch.
+    """A function that maps a list of weights to one of a list of x, to a call of all products.
 
     If there is none, the second result is the reason.
     """
@@ -307,46 +373,40 @@ def torch_products():
     except Exception as error:  # torch may be installed without the libraries that it needs
         return None, f"{type(error).__name__}: {error}"
 
-    def prepare(x, kernels):
-        x = [torch.from_dlpack(a) for a in x]
+    def prepare(kernels):
         weights = [semi(torch.from_dlpack(w).T.contiguous()) for w in kernels]
 
-        def call():
-            for i, a in enumerate(x):
-                torch.nn.functional.linear(a, weights[i % len(weights)])
-            torch.cuda.synchronize()
+        def products(x):
+            x = [torch.from_dlpack(a) for a in x]
 
-        return call
+            def call():
+                for i, a in enumerate(x):
+                    torch.nn.functional.linear(a, weights[i % len(weights)])
+                return SimpleNamespace(block_until_ready=torch.cuda.synchronize)
+
+            return call
+
+        return products
 
     return prepare, None
 
 
 def variants(name, n, m, k, configs, rounds):
-    """Times a kernel under each configuration, and computes its distance from the dense product.
-
-    Configurations are given as keyword arguments.
-    """
+    """Times a kernel under each configuration, given as keyword arguments, as `turns` does."""
     kernel = KERNELS[name].module
-    x, w = (
-        gpu_checks.random_rows(jax.random.key(0), n, k),
-        gpu_checks.random_weight(jax.random.key(1), m, k),
-    )
     cores = getattr(jax.devices()[0], "core_count", 1)
-    expected = product("dense")(x, w).astype(jnp.float32)
-    calls, differs, found = {}, {}, []
-    for config in configs:
+
+    def under(config):
         one = functools.partial(kernel.matmul, config=kernel.Config(**config), cores=cores)
-        call = functools.partial(jax.jit(one), x, w.values, w.metadata)
-        try:
-            differs[str(config)] = float(jnp.abs(call().astype(jnp.float32) - expected).max())
-            calls[str(config)] = call
-        except Exception as error:  # such as too much shared memory; the others continue
-            found.append({"config": str(config), "why": f"{type(error).__name__}: {error}"[:500]})
-    seconds = timing.in_turns(calls, rounds, f"{name} variants")
-    return found + [
-        {"config": one, "microseconds": 1e6 * float(np.median(t)), "differs": differs[one]}
-        for one, t in seconds.items()
+        return lambda x, w: one(x, w.values, w.metadata)
+
+    competitors = {n: {str(config): under(config) for config in configs}}
+    seconds, errors, failed = turns(m, k, competitors, rounds)[n]
+    timed = [
+        {"config": config, "microseconds": 1e6 * seconds.get(config, np.nan), "error": error}
+        for config, error in errors.items()
     ]
+    return timed + [{"config": config, "why": why} for config, why in failed.items()]
 
 
 def main(argv=None):
@@ -360,7 +420,7 @@ def main(argv=None):
     )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
-        "--seconds", type=float, default=540, help="after which no further shape is timed"
+        "--seconds", type=float, default=510, help="after which no further shape is timed"
     )
     parser.add_argument("--out", type=pathlib.Path, default=timing.RESULTS)
     parser.add_argument(
@@ -375,7 +435,11 @@ def main(argv=None):
         else ({key: SHAPES[key] for key in CHECKED}, CHECKED_ROWS)
     )
     if args.check:
-        print(json.dumps(examined(args.check, *some)))
+
+        def tell(part):
+            print(json.dumps(part) + "\n", end="", flush=True)  # in one piece, from any thread
+
+        tell(examined(args.check, *some, tell))
         return
     start = time.monotonic()
     shapes, rows, rounds = (
@@ -393,10 +457,13 @@ def main(argv=None):
     save = functools.partial(timing.save, file, folder)
 
     folder.mkdir(parents=True, exist_ok=True)
-    seen = {
-        name: examined(name, *some) if args.smoke else examined_apart(name, args.seconds / 3)
-        for name in KERNELS
-    }
+    one_check = (
+        functools.partial(examined, shapes=some[0], rows=some[1])
+        if args.smoke
+        else functools.partial(examined_apart, seconds=args.seconds / 3)
+    )
+    with ThreadPoolExecutor() as pool:
+        seen = dict(zip(KERNELS, pool.map(one_check, KERNELS), strict=True))
     if args.smoke and not any(one["right"] for one in seen.values()):
         seen["dense"] = examined("dense", *some)
     found = {"checks": seen}
@@ -407,7 +474,7 @@ def main(argv=None):
         )
     names = [name for name in seen if seen[name]["right"]]
 
-    torch_call, why_no_torch = torch_products()
+    prepare_torch, why_no_torch = torch_products()
     peaks = next((peak for kind, peak in PEAKS.items() if kind in device.device_kind), None)
     found |= {
         "torch": why_no_torch or "timed",
@@ -418,14 +485,15 @@ def main(argv=None):
         "wrong": [],
         "left_out": [],
         "failed": {},
+        "choices": [],
     }
 
     def time_weights():
         found["weights once"] = weights_once(256 if args.smoke else 16384, rounds)
 
-    def time_variants(name):
-        found["variants"][name] = variants(
-            name, *KERNELS[name].tuned_at, KERNELS[name].configs, rounds
+    def time_variants(name, product):
+        found["variants"][f"{name}, {' x '.join(map(str, product))}"] = variants(
+            name, *product, KERNELS[name].configs[product], rounds
         )
 
     def able(n):
@@ -444,34 +512,38 @@ def main(argv=None):
             {"shape": shape, "rows": n, **{name: 1e6 * t for name, t in seconds.items()}}
         )
 
-    def time_products(shape, n):
-        seconds, errors = turns(
-            n, *shapes[shape], able(n), rounds, torch_call, (0, 0) if args.smoke else EACH_CALL
+    def time_products(shape):
+        results = turns(
+            *shapes[shape],
+            {n: {name: product(name) for name in able(n)} for n in rows},
+            rounds,
+            prepare_torch,
+            (0, 0) if args.smoke else EACH_CALL,
         )
-        found["timings"].append(gpu_report.row(shape, n, *shapes[shape], seconds, peaks))
-        found["wrong"] += [
-            {"shape": shape, "rows": n, "kernel": name, "error": error}
-            for name, error in errors.items()
-            if not error < 1
-        ]
+        for n, (seconds, errors, failed) in results.items():
+            found["timings"].append(gpu_report.row(shape, n, *shapes[shape], seconds, peaks))
+            found["failed"] |= {f"{name}, {shape}, {n} rows": why for name, why in failed.items()}
+            found["wrong"] += [
+                {"shape": shape, "rows": n, "kernel": name, "error": error}
+                for name, error in errors.items()
+                if not error < 1
+            ]
 
-    jobs = {"masks and packing": time_weights}
-    jobs |= {
-        f"variants of {name}": functools.partial(time_variants, name)
+    # in case time runs out, the most informative come first
+    first, others = list(shapes)[:6], list(shapes)[6:]
+    jobs = {
+        f"variants of {name} at {n} x {m} x {k}": functools.partial(time_variants, name, (n, m, k))
         for name in names
         if name in KERNELS and not args.smoke
+        for n, m, k in KERNELS[name].configs
     }
-    turned_shapes = ["small"] if args.smoke else GRADIENTS
+    jobs |= {shape: functools.partial(time_products, shape) for shape in first}
+    jobs["masks and packing"] = time_weights
     jobs |= {
-        f"gradient of {shape}": functools.partial(time_gradients, shape, rows[0])
-        for shape in turned_shapes
+        f"gradient of {shape}": functools.partial(time_gradients, shape, max(rows))
+        for shape in (["small"] if args.smoke else GRADIENTS)
     }
-    jobs |= {
-        f"{shape}, {n} rows": functools.partial(time_products, shape, n)
-        for n in rows
-        for shape in shapes
-    }
-    saved = time.monotonic()
+    jobs |= {shape: functools.partial(time_products, shape) for shape in others}
     for name, job in jobs.items():
         if time.monotonic() - start > args.seconds:
             found["left_out"].append(name)
@@ -481,9 +553,7 @@ def main(argv=None):
         except Exception as error:  # the others continue
             found["failed"][name] = f"{type(error).__name__}: {error}"[:1000]
             print(f"{name} failed: {found['failed'][name]}", flush=True)
-        if time.monotonic() - saved > 60:  # saves the results so far, in case of a crash
-            save(**found)
-            saved = time.monotonic()
+        save(**found)  # in case of a crash
 
     capability = tuple(
         int(part) for part in str(getattr(device, "compute_capability", "0.0")).split(".")

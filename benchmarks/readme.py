@@ -5,6 +5,7 @@ No number in them is typed by hand.
     python benchmarks/readme.py
 """
 
+import ast
 import json
 import pathlib
 import re
@@ -110,15 +111,7 @@ def quality(result):
     )
 
 
-def gpu(result, name):
-    timings = [one for one in result["timings"] if "over jax dense" in one]
-    rows = sorted({one["rows"] for one in timings})
-    ratios = {(one["shape"], one["rows"]): f"{one['over jax dense']:.2f}" for one in timings}
-    shapes = {one["shape"]: f"{one['M']} x {one['K']}" for one in timings}
-    table = [
-        [shape, sizes, *(ratios.get((shape, n), "") for n in rows)]
-        for shape, sizes in shapes.items()
-    ]
+def gpu_verdicts(result):
     wrong = {one["kernel"] for one in result["wrong"]}
     verdicts = {
         kernel: "does not run here" if "why" in one else "right" if one["right"] else "WRONG"
@@ -129,22 +122,77 @@ def gpu(result, name):
         for kernel, verdict in verdicts.items()
     ]
     return (
-        "How many times as fast as jax's dense product in bfloat16 the fastest kernel is, by the "
-        f"rows of x ({where(result)}; {', '.join(right)}; {len(result['left_out'])} left out when "
-        "the time was up; `python benchmarks/gpu.py`):\n\n"
-        + tabulate.tabulate(
-            table, ["shape", "M x K", *rows], tablefmt="github", disable_numparse=True
-        )
-        + f"\n\n![Ratio to the dense product by rows](benchmarks/results/{name}.png)"
+        f"{', '.join(right)} ({result['device']}, jax {result['jax']}, {result['date']}; "
+        "`python benchmarks/gpu.py`)"
     )
 
 
-def gpus():
-    """One table for each measured device, or a sentence if there is none."""
-    results = sorted(timing.RESULTS.glob("NVIDIA*.json"))
-    tables = [gpu(json.loads(path.read_text()), path.stem) for path in results]
+def gpu(result, name):
+    parts = [f"Checked with every operand, integers and random numbers: {gpu_verdicts(result)}."]
+    if rows := gpu_variants(result["variants"]):
+        parts.append("The fastest of a few configurations against jax's dense product in bfloat16:")
+        parts.append(tabulate.tabulate(rows, "keys", tablefmt="github", disable_numparse=True))
+    if timings := [one for one in result["timings"] if "over jax dense" in one]:
+        parts += [
+            "How many times as fast as that product the fastest kernel is in its default "
+            f"configuration, by the rows of x ({len(result['left_out'])} left out when the time "
+            "was up):",
+            gpu_ratios(timings),
+            f"![Ratio to the dense product by rows](benchmarks/results/{name}.png)",
+        ]
+    return "\n\n".join(parts)
+
+
+def gpu_variants(variants):
+    rows = []
+    for label, configs in variants.items():
+        kernel, product = label.split(", ")
+        times = {one["config"]: one["microseconds"] for one in configs if "microseconds" in one}
+        dense = times.pop("jax dense")
+        best = min(times, key=times.get)
+        options = ", ".join(f"{key} {value}" for key, value in ast.literal_eval(best).items())
+        rows.append(
+            {
+                "rows x M x K": product,
+                "kernel": f"`{kernel}`, {options}",
+                "µs": f"{times[best]:.1f}",
+                "dense, µs": f"{dense:.1f}",
+                "times as fast": f"{dense / times[best]:.2f}",
+            }
+        )
+    return rows
+
+
+def gpu_ratios(timings):
+    rows = sorted({one["rows"] for one in timings})
+    ratios = {(one["shape"], one["rows"]): f"{one['over jax dense']:.2f}" for one in timings}
+    shapes = {one["shape"]: f"{one['M']} x {one['K']}" for one in timings}
+    table = [
+        [shape, sizes, *(ratios.get((shape, n), "") for n in rows)]
+        for shape, sizes in shapes.items()
+    ]
+    return tabulate.tabulate(
+        table, ["shape", "M x K", *rows], tablefmt="github", disable_numparse=True
+    )
+
+
+def gpu_summary(result, _):
+    speeds = ", ".join(
+        f"{row['times as fast']} times at {row['rows x M x K']}"
+        for row in gpu_variants(result["variants"])
+    )
     return (
-        "\n\n".join(tables) or "**The kernels have not run on a GPU yet and no speed is measured.**"
+        f"{gpu_verdicts(result)}. Rate over that of jax's dense product in bfloat16, by rows x M x K: "
+        f"{speeds}."
+    )
+
+
+def gpus(one=gpu):
+    """A part for each measured device, or a sentence if there is none."""
+    results = sorted(timing.RESULTS.glob("NVIDIA*.json"))
+    return (
+        "\n\n".join(one(json.loads(path.read_text()), path.stem) for path in results)
+        or "**The kernels have not run on a GPU yet and no speed is measured.**"
     )
 
 
@@ -162,6 +210,7 @@ TABLES = {
     "char_lm": lambda: written("char_lm", char_lm),
     "train_step": lambda: written("train_step", train_step),
     "gpu": gpus,
+    "gpu_summary": lambda: gpus(gpu_summary),
 }
 
 

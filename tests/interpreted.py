@@ -83,7 +83,7 @@ def decode_ops(config, n, has_bias):
     def reduce(sums, *rest):
         *bias, m0 = rest
         parts = (
-            sums[...]
+            sums[..., :n]
             .reshape(config.warpgroups, config.tile_m // 16, decode.WARPS, 16, n)
             .sum((0, 2))
             .reshape(config.tile_m, n)

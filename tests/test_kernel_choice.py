@@ -171,7 +171,7 @@ def test_other_arguments_that_do_not_fit_are_refused():
 def unmeasured(preferences, folder):
     """The rows of a table of choices, one for each capability, that no result file implies."""
     results = [json.loads(path.read_text()) for path in folder.glob("NVIDIA*.json")]
-    tables = preferences, [row for result in results for row in result["choices"]]
+    tables = preferences, [row for result in results for row in result.get("choices", [])]
     chosen, measured = (
         {(tuple(capability), *row) for capabilities, *row in table for capability in capabilities}
         for table in tables

@@ -22,7 +22,7 @@ ACTIVATIONS = {  # each with a single tanh, which every kernel supports
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
     """A kernel for `x @ w` with a compressed weight.
 
@@ -38,8 +38,8 @@ class Kernel:
       timed_rows: the range of rows in which `benchmarks/gpu.py` times it; outside, another kernel
         is meant to run.
       targets: the GPUs that the tests compile it for ahead of time.
-      tuned_at: N, M and K of the product on which `benchmarks/gpu.py` compares `configs`.
-      configs: configurations that only hardware can decide between, as fields of its `Config`.
+      configs: configurations that only hardware can decide between, as fields of its `Config`, for
+        the N, M and K at which `benchmarks/gpu.py` compares them.
     """
 
     name: str
@@ -52,8 +52,7 @@ class Kernel:
     multiples: tuple[int, int]
     timed_rows: tuple[int, int]
     targets: tuple[str, ...]
-    tuned_at: tuple[int, int, int]
-    configs: tuple[dict[str, Any], ...]
+    configs: dict[tuple[int, int, int], tuple[dict[str, Any], ...]]
 
     @property
     def module(self) -> ModuleType:
@@ -112,14 +111,21 @@ KERNELS = {
             multiples=(16, 8),
             timed_rows=(64, 1 << 31),
             targets=("h200",),
-            tuned_at=(8192, 8192, 8192),
-            configs=(
-                {"cluster": 1, "in_flight": 0, "stripe": 8},
-                {"cluster": 2, "in_flight": 0, "stripe": 8},
-                {"cluster": 2, "in_flight": 1, "stripe": 8},
-                {"cluster": 2, "in_flight": 0, "stripe": 4},
-                {"cluster": 2, "in_flight": 0, "stripe": 16},
-            ),
+            configs={
+                (8192, 8192, 8192): (
+                    {"cluster": 2},
+                    {"cluster": 1},
+                    {"cluster": 2, "in_flight": 0},
+                    {"cluster": 2, "stages": 4},
+                    {"cluster": 2, "stripe": 16},
+                ),
+                (256, 4096, 4096): (
+                    {"tile_n": 256, "cluster": 2},
+                    {"tile_n": 128, "stages": 7},
+                    {"tile_n": 64, "stages": 8},
+                    {"tile_n": 32, "stages": 8},
+                ),
+            },
         ),
         Kernel(
             "ampere",
@@ -132,13 +138,14 @@ KERNELS = {
             multiples=(64, 128),
             timed_rows=(64, 1 << 31),
             targets=("a100",),
-            tuned_at=(4096, 4096, 4096),
-            configs=(
-                {"tile_m": 128, "stages": 3},
-                {"tile_m": 128, "stages": 4},
-                {"tile_m": 256, "stages": 3},
-                {"tile_m": 256, "stages": 4},
-            ),
+            configs={
+                (4096, 4096, 4096): (
+                    {"tile_m": 128, "stages": 3},
+                    {"tile_m": 128, "stages": 4},
+                    {"tile_m": 256, "stages": 3},
+                    {"tile_m": 256, "stages": 4},
+                )
+            },
         ),
         Kernel(
             "decode",
@@ -151,23 +158,22 @@ KERNELS = {
             multiples=(16, 1),
             timed_rows=(1, 64),
             targets=("h200", "a100"),
-            tuned_at=(16, 14336, 4096),
-            configs=(
-                {"tile_m": 16, "unroll": 8, "warpgroups": 1},
-                {"tile_m": 32, "unroll": 4, "warpgroups": 1},
-                {"tile_m": 32, "unroll": 2, "warpgroups": 2},
-                {"tile_m": 64, "unroll": 1, "warpgroups": 1},
-                {"tile_m": 64, "unroll": 1, "warpgroups": 2},
-                {"tile_m": 64, "unroll": 2, "warpgroups": 2},
-                {"tile_m": 64, "unroll": 1, "warpgroups": 4},
-            ),
+            configs={
+                (16, 14336, 4096): (
+                    {"tile_m": 16, "unroll": 4, "warpgroups": 1},
+                    {"tile_m": 32, "unroll": 2, "warpgroups": 2},
+                    {"tile_m": 32, "unroll": 4, "warpgroups": 2},
+                    {"tile_m": 64, "unroll": 2, "warpgroups": 2},
+                ),
+            },
         ),
     )
 }
 
 # Measured to be faster than the dense product, as printed by `benchmarks/gpu.py`, with the result
 # file: (compute capabilities, kernel, fewest and most rows of x, least product of output features
-# and contraction, least of either). Empty, since nothing is measured yet.
+# and contraction, least of either). Empty until more than a few
+# products are measured.
 _PREFERENCES: tuple[tuple[tuple[tuple[int, int], ...], str, int, int, int, int], ...] = ()
 
 

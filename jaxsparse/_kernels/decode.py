@@ -43,6 +43,9 @@ from jaxsparse._kernels.mosaic import (
 __all__ = ["Config", "matmul"]
 
 TILE_K, WARPS = 64, 4
+# words after each row of partial sums, without which a warp that reads down a column would meet one
+# bank of shared memory up to 16 times
+SPARE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +75,9 @@ class Ops(NamedTuple):
         block, contributes the steps `W * (unroll * i + u) + w` of the contraction for all u.
       gather: writes partial sums to shared memory and waits for all threads of the block; takes
         `scratch`.
-      reduce: maps partial sums `[warpgroups, 4 * tile_m, N]` in shared memory, an optional bias and
-        the first output feature of the block to this warpgroup's share `[N, tile_m / warpgroups]`.
+      reduce: maps partial sums `[warpgroups, 4 * tile_m, N + SPARE]` in shared memory, an optional
+        bias and the first output feature of the block to this warpgroup's share
+        `[N, tile_m / warpgroups]`.
       store: writes the share to the rows and output features that exist in y; takes y and the first
         output feature of the block.
       scratch: further shared memory that `gather` needs.
@@ -241,7 +245,7 @@ def _elements(config, n):
 
 def _reduce(sums, bias, m0, config):
     index = ir.IndexType.get()
-    n = ir.MemRefType(sums.type).shape[2]
+    n = ir.MemRefType(sums.type).shape[2] - SPARE
     registers = []
     for row, feature in _elements(config, n):
         part, within = (
@@ -347,12 +351,12 @@ def _body(
 
         gather(
             lax.fori_loop(0, iterations, advance, zeros),
-            sums.at[lax.axis_index("warpgroup")],
+            sums.at[lax.axis_index("warpgroup"), :, pl.ds(0, n)],
             *scratch,
         )
         store(ACTIVATIONS[activation](reduce(sums, *bias_ref, m0)).astype(y_ref.dtype), y_ref, m0)
 
-    sums = plgpu.SMEM((config.warpgroups, WARPS * config.tile_m, n), jnp.float32)
+    sums = plgpu.SMEM((config.warpgroups, WARPS * config.tile_m, n + SPARE), jnp.float32)
     pl.run_scoped(run, sums, *scratch, collective_axes="warpgroup")
 
 
@@ -403,14 +407,6 @@ def matmul(
 
 
 def default_config(n: int, m: int, cores: int) -> Config:
-    """The largest tile that keeps most multiprocessors busy, since each block reads all of x.
-
-    Each multiprocessor has 64 KB in flight.
-    """
-    tile_m = next(
-        (size for size in ((64, 32) if n <= 16 else (32,)) if 10 * m >= 9 * size * cores), 16
-    )
-    warpgroups = min(2, tile_m // 16)
-    # otherwise two blocks share a multiprocessor and its registers
-    alone = m * warpgroups <= 2 * tile_m * cores
-    return Config(tile_m, (128 if alone else 64) // tile_m if n <= 16 else 1, warpgroups)
+    """The larger tile if it keeps most multiprocessors busy, since each block reads all of x."""
+    tile_m = 32 if 10 * m >= 9 * 32 * cores else 16
+    return Config(tile_m, 64 // tile_m if n <= 16 else 1, warpgroups=tile_m // 16)

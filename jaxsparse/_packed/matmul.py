@@ -46,10 +46,11 @@ def sparse_matmul(
     On a CUDA device a kernel for Sparse Tensor Cores may run, whose name is in the lowered program
     (`sparse_matmul_hopper`); everywhere else the weight is decompressed for the dense product.
     `implementation=None` chooses a kernel only where it is measured to be faster, with metadata in
-    the layout `"mma16"` and no stack, on one device or inside `shard_map`. The kernels have not run
-    on hardware yet. They are exact in emulation but not measured, so each runs only if it is named.
-    A named kernel processes the weights of a stack one after the other, and XLA copies each of them
-    with its rows.
+    the layout `"mma16"` and no stack, on one device or inside `shard_map`. Too few products are
+    measured yet for that choice, so each kernel runs only if it is named. `"hopper"` and `"decode"`
+    are right on an H200; `"ampere"` has only run in emulation. A named
+    kernel processes the weights of a stack one after the other, and XLA copies each of them with
+    its rows.
 
     Args:
       x: `[..., K]`, or `[..., *w.contracting]` if several axes are contracted; with a stacked
