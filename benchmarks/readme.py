@@ -182,8 +182,8 @@ def gpu_summary(result, _):
         for row in gpu_variants(result["variants"])
     )
     return (
-        f"{gpu_verdicts(result)}. Rate over that of jax's dense product in bfloat16, by rows x M x K: "
-        f"{speeds}."
+        f"{gpu_verdicts(result)}. Rate over that of jax's dense product in bfloat16, by "
+        f"rows x M x K: {speeds}."
     )
 
 
