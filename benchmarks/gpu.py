@@ -6,13 +6,15 @@
 
 First, every kernel that the device supports reads out one operand at a time, and multiplies
 integers and random numbers, for the product and for the gradient of x; a kernel with wrong results
-is not timed. Then masks, packing and gradients of x are timed. Then kernels, the dense product of
+is not timed. Then configurations of the kernels are compared. Then kernels, the dense product of
 jax and, if torch can be imported, its semi-structured product take turns on random data, shape
-after shape, until the time is up. Timed results are also compared with the product in float32.
-Finally it prints the rows for the table of automatic choices that the timings imply.
+after shape, until the time is up, with masks, packing and gradients of x between them. Timed
+results are also compared with the product in float32. Finally it prints the rows for the table of
+automatic choices that the timings imply.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import itertools
@@ -65,7 +67,7 @@ CHECKED = ("Llama-3-8B gate and up", "GPT-2 mlp out", "ViT-So400m mlp out", "pad
 CHECKED_ROWS = (1, 8, 13, 64, 1024)
 # at the most rows
 GRADIENTS = ("8192 x 8192", "Llama-3-8B gate", "Llama-3-8B down", "Llama-3-8B attention out")
-ROWS = (1, 8, 16, 64, 256, 1024, 4096, 8192)
+ROWS = (8192, 16, 4096, 1, 1024, 64, 256, 8)  # the most informative first, in case time runs out
 MASKS = (
     "2:4 axis 0",
     "2:4 axis 1",
@@ -235,8 +237,8 @@ def turns(m, k, competitors, rounds, prepare_torch=None, each_call=EACH_CALL):
     that of torch join them at each number of rows. The products of one call have different rows
     each, and rotate through more weights than fit into the L2 cache.
 
-    Returns:
-      `{rows: (seconds, errors, failed)}`, where seconds are medians over rounds, errors are the
+    Yields:
+      `(rows, seconds, errors, failed)`, where seconds are medians over rounds, errors are the
       largest ones, in units, and `failed` says why a competitor cannot be compiled. A competitor
       with errors is not timed.
     """
@@ -245,10 +247,10 @@ def turns(m, k, competitors, rounds, prepare_torch=None, each_call=EACH_CALL):
         gpu_checks.random_weight(key, m, k) for key in jax.random.split(jax.random.key(0), weights)
     ]
     kernels = [jax.block_until_ready(js.decompress(w)) for w in packed]
-    try:
-        torch_call = prepare_torch(kernels) if prepare_torch else None
-    except Exception as error:  # such as an unsupported shape; torch is only a reference
-        torch_call = print(f"torch, {m} x {k}: {type(error).__name__}: {error}"[:300], flush=True)
+    torch_call = None
+    if prepare_torch:
+        with reported(f"torch, {m} x {k}"):
+            torch_call = prepare_torch(kernels)
 
     # the barrier keeps XLA from merging products that share a weight
     def all_products(one):
@@ -258,46 +260,47 @@ def turns(m, k, competitors, rounds, prepare_torch=None, each_call=EACH_CALL):
             ]
         )
 
-    x, launches, programs = {}, {}, {}
     for n, named in competitors.items():
         least = max(2 * n * m * k / 800e12, 2 * m * k / 4e12)  # seconds of one product
         count = int(np.clip(each_call[1] / least, weights, PRODUCTS))
-        launches[n] = int(np.clip(8 * each_call[1] / (count * least), 1, LAUNCHES))
+        launches = int(np.clip(8 * each_call[1] / (count * least), 1, LAUNCHES))
         keys = jax.random.split(jax.random.key(n), count)
-        x[n] = [gpu_checks.random_rows(key, n, k) for key in keys]
-        programs |= {(n, name): (all_products(one), x[n], packed) for name, one in named.items()}
-        programs[n, "jax dense"] = (all_products(jnp.dot), x[n], kernels)
-    calls, failed = compiled(programs)
-
-    def times_at(n):
-        ours = {name: call for (rows, name), call in calls.items() if rows == n}
+        x = [gpu_checks.random_rows(key, n, k) for key in keys]
+        programs = {name: (all_products(one), x, packed) for name, one in named.items()}
+        programs["jax dense"] = (all_products(jnp.dot), x, kernels)
+        calls, failed = compiled(programs)
         errors = {
-            name: gpu_checks.units(call()[0], x[n][0], packed[0]) for name, call in ours.items()
+            name: gpu_checks.units(call()[0], x[0], packed[0]) for name, call in calls.items()
         }
-        ours = {name: one for name, one in ours.items() if name == "jax dense" or errors[name] < 1}
+        calls = {
+            name: call for name, call in calls.items() if name == "jax dense" or errors[name] < 1
+        }
         if torch_call:
-            try:
-                ours["torch semi-structured"] = torch_call(x[n])
-                ours["torch semi-structured"]()
-            except Exception as error:
-                print(f"torch, {n} x {m} x {k}: {type(error).__name__}: {error}"[:300], flush=True)
-                ours.pop("torch semi-structured", None)
+            with reported(f"torch, {n} x {m} x {k}"):
+                one = torch_call(x)
+                one()
+                calls["torch semi-structured"] = one
+        calls = {name: functools.partial(launched, call, launches) for name, call in calls.items()}
+        seconds = timing.in_turns(calls, rounds, f"{n} x {m} x {k}")
+        medians = {
+            name: float(np.median(times)) / (launches * count) for name, times in seconds.items()
+        }
+        yield n, medians, errors, failed
 
-        def launched(call):
-            for _ in range(launches[n] - 1):
-                call()
-            return call()
 
-        ours = {name: functools.partial(launched, call) for name, call in ours.items()}
-        seconds = timing.in_turns(ours, rounds, f"{n} x {m} x {k}")
-        each = launches[n] * len(x[n])
-        return (
-            {name: float(np.median(times)) / each for name, times in seconds.items()},
-            errors,
-            {name: why for (rows, name), why in failed.items() if rows == n},
-        )
+def launched(call, times):
+    for _ in range(times - 1):
+        call()
+    return call()
 
-    return {n: times_at(n) for n in competitors}
+
+@contextlib.contextmanager
+def reported(label):
+    """Prints an error of torch, such as an unsupported shape; it is only a reference."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{label}: {type(error).__name__}: {error}"[:300], flush=True)
 
 
 def gradient_turns(n, m, k, names, rounds, each_call=EACH_CALL):
@@ -401,7 +404,7 @@ def variants(name, n, m, k, configs, rounds):
         return lambda x, w: one(x, w.values, w.metadata)
 
     competitors = {n: {str(config): under(config) for config in configs}}
-    seconds, errors, failed = turns(m, k, competitors, rounds)[n]
+    ((_, seconds, errors, failed),) = turns(m, k, competitors, rounds)
     timed = [
         {"config": config, "microseconds": 1e6 * seconds.get(config, np.nan), "error": error}
         for config, error in errors.items()
@@ -454,7 +457,7 @@ def main(argv=None):
         pathlib.Path(tempfile.mkdtemp()) if args.smoke and args.out == timing.RESULTS else args.out
     )
     file = re.sub(r"\W+", "_", device.device_kind).strip("_")
-    save = functools.partial(timing.save, file, folder)
+    write = functools.partial(timing.write, file, folder)
 
     folder.mkdir(parents=True, exist_ok=True)
     one_check = (
@@ -467,7 +470,7 @@ def main(argv=None):
     if args.smoke and not any(one["right"] for one in seen.values()):
         seen["dense"] = examined("dense", *some)
     found = {"checks": seen}
-    save(**found)
+    write(**found)
     for name, one in seen.items():
         print(
             name, "is right" if one["right"] else f"IS NOT RIGHT: {one.get('why', one)}", flush=True
@@ -520,7 +523,7 @@ def main(argv=None):
             prepare_torch,
             (0, 0) if args.smoke else EACH_CALL,
         )
-        for n, (seconds, errors, failed) in results.items():
+        for n, seconds, errors, failed in results:
             found["timings"].append(gpu_report.row(shape, n, *shapes[shape], seconds, peaks))
             found["failed"] |= {f"{name}, {shape}, {n} rows": why for name, why in failed.items()}
             found["wrong"] += [
@@ -528,6 +531,7 @@ def main(argv=None):
                 for name, error in errors.items()
                 if not error < 1
             ]
+            write(**found)  # in case of a crash
 
     # in case time runs out, the most informative come first
     first, others = list(shapes)[:6], list(shapes)[6:]
@@ -553,7 +557,7 @@ def main(argv=None):
         except Exception as error:  # the others continue
             found["failed"][name] = f"{type(error).__name__}: {error}"[:1000]
             print(f"{name} failed: {found['failed'][name]}", flush=True)
-        save(**found)  # in case of a crash
+        write(**found)
 
     capability = tuple(
         int(part) for part in str(getattr(device, "compute_capability", "0.0")).split(".")
@@ -567,7 +571,7 @@ def main(argv=None):
     print("_PREFERENCES that these timings imply:", *found["choices"], sep="\n")
     if found["wrong"]:
         print("WRONG:", *found["wrong"], sep="\n")
-    save(**found)
+    timing.save(file, folder, **found)
     gpu_report.plot(found["timings"], device.device_kind, folder / f"{file}.png")
 
 

@@ -79,6 +79,10 @@ def _processor():
 
 
 def save(name, folder=RESULTS, /, **content):
+    print(f"\nWritten to {write(name, folder, **content)}")
+
+
+def write(name, folder=RESULTS, /, **content):
     path = folder / f"{name}.json"
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(
@@ -88,4 +92,4 @@ def save(name, folder=RESULTS, /, **content):
         + "\n"
     )
     unfinished.replace(path)
-    print(f"\nWritten to {path}")
+    return path
