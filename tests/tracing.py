@@ -1,6 +1,10 @@
-"""Counts traces in Python, since JAX may drop entries of its own caches at any time."""
+"""Counts traces and compilations, since JAX may drop entries of its own caches at any time."""
 
+import contextlib
 import functools
+import types
+
+import jax
 
 
 def counted(fn):
@@ -13,3 +17,18 @@ def counted(fn):
 
     wrapper.traces = 0
     return wrapper
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts, in `number`, the programs that are compiled or read from the persistent cache."""
+    compiled = types.SimpleNamespace(number=0)
+
+    def listen(event, duration, **_):
+        compiled.number += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

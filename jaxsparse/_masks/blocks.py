@@ -1,8 +1,10 @@
 """Masks of whole blocks of weights."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
@@ -101,6 +103,7 @@ def block_masks(
     ]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _block_keys(values, shape, axes, pool, magnitude):
     """Integers that rank the blocks of `values`, one for each block."""
     if pool == "max":
@@ -113,6 +116,7 @@ def _block_keys(values, shape, axes, pool, magnitude):
     return order_keys(total / _reduce(jnp.ones_like(values), shape, axes, jnp.sum))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _expand(mask, shape, axes, whole):
     """Expands the mask of blocks to that of an array of shape `whole`."""
     a, b, split = _split(whole, shape, axes)

@@ -81,11 +81,19 @@ def ranked_masks(
     All arrays have the axes `stack`; along these, each position is ranked separately.
     """
     arrays = [lax.stop_gradient(array) for array in of_one_dtype(arrays)]
-    keys_of = magnitude_keys if magnitude else order_keys
+    positions = math.prod(arrays[0].shape[axis] for axis in stack)
+    size = sum(a.size for a in arrays) // max(positions, 1)
+    if size > jnp.iinfo(jnp.int32).max:
+        raise ValueError(
+            f"{size:,} weights are ranked together, more than an int32 can count. Rank them in "
+            "parts."
+        )
+    return _ranked_masks(arrays, jnp.int32(_how_many(density, size)), magnitude, stack)
 
-    def top(*arrays):
-        return _top_masks(arrays, keys_of, _how_many(density, sum(a.size for a in arrays)))
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _ranked_masks(arrays, k, magnitude, stack):
+    top = functools.partial(_top_masks, magnitude_keys if magnitude else order_keys, k)
     for axis in reversed(stack):
         top = jax.vmap(top, axis, axis)
     return top(*arrays)
@@ -126,17 +134,12 @@ def _how_many(density: Any, size: int) -> Any:
     )
 
 
-def _top_masks(arrays, keys_of, k):
-    """The masks of `arrays`, ranked by the integers `keys_of(array)`.
+def _top_masks(keys_of, k, *arrays):
+    """The masks of the `k` highest of the integers `keys_of(array)`.
 
-    `k` is an int or a traced scalar. If there are several arrays, each has at least one element.
+    If there are several arrays, each has at least one element.
     """
     size = sum(a.size for a in arrays)
-    if size > jnp.iinfo(jnp.int32).max:
-        raise ValueError(
-            f"{size:,} weights are ranked together, more than an int32 can count. Rank them in "
-            "parts."
-        )
     if not size:
         return [jnp.ones(a.shape, bool) for a in arrays]
     views = [jnp.asarray(a).reshape(-1, a.shape[-1] if a.ndim else 1) for a in arrays]

@@ -101,6 +101,10 @@ def rewire(
         masks = renew.masks(plan, params, gradients, masks, step, key, extra)
         return pack_masks(masks, plan, like)
 
+    @jax.jit  # which keeps the two branches for calls outside of jit
+    def renewed_if(due, *arguments):
+        return jax.lax.cond(due, lambda: new_masks(*arguments), lambda: arguments[-1])
+
     def forward(step):
         factor = None if decay_factor is None else jnp.asarray(decay_factor(step), jnp.float32)
         return Forward(factor, gradient)
@@ -133,14 +137,13 @@ def rewire(
         if renew.observe is not None:
             renew_state = renew.observe(plan, renew_state, updated, gradients, extra)
         arguments = (updated, gradients, masks, count, renew_state, extra, state.masks)
-        new = functools.partial(new_masks, *arguments)
         if every_step:
-            words = new()
+            words = new_masks(*arguments)
         else:
             due = (count - begin) % every == 0
             due = functools.reduce(jnp.logical_or, (count == at for at in renew.changes_at), due)
             due &= (count >= begin) & (True if until is None else count < until)
-            words = jax.lax.cond(due, new, lambda: state.masks)
+            words = renewed_if(due, *arguments)
         return updates, RewireState(count, words, plan, forward(count), renew_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
