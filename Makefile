@@ -42,4 +42,4 @@ $(VENV)/examples $(VENV)/notebooks $(TESTS)/test $(DOCS)/docs: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv* docs/_build
+	rm -rf .cache .venv* docs/_build

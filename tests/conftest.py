@@ -1,5 +1,6 @@
 import contextlib
 import os
+import pathlib
 
 # GPU interpret mode occupies one thread of XLA's pool for each thread of a kernel; the pool of a
 # machine with two cores is too small, and hangs
@@ -9,6 +10,11 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true"
 )
+# and many compile what another did; `make clean` empties it
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import jaxtyping
@@ -32,7 +38,7 @@ optax.tree.bias_correction = promotion.promoting(optax.tree.bias_correction)
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("aot") or item.get_closest_marker("once"):
+        if item.get_closest_marker("aot"):
             item.add_marker("slow")
 
 

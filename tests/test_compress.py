@@ -123,6 +123,7 @@ def check_round_trip(w, mask, packed):
     np.testing.assert_array_equal(bits(back), np.where(mask, bits(w), 0))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 9),

@@ -107,6 +107,7 @@ def test_unknown_extra_arguments_pass_and_reach_the_optimizer(name):
     assert seen == [{"value", "other", "masks"}]
 
 
+@pytest.mark.slow
 @pytest.mark.promotes("optax.MultiSteps divides by an integer")
 @EVERY
 def test_multi_steps(name):
@@ -119,6 +120,7 @@ def test_multi_steps(name):
     assert js.masks(state)["a"]["w"].shape == (8, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.promotes("optax.contrib.sam multiplies by booleans")
 @EVERY
 def test_sharpness_aware_minimization(name):

@@ -81,6 +81,7 @@ def test_vit_base_is_the_table_of_the_paper(pattern, expected):
         ) == pytest.approx(number, rel=0.005)
 
 
+@pytest.mark.slow
 def test_a_stack_costs_what_its_layers_cost_and_remat_computes_again():
     rules = {"*/ff?/kernel": "2:4"}
     scanned, unrolled = (model_costs(model, rules, TOKENS) for model in (Encoder(), Unrolled()))

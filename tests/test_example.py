@@ -46,6 +46,7 @@ def test_the_example_trains_compresses_checks_and_writes(tmp_path, capsys):
     assert "The 2:4 compressed model writes:\n\nThe " in out
 
 
+@pytest.mark.slow
 def test_the_example_stops_where_the_compressed_forward_differs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(char_lm, "agreement", lambda *_: 0.5)
     with pytest.raises(SystemExit, match="differs from the masked one"):

@@ -364,6 +364,7 @@ DTYPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtypes", promotion.marked(DTYPES, ["promoted"], "flax promotes to the dtype of the input")
 )

@@ -130,6 +130,7 @@ def test_masked(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_compressed(name):
     model, args, params, plan, masks = prepared(name)

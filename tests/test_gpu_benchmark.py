@@ -112,6 +112,7 @@ def written(folder):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_the_smoke_run_takes_every_step(gpu, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "MASKS", gpu.MASKS[:1])
     gpu.main(["--smoke", "--out", str(tmp_path)])
@@ -137,6 +138,7 @@ def test_the_smoke_run_takes_every_step(gpu, tmp_path, capsys, monkeypatch):
     assert [*tmp_path.glob("*.png")] and "over jax dense" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "weights_once", lambda *_: [])
     monkeypatch.setattr(gpu, "runs_here", lambda name: None)
@@ -159,6 +161,7 @@ def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatc
     assert len(written(tmp_path)["left_out"]) == 4
 
 
+@pytest.mark.slow
 def test_a_kernel_that_hangs_or_faults_takes_nothing_with_it(gpu, tmp_path, monkeypatch):
     assert "needs a CUDA device" in gpu.examined_apart("hopper", 300)["why"]
     assert "did not end in 0 seconds" in gpu.examined_apart("hopper", 0.01)["why"]

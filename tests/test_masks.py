@@ -78,6 +78,7 @@ def cases(draw):
     return random_scores(rng, draw(st.sampled_from(DTYPES)), tuple(shape)), n, m, axis
 
 
+@pytest.mark.slow
 @hypothesis.given(cases())
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 def test_equals_the_reference(case):

@@ -489,6 +489,7 @@ def test_a_trained_model_runs_compressed_with_its_statistics_and_gradients():
     assert ran == {"block/linear/kernel", "head/kernel", "stack/linear/kernel"}
 
 
+@pytest.mark.slow
 @pytest.mark.promotes("the example adds positions to a batch")
 def test_the_character_model_trains_as_in_linen():
     random = np.random.default_rng(0)

@@ -15,7 +15,7 @@ def test_there_are_four():
     assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom(path, monkeypatch):
     monkeypatch.setenv("JAXSPARSE_SMOKE", "1")

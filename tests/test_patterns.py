@@ -30,9 +30,10 @@ def few(rng, dtype, shape):
     return np.where(rng.random(shape) < 0.1, rng.choice(special, shape), scores)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.integers(0, 2**32 - 1),
-    st.sampled_from([(7,), (4, 9), (3, 5, 2)]),  # each shape and dtype is compiled once
+    st.sampled_from([(7,), (3, 5, 2)]),  # each shape and dtype is compiled once
     st.sampled_from(DTYPES),
     st.floats(2**-10, 1.0, width=32),
 )
@@ -44,9 +45,14 @@ def test_topk_equals_the_reference(seed, shape, dtype, density):
     np.testing.assert_array_equal(found, reference.topk_mask(wide(scores), k))
 
 
+EXTREME = [(), (1,), (10007,), (37, 41, 7), (2, 3, 1)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (1,), (10007,), (37, 41, 7), (2, 3, 1), (130, 257)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, "float32") for shape in EXTREME), *(((130, 257), dtype) for dtype in DTYPES)],
+)
 def test_topk_at_every_density(dtype, shape):
     scores = random_scores(np.random.default_rng(1), dtype, shape)
     smooth = (
@@ -54,12 +60,13 @@ def test_topk_at_every_density(dtype, shape):
         .normal(size=shape)
         .astype(jnp.dtype("float32" if "int" in dtype else dtype))
     )
-    mask = jax.jit(js.topk_mask)
     for density in (1e-9, 0.01, 0.3, 0.5, 0.999, 1.0):
         k = reference.half_up(np.float32(density) * np.float32(scores.size))
         for some in (scores, smooth):
             np.testing.assert_array_equal(
-                mask(some, jnp.float32(density)), reference.topk_mask(wide(some), k), str(density)
+                topk_mask(some, jnp.float32(density)),
+                reference.topk_mask(wide(some), k),
+                str(density),
             )
 
 
@@ -171,7 +178,7 @@ def test_transposable_masks_of_negative_and_huge_scores_stay_patterns():
     st.floats(0.01, 1),
     st.permutations(range(3)),
 )
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 def test_blocks_equal_the_reference(seed, sizes, shape, score, dtype, density, order):
     axes = tuple(axis for axis in order if axis < len(sizes))[:2]
     scores = few(np.random.default_rng(seed), dtype, tuple(sizes))

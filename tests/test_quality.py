@@ -58,7 +58,7 @@ def smoke(folder, *arguments):
     return store.read(folder)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_smoke_runs_take_every_step_and_seeds_train_alone_as_together(tmp_path):
     alone, together = smoke(tmp_path / "cpu", "--workers", "1"), smoke(tmp_path / "gpu", "--gpu")
     for folder, found in {"cpu": alone, "gpu": together}.items():
@@ -102,7 +102,7 @@ def shapes(task, width, small):
     )
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_every_run_of_the_matrix_and_of_the_tuning_can_be_made(cells):
     wanted = {cell for _, cell in runs.matrix(cells)}
     wanted |= {cell for part in runs.tuning(cells) for tried in part.values() for cell in tried}
@@ -138,6 +138,7 @@ def test_small_has_as_many_weights_as_participate(cells, task, pattern):
     assert hidden(runs.density(pattern)) == hidden(1.0) * runs.density(pattern)
 
 
+@pytest.mark.slow
 def test_attention_is_that_of_flax_with_its_gradients():
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value, weights = (jax.random.normal(one, (2, 6, 3, 4)) for one in keys)
@@ -183,6 +184,7 @@ def test_products_are_those_of_flax_with_their_gradients(layer, shape):
     jax.tree.map(close, gradients(dot_general=products), gradients())
 
 
+@pytest.mark.slow
 def test_a_convolution_is_that_of_flax_with_its_gradients():
     keys = jax.random.split(jax.random.key(0), 2)
     images, kernel = (

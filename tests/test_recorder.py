@@ -253,6 +253,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     promotion.marked(WRAPPED, ["MultiSteps outside"], "optax.MultiSteps divides by an integer"),

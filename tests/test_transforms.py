@@ -198,6 +198,7 @@ def layout(tree):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, optimizer, dtype",
     promotion.marked(

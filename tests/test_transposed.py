@@ -117,6 +117,7 @@ def test_a_mask_that_holds_along_one_axis_only_is_refused():
         js.compress({"w": jnp.ones((8, 8))}, {"w": mask}, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(20, 36), (2, 8, 4)])
 def test_turned_it_is_packed_along_the_other_axis_bit_by_bit(shape, dtype):
