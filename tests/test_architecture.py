@@ -22,7 +22,7 @@ ROOMS = {
         *["explore_exploit", "sr_ste", "mdgf", "sdgf", "gradual", "static"],
     ],
     "_kernels": ["__init__", "mosaic", "ampere", "decode", "hopper"],
-    "_packed": ["layouts", "sparse24", "compress", "matmul"],
+    "_packed": ["layouts", "sparse24", "compress", "partition", "matmul"],
     "_execution": ["weights", "fusion", "report", "run", "sparsify"],
     "_analysis": ["costs", "metrics", "trajectories", "recorder"],
 }

@@ -1,7 +1,15 @@
-"""Masks on two devices equal those on one, without communication if groups are whole."""
+"""Masks and products on several devices equal those on one, with no more communication than needed.
+
+Masks of whole groups need none; a product receives the packed weight.
+"""
 
 import dataclasses
+import json
+import math
+import pathlib
+import re
 
+import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,3 +149,137 @@ def test_gradients_inside_shard_map_equal_those_outside(x_spec):
         gradients(mapped),
         gradients(product),
     )
+
+
+K, M, N = 256, 512, 1024
+DTYPES = {"canonical": jnp.float32, "mma16": jnp.bfloat16}
+ROUNDING = {"canonical": 1e-5, "mma16": 2e-2}  # sums of a part of the terms are rounded
+
+
+def mesh_of_eight():
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+
+def packed_weight(layout="canonical", stack=()):
+    w = jax.random.normal(jax.random.key(0), (*stack, K, M), DTYPES[layout])
+    plan = js.plan({"w": w}, {"w": js.TransposableNM(2, 4, axes=(-2, -1))})
+    return js.compress({"w": w}, js.magnitude_masks({"w": w}, plan), plan, layout=layout)["w"]
+
+
+def placed(tree, spec, mesh):
+    return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
+
+
+# how x and the weight are divided
+DIVISIONS = {
+    "rows": (P("a"), P()),
+    "rows, and the weight along the output": (P("a"), P("a")),
+    "output features": (P(), P("b")),
+    "rows and output features": (P("a"), P("b")),
+    "the contraction": (P(None, "a"), P(None, "a")),
+    "the contraction of the weight": (P(), P(None, "b")),
+    "everything": (P(("a",), "b"), P(None, "b")),
+    "nothing": (P(), P()),
+}
+
+
+@pytest.mark.parametrize("layout", ["canonical", "mma16"])
+@pytest.mark.parametrize(("x_spec", "w_spec"), DIVISIONS.values(), ids=DIVISIONS)
+def test_a_product_and_its_gradients_do_not_depend_on_the_division(x_spec, w_spec, layout):
+    mesh, w = mesh_of_eight(), packed_weight(layout)
+    x = jax.random.normal(jax.random.key(1), (64, K), w.dtype)
+    bias = jnp.linspace(-1, 1, M)
+
+    @jax.jit
+    def product_and_gradients(x, values, bias, metadata):
+        packed = dataclasses.replace(w, values=values, metadata=metadata)
+
+        def loss(x, values, bias):
+            weight = dataclasses.replace(packed, values=values)
+            y = js.sparse_matmul(x, weight, bias=bias, activation="gelu")
+            return jnp.sin(y.astype(jnp.float32)).sum(), y
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(x, values, bias)
+
+    expected = product_and_gradients(x, w.values, bias, w.metadata)
+    found = product_and_gradients(
+        placed(x, x_spec, mesh),
+        placed(w.values, w_spec, mesh),
+        placed(bias, P(), mesh),
+        placed(w.metadata, w_spec, mesh),
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING[layout] * abs(b).max())
+
+
+def test_stacked_weights_and_weights_under_vmap_are_divided():
+    mesh, stacked = mesh_of_eight(), packed_weight(stack=(4,))
+    x = jax.random.normal(jax.random.key(1), (4, 6, K))
+    expected = js.sparse_matmul(x, stacked)
+    for spec in (P("a"), P(None, "a"), P(None, None, "b")):
+        placed_weights = placed(stacked, spec, mesh)
+        for product in (js.sparse_matmul, jax.vmap(js.sparse_matmul)):
+            found = jax.jit(product)(placed(x, P("a"), mesh), placed_weights)
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def received(program):
+    """The elements that each all-gather of a compiled program returns."""
+    gathers = re.findall(r"= (.+) all-gather(?:-done)?\(", program.compile().as_text())
+    shapes = re.findall(r"\w+\[([\d,]+)\]", " ".join(gathers))
+    return sum(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.parametrize("layout", ["canonical", "mma16"])
+def test_devices_receive_the_packed_weight(layout):
+    mesh, w = mesh_of_eight(), packed_weight(layout)
+    x, packed = placed(jnp.ones((N, K), w.dtype), P("a"), mesh), placed(w, P("a"), mesh)
+    elements = received(jax.jit(js.sparse_matmul).lower(x, packed))
+    assert elements == w.values.size + w.metadata.size
+    dense = jax.jit(lambda x, w: js.sparse_matmul(x, w, implementation="dense")).lower(x, packed)
+    assert received(dense) == K * M
+
+
+def test_a_divided_product_is_exported():
+    mesh, w = mesh_of_eight(), packed_weight()
+    x, packed = placed(jnp.ones((N, K)), P("a"), mesh), placed(w, P("b"), mesh)
+    product = jax.jit(
+        lambda x, values, metadata: js.sparse_matmul(
+            x, dataclasses.replace(w, values=values, metadata=metadata)
+        )
+    )
+    exported = jax.export.export(product)(x, packed.values, packed.metadata)
+    found = jax.jit(exported.call)(x, packed.values, packed.metadata)
+    np.testing.assert_allclose(found, js.sparse_matmul(jnp.ones((N, K)), w), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_needs_no_devices_when_it_is_lowered():
+    mesh = jax.sharding.AbstractMesh((4,), ("a",), axis_types=(AxisType.Auto,))
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("a"))),
+        (jnp.ones((N, K)), packed_weight()),
+    )
+    product = jax.jit(lambda x, w: js.sparse_matmul(x, w, implementation="dense"))
+    product.trace(*arguments).lower(lowering_platforms=("cpu",))
+    with pytest.raises(ValueError, match="AbstractMesh cannot be used"):
+        jax.jit(js.sparse_matmul).trace(*arguments).lower(lowering_platforms=("cpu",))
+
+
+@pytest.mark.aot
+def test_gpus_run_the_kernel_each_on_its_share_and_receive_packed_weights():
+    output = aot.in_process(pathlib.Path(__file__).parent / "several_gpus.py")
+    found = json.loads(output.splitlines()[-1])
+    packed = ["bf16[1024,256]", "u32[16,8,128]", "f32[1024]"]
+    assert found["weights divided along the output"] == {
+        "kernels": 1,
+        "received": packed,
+        "summed": 0,
+    }
+    assert found["output features on each device"] == {"kernels": 1, "received": [], "summed": 0}
+    assert found["a divided contraction"]["kernels"] == 1
+    assert found["dense"] == {
+        "kernels": 0,
+        "received": ["bf16[1024,512]", "f32[1024]"],
+        "summed": 0,
+    }

@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Real
 from jaxsparse import _checks
 from jaxsparse._kernels import ACTIVATIONS, KERNELS, preferred
 from jaxsparse._packed.layouts import convert
+from jaxsparse._packed.partition import devices_needed, divided
 from jaxsparse._packed.sparse24 import Sparse24, check_static, expand, kept_values
 from jaxsparse._packed.sparse24 import transposed as to_transposed
 
@@ -46,11 +47,16 @@ def sparse_matmul(
     On a CUDA device a kernel for Sparse Tensor Cores may run, whose name is in the lowered program
     (`sparse_matmul_hopper`); everywhere else the weight is decompressed for the dense product.
     `implementation=None` chooses a kernel only where it is measured to be faster, with metadata in
-    the layout `"mma16"` and no stack, on one device or inside `shard_map`. Too few products are
-    measured yet for that choice, so each kernel runs only if it is named. `"hopper"` and `"decode"`
-    are right on an H200; `"ampere"` has only run in emulation. A named
-    kernel processes the weights of a stack one after the other, and XLA copies each of them with
-    its rows.
+    the layout `"mma16"` and no stack. Too few products are measured yet for that choice, so each
+    kernel runs only if it is named. `"hopper"` and `"decode"` are right on an H200; `"ampere"` has
+    only run in emulation. A named kernel processes the weights of a stack one after the other, and
+    XLA copies each of them with its rows.
+
+    Under automatic partitioning, each device of the mesh multiplies its share of rows and output
+    features, and receives compressed weights where it lacks them. The contraction is divided, too,
+    but not for a kernel that is named. `implementation="dense"` leaves the division to the
+    compiler, which sends decompressed weights; only it can be lowered for an `AbstractMesh` or in a
+    program with meshes of several shapes.
 
     Args:
       x: `[..., K]`, or `[..., *w.contracting]` if several axes are contracted; with a stacked
@@ -151,6 +157,7 @@ def sparse_matmul(
         transposed=False,
         precision=_precision(precision),
         out_dtype=out_dtype,
+        devices=None if implementation == "dense" else devices_needed(),
     )
     return y.reshape(*stack, *rows, *w.output)
 
@@ -272,9 +279,23 @@ def _dense(x, values, metadata, *bias, activation, layout, precision, transposed
         precision,
         out_dtype,
     )
+    return _finished(y, bias, activation, out_dtype)
+
+
+def _finished(y, bias, activation, out_dtype):
     if bias:
         y += bias[0][..., None, :]
     return ACTIVATIONS[activation](y).astype(out_dtype)
+
+
+def _share(params, summed_over, *operands):
+    """The product of one device, added up over axes of the mesh."""
+    if not summed_over:
+        return sparse_matmul_p.bind(*operands, **params)
+    x, values, metadata, *bias = operands
+    sums = {**params, "activation": None, "out_dtype": _sum_dtype(params["out_dtype"])}
+    y = lax.psum(sparse_matmul_p.bind(x, values, metadata, **sums), summed_over)
+    return _finished(y, bias, params["activation"], params["out_dtype"])
 
 
 def _sum_dtype(dtype):
@@ -297,10 +318,31 @@ def _contract(a, b, a_axis, b_axis, precision, wanted=None):
 _lower_dense = mlir.lower_fun(_dense, multiple_results=False)
 
 
-def _lower_anywhere(ctx, *operands, implementation, **params):
-    if implementation in KERNELS:
-        _refuse(implementation, "it needs a CUDA device", NotImplementedError)
-    return _lower_dense(ctx, *operands, **params)
+def _lowering(lower, unavailable):
+    """Lowers a product by `lower` on one device; several devices each compute a share of it.
+
+    `unavailable(kernel, module)` says why a kernel cannot run on the device, or None.
+    """
+
+    def lowering(ctx, *operands, devices, **params):
+        name, module = params["implementation"], ctx.module_context
+        if name in KERNELS:
+            _refuse(name, unavailable(KERNELS[name], module), NotImplementedError)
+        several = getattr(module.axis_context, "num_devices", 1) > 1
+        if devices is None or not several or module.lowering_parameters.for_export:
+            return lower(ctx, *operands, **params)
+        params["devices"] = None
+        product = functools.partial(
+            divided,
+            functools.partial(sparse_matmul_p.bind, **{**params, "implementation": "dense"}),
+            functools.partial(_share, params),
+            transposed=params["transposed"],
+            layout=params["layout"],
+            sums=name not in KERNELS,
+        )
+        return mlir.lower_fun(product, multiple_results=False)(ctx, *operands)
+
+    return lowering
 
 
 def _lower_cuda(
@@ -319,7 +361,7 @@ def _lower_cuda(
             ctx, *operands, layout=layout, activation=activation, transposed=transposed, **params
         )
     kernel = KERNELS[name]
-    _refuse(name, reason or kernel.unavailable(capability), NotImplementedError)
+    _refuse(name, reason, NotImplementedError)
     _refuse(name, kernel.misfit(n, x.dtype), ValueError)
     mosaic = importlib.import_module("jaxsparse._kernels.mosaic")
 
@@ -369,8 +411,16 @@ def _capability(device):
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
-mlir.register_lowering(sparse_matmul_p, _lower_anywhere)
-mlir.register_lowering(sparse_matmul_p, _lower_cuda, platform="cuda")
+mlir.register_lowering(
+    sparse_matmul_p, _lowering(_lower_dense, lambda kernel, module: "it needs a CUDA device")
+)
+mlir.register_lowering(
+    sparse_matmul_p,
+    _lowering(
+        _lower_cuda, lambda kernel, module: kernel.unavailable(_capability(_device(module)[0]))
+    ),
+    platform="cuda",
+)
 
 
 def _jvp(primals, tangents, **params):
