@@ -12,7 +12,7 @@ PYTEST ?=
 TESTS := $(VENV)-test
 DOCS := $(VENV)-docs
 
-.PHONY: demo notebooks test lint docs clean
+.PHONY: demo notebooks test lint docs environments clean
 
 # glibc would give the memory of every step back and take it again
 demo: $(VENV)/examples
@@ -35,6 +35,8 @@ lint: $(TESTS)/test
 # any warning fails it: a broken link, or a public name without a docstring
 docs: $(DOCS)/docs
 	$(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+
+environments: $(TESTS)/test $(DOCS)/docs
 
 $(VENV)/examples $(VENV)/notebooks $(TESTS)/test $(DOCS)/docs: pyproject.toml
 	$(PYTHON) -m venv $(@D)

@@ -193,22 +193,22 @@ def checks(name, shapes, rows, tell=lambda part: None):
         check, function, counts, options = parts[part]
         if options and m % 4:  # no transposable weight has this shape
             return part, {}
-        found = {
+        wrong = {
             f"{n} x {m} x {k}": check(function, n, m, k, **options) for n in counts if fits(name, n)
         }
-        tell({part: found})
-        return part, found
+        tell({part: wrong})
+        return part, wrong
 
-    found = {"wrong in probes": gpu_checks.probes(multiply), **{part: {} for part in parts}}
-    tell(found)
+    wrong = {"wrong in probes": gpu_checks.probes(multiply), **{part: {} for part in parts}}
+    tell(wrong)
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for part, some in pool.map(result, itertools.product(parts, shapes.values())):
-            found[part] |= some
+            wrong[part] |= some
     right = {
         part: all(one == 0 if part.startswith("wrong") else one < 1 for one in results.values())
-        for part, results in found.items()
+        for part, results in wrong.items()
     }
-    return {**found, "right": all(right.values())}
+    return {**wrong, "right": all(right.values())}
 
 
 def compiled(programs):
@@ -469,8 +469,8 @@ def main(argv=None):
         seen = dict(zip(KERNELS, pool.map(one_check, KERNELS), strict=True))
     if args.smoke and not any(one["right"] for one in seen.values()):
         seen["dense"] = examined("dense", *some)
-    found = {"checks": seen}
-    write(**found)
+    report = {"checks": seen}
+    write(**report)
     for name, one in seen.items():
         print(
             name, "is right" if one["right"] else f"IS NOT RIGHT: {one.get('why', one)}", flush=True
@@ -479,7 +479,7 @@ def main(argv=None):
 
     prepare_torch, why_no_torch = torch_products()
     peaks = next((peak for kind, peak in PEAKS.items() if kind in device.device_kind), None)
-    found |= {
+    report |= {
         "torch": why_no_torch or "timed",
         "weights once": [],
         "variants": {},
@@ -492,10 +492,10 @@ def main(argv=None):
     }
 
     def time_weights():
-        found["weights once"] = weights_once(256 if args.smoke else 16384, rounds)
+        report["weights once"] = weights_once(256 if args.smoke else 16384, rounds)
 
     def time_variants(name, product):
-        found["variants"][f"{name}, {' x '.join(map(str, product))}"] = variants(
+        report["variants"][f"{name}, {' x '.join(map(str, product))}"] = variants(
             name, *product, KERNELS[name].configs[product], rounds
         )
 
@@ -511,7 +511,7 @@ def main(argv=None):
         seconds = gradient_turns(
             n, *shapes[shape], able(n), rounds, (0, 0) if args.smoke else EACH_CALL
         )
-        found["gradients"].append(
+        report["gradients"].append(
             {"shape": shape, "rows": n, **{name: 1e6 * t for name, t in seconds.items()}}
         )
 
@@ -524,14 +524,14 @@ def main(argv=None):
             (0, 0) if args.smoke else EACH_CALL,
         )
         for n, seconds, errors, failed in results:
-            found["timings"].append(gpu_report.row(shape, n, *shapes[shape], seconds, peaks))
-            found["failed"] |= {f"{name}, {shape}, {n} rows": why for name, why in failed.items()}
-            found["wrong"] += [
+            report["timings"].append(gpu_report.row(shape, n, *shapes[shape], seconds, peaks))
+            report["failed"] |= {f"{name}, {shape}, {n} rows": why for name, why in failed.items()}
+            report["wrong"] += [
                 {"shape": shape, "rows": n, "kernel": name, "error": error}
                 for name, error in errors.items()
                 if not error < 1
             ]
-            write(**found)  # in case of a crash
+            write(**report)  # in case of a crash
 
     # in case time runs out, the most informative come first
     first, others = list(shapes)[:6], list(shapes)[6:]
@@ -550,29 +550,29 @@ def main(argv=None):
     jobs |= {shape: functools.partial(time_products, shape) for shape in others}
     for name, job in jobs.items():
         if time.monotonic() - start > args.seconds:
-            found["left_out"].append(name)
+            report["left_out"].append(name)
             continue
         try:
             job()
         except Exception as error:  # the others continue
-            found["failed"][name] = f"{type(error).__name__}: {error}"[:1000]
-            print(f"{name} failed: {found['failed'][name]}", flush=True)
-        write(**found)
+            report["failed"][name] = f"{type(error).__name__}: {error}"[:1000]
+            print(f"{name} failed: {report['failed'][name]}", flush=True)
+        write(**report)
 
     capability = tuple(
         int(part) for part in str(getattr(device, "compute_capability", "0.0")).split(".")
     )
-    found["choices"] = gpu_report.choices(found["timings"], found["wrong"], capability)
+    report["choices"] = gpu_report.choices(report["timings"], report["wrong"], capability)
     tables = [
-        tabulate.tabulate(found[part], "keys", floatfmt=".2f")
+        tabulate.tabulate(report[part], "keys", floatfmt=".2f")
         for part in ("weights once", "gradients")
     ]
-    print(gpu_report.table(found["timings"]), *tables, sep="\n\n", end="\n\n")
-    print("_PREFERENCES that these timings imply:", *found["choices"], sep="\n")
-    if found["wrong"]:
-        print("WRONG:", *found["wrong"], sep="\n")
-    timing.save(file, folder, **found)
-    gpu_report.plot(found["timings"], device.device_kind, folder / f"{file}.png")
+    print(gpu_report.table(report["timings"]), *tables, sep="\n\n", end="\n\n")
+    print("_PREFERENCES that these timings imply:", *report["choices"], sep="\n")
+    if report["wrong"]:
+        print("WRONG:", *report["wrong"], sep="\n")
+    timing.save(file, folder, **report)
+    gpu_report.plot(report["timings"], device.device_kind, folder / f"{file}.png")
 
 
 if __name__ == "__main__":

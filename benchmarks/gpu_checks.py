@@ -47,7 +47,7 @@ def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
     # 16 compressed values belong to one selector, 8 of them to one of its lanes
     column = np.arange(k // 2) // 8 % 4
     one = jnp.eye(k, dtype=dtype)
-    found = {}
+    wrong = {}
 
     def read(name, values, nibbles):
         """Reads out the weight by rows of the identity, one row of x for each column."""
@@ -58,7 +58,7 @@ def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
                 for first in range(0, k, rows)
             ]
         )
-        found[name] = found.get(name, 0) + int((y != dense(w)).sum())
+        wrong[name] = wrong.get(name, 0) + int((y != dense(w)).sum())
 
     for code in (
         place % 251 + 1,
@@ -75,8 +75,8 @@ def probes(multiply, m=128, k=128, dtype=jnp.bfloat16, rows=64):
         hot = np.eye(k, dtype=bool)[np.arange(rows) * 4 % k]
         x_hot = np.where(hot, code, 0)
         y = np.asarray(multiply(jnp.asarray(x_hot, dtype), w), np.float32)
-        found["x"] = found.get("x", 0) + int((y != x_hot.astype(np.float32) @ dense(w)).sum())
-    return found
+        wrong["x"] = wrong.get("x", 0) + int((y != x_hot.astype(np.float32) @ dense(w)).sum())
+    return wrong
 
 
 def random_weight(key, m, k, dtype=jnp.bfloat16, integers=False, transposable=False):

@@ -74,12 +74,12 @@ def weights(shape, dtype):
 
 
 def by_pattern(rounds):
-    found = {}
+    by_dtype = {}
     for dtype in DTYPES:
         w = weights(SHAPES["square"], dtype)
         calls = {name: mask(pattern, w) for name, pattern in patterns().items()}
-        found[dtype] = ratios(calls, w, rounds, f"masks {dtype}")
-    return [(name, *(found[dtype][name] for dtype in DTYPES)) for name in found[DTYPES[0]]]
+        by_dtype[dtype] = ratios(calls, w, rounds, f"masks {dtype}")
+    return [(name, *(by_dtype[dtype][name] for dtype in DTYPES)) for name in by_dtype[DTYPES[0]]]
 
 
 def by_shape(rounds):
@@ -87,11 +87,11 @@ def by_shape(rounds):
     for name, shape in SHAPES.items():
         w = {dtype: weights(shape, dtype) for dtype in DTYPES}
         axis = len(shape) - 2
-        found = [
+        by_dtype = [
             ratios({"mask": mask(nm("2:4", axis), w[dtype])}, w[dtype], rounds, name)["mask"]
             for dtype in DTYPES
         ]
-        rows.append((name, "x".join(map(str, shape)), *found))
+        rows.append((name, "x".join(map(str, shape)), *by_dtype))
     return rows
 
 

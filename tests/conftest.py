@@ -14,8 +14,9 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import chex
 import jax
 import jaxtyping
 import optax
@@ -50,6 +51,12 @@ def _promotion(request):
     else:
         with promotion.allowed():
             yield
+
+
+@pytest.fixture(autouse=True)
+def _traces():
+    """Starts the counts of `chex.assert_max_traces` from zero in each test."""
+    chex.clear_trace_counter()
 
 
 @contextlib.contextmanager

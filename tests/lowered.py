@@ -207,7 +207,7 @@ def lower_scanned_layers(**options):
     )
 
 
-def found(lowered, *case):
+def products(lowered, *case):
     """The kernels of the program, in order, and whether there is a dense product."""
     try:
         text = lowered(*case).as_text()
@@ -225,14 +225,14 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         lower(*CASES[sys.argv[1]]).compile()
     else:
-        results = {name: found(lower, *case) for name, case in CASES.items()}
-        results["gradient of scanned layers"] = found(lower_scanned_layers)
+        results = {name: products(lower, *case) for name, case in CASES.items()}
+        results["gradient of scanned layers"] = products(lower_scanned_layers)
         kernels._PREFERENCES = ()
         results |= {
-            f"{name}, nothing measured": found(lower, *CASES[name])
+            f"{name}, nothing measured": products(lower, *CASES[name])
             for name in ("prefill", "decode, many weights", "forced hopper")
         }
         for implementation in ("hopper", "decode", "dense"):
             named = functools.partial(lower_scanned_layers, implementation=implementation)
-            results[f"gradient of scanned layers, {implementation} named"] = found(named)
+            results[f"gradient of scanned layers, {implementation} named"] = products(named)
         print("\n" + json.dumps(results))

@@ -116,9 +116,9 @@ class _Block:
             if line.endswith(":"):
                 continue
             predicate = re.match(r"@(!?)(%p\d+)\s+(.*)", line)
-            taken = self.active
+            running = self.active
             if predicate:
-                taken = taken & (self.registers[predicate[2]].astype(bool) ^ bool(predicate[1]))
+                running = running & (self.registers[predicate[2]].astype(bool) ^ bool(predicate[1]))
                 line = predicate[3]
             name, _, rest = line.partition(" " if " " in line.split("\t")[0] else "\t")
             operands = (
@@ -130,17 +130,17 @@ class _Block:
                 return
             if name.split(".")[0] == "bra":
                 target = self.labels[operands[0]]
-                if taken.sum() == self.active.sum():
+                if running.sum() == self.active.sum():
                     at = target
-                elif taken.any():
+                elif running.any():
                     assert target > at, "threads part at a loop"
-                    self.waiting[target] = self.waiting.get(target, False) | taken
-                    self.active = self.active & ~taken
+                    self.waiting[target] = self.waiting.get(target, False) | running
+                    self.active = self.active & ~running
                 continue
-            assert taken is self.active or (taken == self.active).all() or not taken.any(), (
+            assert running is self.active or (running == self.active).all() or not running.any(), (
                 f"predicated: {line}"
             )
-            if taken.any():
+            if running.any():
                 self.step(name.split("."), operands)
 
     def value(self, operand):
@@ -261,10 +261,10 @@ class _Block:
             a, b = _signed(a, bits), _signed(b, bits)
         elif bits < 64:
             a, b = (v & np.uint64(2**bits - 1) for v in (a, b))
-        found = _COMPARE[name[1]](a, b)
+        outcome = _COMPARE[name[1]](a, b)
         if len(name) == 4:  # with another predicate
-            found = _INTEGER[name[2]](found, self.value(operands[3]).astype(bool))
-        self.set(operands[0], found)
+            outcome = _INTEGER[name[2]](outcome, self.value(operands[3]).astype(bool))
+        self.set(operands[0], outcome)
 
     def do_shfl(self, name, operands, bits):
         assert self.active.all()

@@ -14,14 +14,14 @@ def sort_key(score):
 
 def best_places(scores, n):
     """The indices of the `n` highest scores; among equal ones the lower index."""
-    taken = []
+    places = []
     for _ in range(n):
         best = None
         for place, score in enumerate(scores):
-            if place not in taken and (best is None or sort_key(score) > sort_key(scores[best])):
+            if place not in places and (best is None or sort_key(score) > sort_key(scores[best])):
                 best = place
-        taken.append(best)
-    return taken
+        places.append(best)
+    return places
 
 
 def nm_mask(scores, n, m, axis):

@@ -51,13 +51,13 @@ if __name__ == "__main__":
         platform="cuda", topology_name="h200", topology="1x1x4", target_config=description
     )
     mesh = Mesh(np.array(topology.devices), ("x",))
-    found = {}
+    by_case = {}
     for name, (x_spec, w_spec, options) in CASES.items():
         text = compiled(mesh, x_spec, w_spec, **options)
         gathers = re.findall(r"= (.+) all-gather(?:-done)?\(", text)
-        found[name] = {
+        by_case[name] = {
             "kernels": text.count('custom_call_target="mosaic_gpu'),
             "received": re.findall(r"\w+\[[\d,]+\]", " ".join(gathers)),
             "summed": len(re.findall(r" all-reduce(?:-done)?\(", text)),
         }
-    print("\n" + json.dumps(found))
+    print("\n" + json.dumps(by_case))

@@ -138,10 +138,10 @@ def test_ten_steps_equal_algorithm_1(recipe, optimizer):
     batches = [(random.normal(size=(8, 16)), random.normal(size=(8, 6))) for _ in range(STEPS)]
     expected = algorithm_1(params, batches, optimizer(), **recipe)
     with jax.enable_x64(True):
-        found = library(params, batches, optimizer(), **recipe)
-    assert len(found) == STEPS
+        steps = library(params, batches, optimizer(), **recipe)
+    assert len(steps) == STEPS
     for t, ((w, b, mask), (w_expected, b_expected, mask_expected)) in enumerate(
-        zip(found, expected, strict=True)
+        zip(steps, expected, strict=True)
     ):
         assert w.dtype == np.float64
         np.testing.assert_array_equal(mask, mask_expected, err_msg=f"masks at step {t}")

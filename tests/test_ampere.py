@@ -108,6 +108,6 @@ def test_compiled_ahead_of_time_it_holds_the_sparse_instruction(tmp_path, n, m, 
     name = "f16" if "dtype" in options else "bf16"
     assert f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{name}.{name}.f32" in code
     assert "mma.sync" not in code and "cp.async.cg.shared.global" in code
-    found = aot.resources(tmp_path / "kernel.ptx", "a100")
-    print("ampere", n, m, k, options, found)
-    assert found["spills"] == 0 and not found["warnings"]
+    resources = aot.resources(tmp_path / "kernel.ptx", "a100")
+    print("ampere", n, m, k, options, resources)
+    assert resources["spills"] == 0 and not resources["warnings"]

@@ -16,12 +16,12 @@ from jaxsparse._analysis.metrics import second_moments
 
 def correlations(series):
     """Pearson's coefficient of one series with itself at every lag; NaN for constant windows."""
-    found = []
+    by_lag = []
     for lag in range(len(series) - 1):
         x, y = series[: len(series) - lag].astype(float), series[lag:].astype(float)
         constant = (x == x[0]).all() or (y == y[0]).all()
-        found.append(np.nan if constant else np.corrcoef(x, y)[0, 1])
-    return found
+        by_lag.append(np.nan if constant else np.corrcoef(x, y)[0, 1])
+    return by_lag
 
 
 def first_lag(rho, length):
@@ -53,9 +53,9 @@ def test_decorrelation_time_is_the_first_lag_at_zero_or_below(series):
     rho = np.array([correlations(one) for one in series.T])
     clear = ~(np.abs(rho) < 1e-6).any(1)  # where rounding does not decide
     expected = np.array([first_lag(one, 12) for one in rho])
-    found = np.asarray(analysis.decorrelation_time(series))
-    np.testing.assert_array_equal(found[clear], expected[clear])
-    np.testing.assert_array_equal(np.isnan(found), (series == series[0]).all(0))
+    lags = np.asarray(analysis.decorrelation_time(series))
+    np.testing.assert_array_equal(lags[clear], expected[clear])
+    np.testing.assert_array_equal(np.isnan(lags), (series == series[0]).all(0))
 
 
 def test_decorrelation_time_of_known_series():
@@ -90,6 +90,7 @@ def test_windows_that_are_constant_have_no_correlation():
     assert np.isnan(rho[8:]).all() and not np.isnan(rho[:7]).any()
 
 
+@pytest.mark.slow
 def test_decorrelation_by_magnitude_is_the_median_of_each_bin():
     series = walks(0, 1, (40, 5, 5))
     series[:, 0, :2] = 0
@@ -140,14 +141,14 @@ def test_masks_by_counting(before, after, weights):
     ]
     expected = sum(b for b, _, _ in flat) / size, sum(b != a for b, a, _ in flat) / size
     kept, total = sum(w for b, _, w in flat if b), sum(w for _, _, w in flat)
-    found = (
+    measures = (
         analysis.mask_density(old),
         analysis.mask_churn(old, new),
         analysis.retained_magnitude(params, old),
     )
-    assert all(values.keys() == {"a/w"} for values in found)
+    assert all(values.keys() == {"a/w"} for values in measures)
     np.testing.assert_allclose(
-        [values["a/w"] for values in found], [*expected, kept / total if total else 1], rtol=1e-6
+        [values["a/w"] for values in measures], [*expected, kept / total if total else 1], rtol=1e-6
     )
 
 
@@ -186,8 +187,8 @@ def test_the_second_moment_is_found_however_deep():
     }
     for name, tx in wrapped.items():
         _, state = jax.jit(tx.update)(grads, tx.init(params), params)
-        found = second_moments(state)
-        assert found.keys() == {"a", "b"}, name
-        for path, nu in found.items():
+        moments = second_moments(state)
+        assert moments.keys() == {"a", "b"}, name
+        for path, nu in moments.items():
             np.testing.assert_allclose(nu, 0.25 * grads[path] ** 2, rtol=1e-5)
     assert second_moments(optax.sgd(0.1, momentum=0.9).init(params)) == {}

@@ -65,8 +65,8 @@ def test_kernels_import_only_the_shim():
 
 
 def test_every_file_has_its_place():
-    found = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
-    names = {".".join(path.with_suffix("").parts) for path in found if path.parts[0] != "examples"}
+    files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    names = {".".join(path.with_suffix("").parts) for path in files if path.parts[0] != "examples"}
     rooms = {f"{room}.__init__" for room in ROOMS}
     assert names - rooms - {"__init__"} == set(FILES) - rooms
 

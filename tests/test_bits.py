@@ -5,11 +5,13 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import optax
+import pytest
 
 import jaxsparse as js
 from jaxsparse._masks import bits
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.lists(st.integers(0, 17), min_size=1, max_size=3), st.integers(0, 2), st.integers(0, 99)
 )

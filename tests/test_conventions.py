@@ -82,6 +82,7 @@ def test_updates_keep_the_dtype_of_the_gradients_and_the_state_its_form(name, dt
         params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.promotes("optax.apply_updates adds updates of another dtype")
 @EVERY
 def test_apply_if_finite(name):
@@ -141,9 +142,9 @@ def test_tree_map_params(name):
     told = optax.tree_utils.tree_map_params(
         tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: "other"
     )
-    found = jax.tree.leaves(told)
-    assert found.count("matrix") == found.count("vector") == 2 and "other" in found
-    assert set(found) == {"matrix", "vector", "other"}
+    labels = jax.tree.leaves(told)
+    assert labels.count("matrix") == labels.count("vector") == 2 and "other" in labels
+    assert set(labels) == {"matrix", "vector", "other"}
 
 
 @EVERY
@@ -157,6 +158,7 @@ def test_states_and_transformations_can_be_pickled(name):
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", ["zoom", "backtracking"])
 def test_line_searches_run_inside(outer):
     search = {
@@ -298,11 +300,11 @@ def test_keys_change_with_the_step_and_not_with_the_run():
 
     def run():
         tx = js.rewire(optax.sgd(0.0), PLAN, renew=js.Renew(random, seed=3))
-        state, found = tx.init(PARAMS), []
+        state, drawn = tx.init(PARAMS), []
         for _ in range(3):
-            found.append(np.asarray(js.masks(state)["a"]["w"]))
+            drawn.append(np.asarray(js.masks(state)["a"]["w"]))
             _, state = jax.jit(tx.update)(grads(), state, PARAMS)
-        return found
+        return drawn
 
     first, again = run(), run()
     np.testing.assert_array_equal(first, again)

@@ -68,6 +68,7 @@ def flops(cost):
     return {leaf.path: (leaf.forward, leaf.both) for leaf in cost.leaves}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern, expected", VIT_BASE.items())
 def test_vit_base_is_the_table_of_the_paper(pattern, expected):
     cost = model_costs(Encoder(), {"*/ff?/kernel": pattern}, TOKENS)
@@ -189,10 +190,10 @@ def test_under_vmap_jit_and_custom_derivatives():
     product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
     fn = lambda p, x: jax.vmap(lambda x: jax.jit(product)(jnp.sin(x @ p["a"]), p["b"]))(x)  # noqa: E731
     one = 2 * 3 * 5 * 4 * 4
-    found = flops(
+    counts = flops(
         function_costs(fn, {"a": spec(4, 4), "b": spec(4, 4)}, {"*": None}, spec(3, 5, 4))
     )
-    assert found == {"a": (one, one), "b": (one, 2 * one), "": (0, 2 * one)}
+    assert counts == {"a": (one, one), "b": (one, 2 * one), "": (0, 2 * one)}
 
 
 def test_a_scan_that_casts_its_weights():
@@ -264,8 +265,8 @@ def test_experts_of_ragged_groups_by_hand():
         return lax.ragged_dot(jnp.sin(x @ p["a"]), p["w"], jnp.array([1, 4]))
 
     one, each = 2 * 5 * 4 * 4, 2 * 5 * 4 * 6  # every row meets one expert, forward and backward
-    found = flops(function_costs(fn, {"a": spec(4, 4), "w": spec(2, 4, 6)}, {}, spec(5, 4)))
-    assert found == {"a": (one, one), "w": (each, 2 * each), "": (0, one + each)}
+    counts = flops(function_costs(fn, {"a": spec(4, 4), "w": spec(2, 4, 6)}, {}, spec(5, 4)))
+    assert counts == {"a": (one, one), "w": (each, 2 * each), "": (0, one + each)}
 
 
 def test_kernels_concatenated_before_one_product_share_it():
@@ -387,5 +388,5 @@ all||0.003072|0.00512|0.009216|0.01126|0.006688|0.01053
 """
     header, rule, *rows = str(cost).splitlines()
     columns = [slice(dashes.start(), dashes.end()) for dashes in re.finditer("-+", rule)]
-    found = ["|".join(line[column].strip() for column in columns) for line in (header, *rows)]
-    assert found == expected.split("\n")[1:-1]
+    lines = ["|".join(line[column].strip() for column in columns) for line in (header, *rows)]
+    assert lines == expected.split("\n")[1:-1]

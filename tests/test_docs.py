@@ -18,13 +18,13 @@ BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.S)
 
 def run(page):
     """Runs the blocks of a page in one namespace and compares what they print with the page."""
-    found = {}
+    namespace = {}
     for code, printed in BLOCK.findall((DOCS / page).read_text()):
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            exec(code, found)
+            exec(code, namespace)
         assert [line.rstrip() for line in out.getvalue().splitlines()] == printed.splitlines()
-    return found
+    return namespace
 
 
 PAGES = (
@@ -76,8 +76,8 @@ def test_the_reader_reads_what_compress_writes(kinds, layout):
     values, metadata = np.asarray(w.values), np.asarray(w.metadata)
     if layout == "mma16":
         metadata = reader["canonical"](metadata, values.shape[-2], 2 * values.shape[-1])
-    found = reader["read"](values, metadata, w.contracting, w.output, w.kinds)
-    np.testing.assert_array_equal(found, jnp.where(masks["w"], params["w"], 0))
+    weight = reader["read"](values, metadata, w.contracting, w.output, w.kinds)
+    np.testing.assert_array_equal(weight, jnp.where(masks["w"], params["w"], 0))
 
 
 def test_the_notes_that_are_explained_are_those_of_plans():

@@ -1,13 +1,14 @@
 """Calls outside of jit compile once: the second compiles nothing."""
 
+import contextlib
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tracing import compilations
 
 import jaxsparse as js
 
@@ -23,6 +24,21 @@ PATTERNS = {
     "blocks": js.Block((5, 7), 0.3, axes=(0, 1), pool="l2"),
 }
 COMPRESSIBLE = ("2:4", "transposable")
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts, in `number`, the programs that are compiled or read from the persistent cache."""
+    compiled = types.SimpleNamespace(number=0)
+
+    def listen(event, duration, **_):
+        compiled.number += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def calls(pattern):
@@ -47,6 +63,7 @@ def calls(pattern):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_second_call_compiles_nothing(name):
     for call, f in calls(PATTERNS[name]):
@@ -64,6 +81,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_steps_of_a_schedule_compile_nothing(name):
     recipe, pattern = RECIPES[name]

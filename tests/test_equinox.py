@@ -67,10 +67,10 @@ def test_training_moves_masks_and_the_result_runs_compressed():
     (dense_grads, x_grad), y = gradients(forward, js.effective_params(params, opt_state), X)
     expected = jax.jit(js.compress)(dense_grads, opt_state)
     run = js.sparsify(forward)
-    (found, found_x_grad), found_y = gradients(run, packed, X)
-    np.testing.assert_allclose(found_y, y, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found_x_grad, x_grad, rtol=1e-5, atol=1e-5)
-    for layer, like in zip(found.layers, expected.layers, strict=True):
+    (packed_grads, packed_x_grad), packed_y = gradients(run, packed, X)
+    np.testing.assert_allclose(packed_y, y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(packed_x_grad, x_grad, rtol=1e-5, atol=1e-5)
+    for layer, like in zip(packed_grads.layers, expected.layers, strict=True):
         np.testing.assert_allclose(layer.weight.values, like.weight.values, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(layer.bias, like.bias, rtol=1e-5, atol=1e-5)
     assert [(use.path, use.reason) for use in run.report(packed, X).products] == [

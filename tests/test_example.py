@@ -4,7 +4,7 @@ import pytest
 
 from jaxsparse.examples import char_lm
 
-pytestmark = pytest.mark.promotes("the example adds positions to a batch")
+pytestmark = [pytest.mark.slow, pytest.mark.promotes("the example adds positions to a batch")]
 
 
 def run(tmp_path, capsys, *args):
@@ -30,7 +30,6 @@ def run(tmp_path, capsys, *args):
     return capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_example_trains_compresses_checks_and_writes(tmp_path, capsys):
     out = run(tmp_path, capsys)
     rows = {
@@ -46,14 +45,12 @@ def test_the_example_trains_compresses_checks_and_writes(tmp_path, capsys):
     assert "The 2:4 compressed model writes:\n\nThe " in out
 
 
-@pytest.mark.slow
 def test_the_example_stops_where_the_compressed_forward_differs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(char_lm, "agreement", lambda *_: 0.5)
     with pytest.raises(SystemExit, match="differs from the masked one"):
         run(tmp_path, capsys)
 
 
-@pytest.mark.slow
 def test_another_pattern_runs_masked_and_says_so(tmp_path, capsys):
     out = run(tmp_path, capsys, "--pattern", "1:4")
     assert "The compressed format is 2:4, so 1:4 runs masked." in out

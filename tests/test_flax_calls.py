@@ -6,6 +6,7 @@ Collections, random keys, methods, bound modules, jit, and a training step.
 import gc
 import weakref
 
+import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -67,11 +68,11 @@ def test_every_way_to_call_equals_sparse_params(kwargs):
     expected = MODEL.apply({**SPARSE, **REST}, X, **kwargs)
     for params, source, tolerance in ((PARAMS, MASKS, 0), (PACKED, None, 1e-5)):
         with js.flax.intercept(source):
-            found = MODEL.apply({**params, **REST}, X, **kwargs)
-        assert jax.tree.structure(found) == jax.tree.structure(expected)
+            output = MODEL.apply({**params, **REST}, X, **kwargs)
+        assert jax.tree.structure(output) == jax.tree.structure(expected)
         jax.tree.map(
             lambda a, b, t=tolerance: np.testing.assert_allclose(a, b, rtol=t, atol=t),
-            found,
+            output,
             expected,
         )
     assert not np.array_equal(
@@ -93,8 +94,8 @@ def test_bound_modules_and_their_submodules(call):
     expected = call(MODEL.bind({**SPARSE, **REST}))
     for params, source in ((PARAMS, MASKS), (PACKED, None)):
         with js.flax.intercept(source):
-            found = call(MODEL.bind({**params, **REST}))
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+            output = call(MODEL.bind({**params, **REST}))
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def dense(params, x=X):
@@ -109,11 +110,10 @@ INVERSE = jax.tree.map(lambda m: ~m if m.ndim else m, MASKS)
 
 
 def test_a_function_compiled_before_runs_with_the_masks_of_each_context_and_dense_after():
-    traces = []
-
+    # dense and once for each set of masks; entering again with the same masks traces nothing
     @jax.jit
+    @chex.assert_max_traces(n=3)
     def encode(params):
-        traces.append(1)
         return dense(params)
 
     before = encode(PARAMS)
@@ -121,9 +121,6 @@ def test_a_function_compiled_before_runs_with_the_masks_of_each_context_and_dens
         with js.flax.intercept(masks):
             np.testing.assert_allclose(encode(PARAMS), masked(masks), rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(encode(PARAMS), before)
-    # traced once dense and once for each set of masks; entering again with the same masks traces
-    # nothing
-    assert len(traces) == 3
 
 
 def test_a_function_first_traced_inside_is_dense_outside():
@@ -164,10 +161,10 @@ def test_masks_and_packed_leaves_in_one_model():
         }
     }
     with js.flax.intercept(masks):
-        found = MODEL.apply({**params, **REST}, X, mutable=["batch_stats", "params"], rngs=RNGS)
+        output = MODEL.apply({**params, **REST}, X, mutable=["batch_stats", "params"], rngs=RNGS)
     expected = MODEL.apply({**SPARSE, **REST}, X, mutable=["batch_stats"], rngs=RNGS)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, dict(found[1]["params"]), params["params"])
+    np.testing.assert_allclose(output[0], expected[0], rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, dict(output[1]["params"]), params["params"])
 
 
 class Hyper(nn.Module):
@@ -186,9 +183,9 @@ def test_a_result_that_looks_like_variables_is_left_alone(packed):
     masks = js.magnitude_masks(params, plan)
     expected = model.apply(js.effective_params(params, masks), X)
     with js.flax.intercept(None if packed else masks):
-        found = model.apply(js.compress(params, masks, plan) if packed else params, X)
+        output = model.apply(js.compress(params, masks, plan) if packed else params, X)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), output, expected
     )
 
 
@@ -224,9 +221,9 @@ def test_a_function_that_is_compiled_for_nn_jit_follows_the_masks():
     plain = model.apply(params, X)
     for chosen in (masks, jax.tree.map(lambda m: ~m if m.ndim else m, masks)):
         with js.flax.intercept(chosen):
-            found = model.apply(params, X)
+            output = model.apply(params, X)
         np.testing.assert_allclose(
-            found, model.apply(js.effective_params(params, chosen), X), rtol=1e-6, atol=1e-6
+            output, model.apply(js.effective_params(params, chosen), X), rtol=1e-6, atol=1e-6
         )
     np.testing.assert_array_equal(model.apply(params, X), plain)
 
@@ -286,10 +283,10 @@ def test_captured_intermediates_are_those_of_the_plain_model(packed, capture):
     }
     expected = MODEL.apply({**SPARSE, **REST}, X, **kwargs)
     with js.flax.intercept(None if packed else MASKS):
-        found = MODEL.apply({**(PACKED if packed else PARAMS), **REST}, X, **kwargs)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+        output = MODEL.apply({**(PACKED if packed else PARAMS), **REST}, X, **kwargs)
+    assert jax.tree.structure(output) == jax.tree.structure(expected)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), output, expected
     )
 
 
@@ -347,26 +344,23 @@ def test_perturbations_have_the_gradients_of_the_plain_model(packed):
 
     expected = jax.grad(loss)(perturbations, js.effective_params(params, masks))
     with js.flax.intercept(None if packed else masks):
-        found = jax.grad(loss)(
+        gradients = jax.grad(loss)(
             perturbations, js.compress(params, masks, plan) if packed else params
         )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, expected
     )
 
 
 def test_the_context_inside_of_the_compiled_function_follows_the_masks():
-    traces = []
-
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def encode(params, masks):
-        traces.append(1)
         with js.flax.intercept(masks):
             return MODEL.apply({**params, **REST}, X, method="encode")
 
     for masks in (MASKS, INVERSE):
         np.testing.assert_allclose(encode(PARAMS, masks), masked(masks), rtol=1e-6, atol=1e-6)
-    assert len(traces) == 1
 
 
 def test_compressed_leaves_make_a_compiled_function_trace_anew():

@@ -180,12 +180,12 @@ def test_intercepted_outputs_and_gradients_equal_those_of_sparse_params(name, gr
         y = model.apply(js.effective_params(params, masks, gradient=gradient), x)
         return as_numbers(y), y
 
-    (_, found), found_grads = jax.jit(jax.value_and_grad(intercepted, has_aux=True))(params)
+    (_, output), grads = jax.jit(jax.value_and_grad(intercepted, has_aux=True))(params)
     (_, expected), expected_grads = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
-    assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(found, expected)
-    assert_equal(found_grads, expected_grads)
-    assert not np.array_equal(found, jax.jit(model.apply)(params, x))
+    assert output.dtype == expected.dtype
+    np.testing.assert_array_equal(output, expected)
+    assert_equal(grads, expected_grads)
+    assert not np.array_equal(output, jax.jit(model.apply)(params, x))
 
 
 @pytest.mark.parametrize(
@@ -222,11 +222,11 @@ def test_compressed_execution_equals_the_masked_forward(name):
     )
     expected = jax.jit(model.apply)(js.effective_params(params, masks), x)
     with js.flax.intercept():
-        found = jax.jit(model.apply)(packed, x)
-    assert found.dtype == expected.dtype
-    tolerance = 2e-2 if found.dtype == jnp.bfloat16 else 1e-5
+        output = jax.jit(model.apply)(packed, x)
+    assert output.dtype == expected.dtype
+    tolerance = 2e-2 if output.dtype == jnp.bfloat16 else 1e-5
     np.testing.assert_allclose(
-        np.asarray(found, np.float32),
+        np.asarray(output, np.float32),
         np.asarray(expected, np.float32),
         rtol=tolerance,
         atol=tolerance,
@@ -329,14 +329,14 @@ def test_gradients_of_compressed_values_are_the_dense_ones_at_their_places(name)
         with js.flax.intercept():
             return as_numbers(model.apply(packed, x))
 
-    found = jax.jit(jax.grad(loss, allow_int=True))(js.compress(params, masks, plan))
+    gradients = jax.jit(jax.grad(loss, allow_int=True))(js.compress(params, masks, plan))
     dense = jax.jit(jax.grad(lambda params: as_numbers(model.apply(params, x))))(
         js.effective_params(params, masks)
     )
     expected = js.compress(dense, masks, plan)
     values = [
         jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, js.Sparse24))
-        for tree in (found, expected)
+        for tree in (gradients, expected)
     ]
     for a, b in zip(*values, strict=True):
         assert isinstance(a, js.Sparse24) == isinstance(b, js.Sparse24)
@@ -398,9 +398,9 @@ def test_the_bias_is_added_as_flax_does_or_before_rounding_where_a_kernel_may_ru
     expected_grads = jax.grad(lambda params: as_numbers(model.apply(params, x)))(masked)["params"]
     for layout in ("canonical", "mma16")[: 2 if masked["params"]["kernel"].itemsize == 2 else 1]:
         packed = js.compress(params, masks, plan, layout=layout)
-        found = run(packed)  # outside of jit, where XLA may leave out the rounding in between
-        assert found.dtype == as_flax.dtype == out_dtype and found.shape == as_flax.shape
-        np.testing.assert_array_equal(found.reshape(4, 24), once if layout == "mma16" else twice)
+        output = run(packed)  # outside of jit, where XLA may leave out the rounding in between
+        assert output.dtype == as_flax.dtype == out_dtype and output.shape == as_flax.shape
+        np.testing.assert_array_equal(output.reshape(4, 24), once if layout == "mma16" else twice)
         grads = jax.grad(lambda packed: as_numbers(run(packed)), allow_int=True)(packed)["params"]
         np.testing.assert_allclose(
             grads["bias"].astype(jnp.float32), expected_grads["bias"].astype(jnp.float32), rtol=2e-2

@@ -110,10 +110,10 @@ def prepared(name):
     return model, args, params, plan, js.magnitude_masks(params, plan)
 
 
-def close(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+def close(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), actual, expected
     )
 
 
@@ -164,9 +164,9 @@ def test_plans_of_models_with_named_axes_positional_booleans_and_keys(train):
     params, rest = {"params": variables["params"]}, {"batch_stats": variables["batch_stats"]}
     packed = js.compress(params, js.magnitude_masks(params, plan), plan)
     with js.flax.intercept():
-        found = model.apply({**packed, **rest}, X, False)
+        output = model.apply({**packed, **rest}, X, False)
     masked = js.effective_params(params, js.magnitude_masks(params, plan))
-    close(found, model.apply({**masked, **rest}, X, False))
+    close(output, model.apply({**masked, **rest}, X, False))
 
 
 def test_a_static_result_of_a_packed_model_stays_static():
@@ -180,10 +180,10 @@ def test_a_static_result_of_a_packed_model_stays_static():
     plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
     masks = js.magnitude_masks(params, plan)
     with js.flax.intercept():
-        found = model.apply(js.compress(params, masks, plan), X)
+        output = model.apply(js.compress(params, masks, plan), X)
     expected = model.apply(js.effective_params(params, masks), X)
-    close(found.pop("y"), expected.pop("y"))
-    assert found == expected
+    close(output.pop("y"), expected.pop("y"))
+    assert output == expected
 
 
 def test_parameters_returned_as_mutable_are_the_packed_ones():

@@ -210,8 +210,12 @@ def test_layers(model, x, expected):
     ],
 )
 def test_kernels_of_custom_modules(shape, use, expected):
-    found = custom(shape, use, X)
-    assert found.startswith(expected) if isinstance(expected, str) else found == expected
+    planned_or_reason = custom(shape, use, X)
+    assert (
+        planned_or_reason.startswith(expected)
+        if isinstance(expected, str)
+        else planned_or_reason == expected
+    )
 
 
 def test_attention_projections():

@@ -14,7 +14,7 @@ import pytest
 import jaxsparse as js
 from jaxsparse._kernels import KERNELS, hopper
 
-pytestmark = pytest.mark.promotes("the benchmark is not the library")
+pytestmark = [pytest.mark.slow, pytest.mark.promotes("the benchmark is not the library")]
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def exact(x, w):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_the_probes_find_nothing_wrong_with_a_right_product(checks, dtype):
-    found = checks.probes(exact, dtype=dtype)
-    assert found == {"values": 0, "metadata": 0, "selectors": 0, "x": 0}
+    wrong = checks.probes(exact, dtype=dtype)
+    assert wrong == {"values": 0, "metadata": 0, "selectors": 0, "x": 0}
 
 
 def with_metadata(change):
@@ -68,7 +68,6 @@ def test_the_probes_name_what_is_wrong(checks, multiply, operand):
     assert checks.probes(multiply)[operand] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="jax 0.10 cannot interpret transposed references"
 )
@@ -92,19 +91,18 @@ def test_integers_and_errors_notice_a_missing_step(checks):
     )
 
 
-@pytest.mark.slow
 def test_a_wrong_gradient_is_noticed(gpu, monkeypatch):
     right = gpu.x_gradient("dense")
 
-    def found(gradient):
+    def checked(gradient):
         monkeypatch.setattr(gpu, "x_gradient", lambda name: gradient)
         return gpu.checks("dense", {"small": (128, 128), "padded": (133, 132)}, (8, 3))
 
-    assert found(right)["right"] and found(right)["wrong integers of gradients"] == {
+    assert checked(right)["right"] and checked(right)["wrong integers of gradients"] == {
         "8 x 128 x 128": 0
     }
-    assert not found(lambda ct, w: right(ct.at[:, :4].set(0), w))["right"]
-    assert not found(lambda ct, w: exact(ct, w))["right"]
+    assert not checked(lambda ct, w: right(ct.at[:, :4].set(0), w))["right"]
+    assert not checked(lambda ct, w: exact(ct, w))["right"]
 
 
 def written(folder):
@@ -112,24 +110,23 @@ def written(folder):
     return json.loads(path.read_text())
 
 
-@pytest.mark.slow
 def test_the_smoke_run_takes_every_step(gpu, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "MASKS", gpu.MASKS[:1])
     gpu.main(["--smoke", "--out", str(tmp_path)])
-    found = written(tmp_path)
-    assert found["checks"]["dense"]["right"] and not found["left_out"] and not found["wrong"]
-    assert [(one["M"], one["rows"]) for one in found["timings"]] == [
+    results = written(tmp_path)
+    assert results["checks"]["dense"]["right"] and not results["left_out"] and not results["wrong"]
+    assert [(one["M"], one["rows"]) for one in results["timings"]] == [
         (128, 8),
         (128, 3),
         (133, 8),
         (133, 3),
     ]
-    assert all(one["microseconds"].keys() == {"dense", "jax dense"} for one in found["timings"])
-    assert all("needs a CUDA device" in found["checks"][name]["why"] for name in KERNELS)
-    assert [one.keys() for one in found["gradients"]] == [
+    assert all(one["microseconds"].keys() == {"dense", "jax dense"} for one in results["timings"])
+    assert all("needs a CUDA device" in results["checks"][name]["why"] for name in KERNELS)
+    assert [one.keys() for one in results["gradients"]] == [
         {"shape", "rows", "dense", "dense, turned before", "turning", "decompressing", "jax dense"}
     ]
-    once = {one["what"]: one for one in found["weights once"]}
+    once = {one["what"]: one for one in results["weights once"]}
     assert (
         once["read once"]["over reading once"] == 1
         and {"2:4 axis 0", "compress, mma16"} < once.keys()
@@ -138,7 +135,6 @@ def test_the_smoke_run_takes_every_step(gpu, tmp_path, capsys, monkeypatch):
     assert [*tmp_path.glob("*.png")] and "over jax dense" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "weights_once", lambda *_: [])
     monkeypatch.setattr(gpu, "runs_here", lambda name: None)
@@ -149,9 +145,9 @@ def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatc
         gpu, "product", lambda name: exact if name == "decode" else lambda x, w: exact(x, w) + 1
     )
     gpu.main(["--smoke", "--out", str(tmp_path)])
-    found = written(tmp_path)
-    assert [found["checks"][name]["right"] for name in KERNELS] == [False, False, True]
-    assert all(one["best"] == "decode" and one["over jax dense"] > 0 for one in found["timings"])
+    results = written(tmp_path)
+    assert [results["checks"][name]["right"] for name in KERNELS] == [False, False, True]
+    assert all(one["best"] == "decode" and one["over jax dense"] > 0 for one in results["timings"])
     monkeypatch.setattr(gpu, "checks", lambda *_: {"right": True})
     gpu.main(["--smoke", "--out", str(tmp_path), "--seconds", "0"])
     assert not written(tmp_path)["timings"] and written(tmp_path)["left_out"][:2] == [
@@ -161,7 +157,6 @@ def test_a_wrong_kernel_is_not_timed_and_time_runs_out(gpu, tmp_path, monkeypatc
     assert len(written(tmp_path)["left_out"]) == 4
 
 
-@pytest.mark.slow
 def test_a_kernel_that_hangs_or_faults_takes_nothing_with_it(gpu, tmp_path, monkeypatch):
     assert "needs a CUDA device" in gpu.examined_apart("hopper", 300)["why"]
     assert "did not end in 0 seconds" in gpu.examined_apart("hopper", 0.01)["why"]
@@ -196,9 +191,9 @@ def test_a_kernel_that_is_wrong_for_one_shape_is_not_timed_there(gpu, tmp_path, 
         lambda name: lambda x, w: exact(x, w) + (jnp.nan if w.output == (133,) else 0),
     )
     gpu.main(["--smoke", "--out", str(tmp_path)])
-    found = written(tmp_path)
-    assert [(one["shape"], one["kernel"]) for one in found["wrong"]] == [("padded", "decode")] * 2
-    assert [one["microseconds"].keys() for one in found["timings"]] == [
+    results = written(tmp_path)
+    assert [(one["shape"], one["kernel"]) for one in results["wrong"]] == [("padded", "decode")] * 2
+    assert [one["microseconds"].keys() for one in results["timings"]] == [
         {"decode", "jax dense"},
         {"decode", "jax dense"},
         {"jax dense"},

@@ -43,7 +43,7 @@ def test_algorithms_agree(name, dtype):
     if name == "merge" and dtype == "float32":
         dtype = "float16"  # its keys share 32 bits with their places
     rng = np.random.default_rng(0)
-    for n, m in SIZES:
+    for n, m in SIZES if dtype in ("float32", "float16") else SIZES[::3]:
         if (
             m > ALGORITHMS[name]
             or (name == "best" and n > 1)

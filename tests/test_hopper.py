@@ -50,6 +50,7 @@ def test_the_whole_kernel_is_exact(n, m, k, config):
     np.testing.assert_array_equal(y, jnp.asarray(exact, x.dtype))
 
 
+@pytest.mark.slow
 @interpret
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bias_and_activation_are_applied_before_rounding(activation):
@@ -131,7 +132,7 @@ def test_compiled_ahead_of_time_it_holds_the_sparse_instruction(
     )
     exchanged = [(*first[:3], second[3]) for first, second in zip(step, step[::-1], strict=True)]
     assert (product_of(exchanged, values, np.asarray(x).astype(np.int16), words) != exact.T).any()
-    found = aot.resources(tmp_path / "kernel.ptx", "h200")
-    record_property("resources", found)
-    print("hopper", n, m, k, options, found)
-    assert found["spills"] == 0 and not found["warnings"]
+    resources = aot.resources(tmp_path / "kernel.ptx", "h200")
+    record_property("resources", resources)
+    print("hopper", n, m, k, options, resources)
+    assert resources["spills"] == 0 and not resources["warnings"]

@@ -25,7 +25,7 @@ from jaxsparse._packed import matmul
 LOWERED = pathlib.Path(__file__).parent / "lowered.py"
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 OLD = jax.__version_info__ < (0, 11)
-FOUND = {
+EXPECTED = {
     "decode, many weights": "decode",
     "decode on Ampere": "dense" if OLD else "decode",
     "decode, few weights": "dense",
@@ -68,15 +68,17 @@ FOUND = {
 
 
 @pytest.fixture(scope="module")
-def found():
+def by_case():
     return json.loads(aot.in_process(LOWERED).splitlines()[-1])
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("case", FOUND)
-def test_the_lowered_program_shows_the_kernel(found, case):
-    assert FOUND[case] == found[case] or ("Error: " in found[case] and FOUND[case] in found[case])
-    assert found.keys() == FOUND.keys()
+@pytest.mark.parametrize("case", EXPECTED)
+def test_the_lowered_program_shows_the_kernel(by_case, case):
+    assert EXPECTED[case] == by_case[case] or (
+        "Error: " in by_case[case] and EXPECTED[case] in by_case[case]
+    )
+    assert by_case.keys() == EXPECTED.keys()
 
 
 COMPILED = {

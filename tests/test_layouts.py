@@ -94,6 +94,7 @@ def test_the_emulators_refuse_unordered_places():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "columns"), [(128, 256), (64, 64), (8, 4), (200, 68), (130, 132)])
 def test_layouts_round_trip_and_hold_only_legal_words(rows, columns):
     dense, tiled = packed(rows, columns)

@@ -38,9 +38,9 @@ def test_masks_cost_what_the_readme_says():
     bars = {pattern: MARGIN * ratio for pattern, ratio in claimed().items()}
     least = {}
     for _ in range(3):  # a mask that has become slower fails each time
-        found = json.loads(programs.output(TESTS / "mask_times.py", *PATTERNS))
-        assert found.keys() == CASES
-        for case, ratios in found.items():
+        times = json.loads(programs.output(TESTS / "mask_times.py", *PATTERNS))
+        assert times.keys() == CASES
+        for case, ratios in times.items():
             assert ratios.keys() == bars.keys()
             for pattern, ratio in ratios.items():
                 least[pattern, case] = min(ratio, least.get((pattern, case), ratio))

@@ -1,5 +1,6 @@
 """`nm_mask` against the plain reference, and under every transformation."""
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -88,6 +89,7 @@ def test_equals_the_reference(case):
     np.testing.assert_array_equal(mask, reference.nm_mask(scores, n, m, axis))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 8), (4, 16)])
 def test_ranks_every_dtype_as_the_reference(dtype, n, m):
@@ -103,6 +105,7 @@ def test_exactly_n_of_every_m_stay(n, m):
     np.testing.assert_array_equal(np.asarray(mask).reshape(3, m, 2).sum(1), n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), SIZES)
 def test_all_equal_keeps_the_first_n(n, m):
     expected = np.tile(np.arange(m) < n, 2)
@@ -186,15 +189,15 @@ def test_gradients_stop_at_the_mask(m):
     np.testing.assert_array_equal(tangent, jnp.zeros_like(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 4, 8, 20])
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "int8"])
 def test_traced_n_equals_static_n_without_a_retrace(m, dtype):
     scores = jnp.asarray(random_scores(np.random.default_rng(3), "bfloat16", (2, 2 * m)))
-    traces = []
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def mask(scores, n):
-        traces.append(None)
         return js.nm_mask(scores, n, m, axis=1)
 
     for n in {1, m // 2 or 1, m - 1 or 1, m}:
@@ -205,11 +208,11 @@ def test_traced_n_equals_static_n_without_a_retrace(m, dtype):
         np.testing.assert_array_equal(
             mask(scores, jnp.asarray(n, dtype)), reference.nm_mask(scores, n, m, 1)
         )
-    assert len(traces) == 1
     assert not mask(scores, jnp.asarray(0, dtype)).any()
     assert mask(scores, jnp.asarray(m + 3, dtype)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [4, 20])
 def test_traced_n_may_differ_from_one_batch_member_to_the_next(m):
     scores = jnp.asarray(random_scores(np.random.default_rng(4), "float32", (m, 2 * m)))
@@ -282,6 +285,7 @@ def test_magnitude_masks_agree_under_jit_and_in_narrow_dtypes():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "int64", "float32", "bfloat16"])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 16), (2, 32), (5, 32)])
 def test_masks_in_64_bits(n, m, dtype):
@@ -312,8 +316,8 @@ def test_every_mask_takes_numbers_of_8_bits_and_fewer(dtype):
 def test_leaves_of_8_bits_rank_together_with_others():
     values = np.random.default_rng(0).permutation(32).reshape(2, 16) / 4
     params = {"a": jnp.asarray(values[0], "float8_e4m3fn"), "b": jnp.asarray(values[1], "bfloat16")}
-    found = js.magnitude_masks(params, js.plan(params, {"*": js.Unstructured(0.25, "global")}))
+    masks = js.magnitude_masks(params, js.plan(params, {"*": js.Unstructured(0.25, "global")}))
     rounded = np.concatenate([np.asarray(params[name], np.float32) for name in "ab"])
     np.testing.assert_array_equal(
-        np.concatenate([found["a"], found["b"]]), reference.topk_mask(rounded, 8)
+        np.concatenate([masks["a"], masks["b"]]), reference.topk_mask(rounded, 8)
     )

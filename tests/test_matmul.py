@@ -162,9 +162,9 @@ def test_without_jit_the_product_and_its_transformations_are_the_same():
 
     expected = jax.value_and_grad(loss, (0, 1))(x, w.values)
     with jax.disable_jit():
-        found = jax.value_and_grad(loss, (0, 1))(x, w.values)
+        eager = jax.value_and_grad(loss, (0, 1))(x, w.values)
         rows = jax.vmap(js.sparse_matmul, (0, None))(x, w)
-    jax.tree.map(close, found, expected)
+    jax.tree.map(close, eager, expected)
     close(rows, js.sparse_matmul(x, w))
 
 
@@ -214,15 +214,15 @@ def test_the_precision_of_the_context_is_that_where_the_product_is_called(asked,
 def test_the_gradient_of_relu_at_0_is_0():
     w, _ = make()
     x = jnp.zeros((3, 24))
-    found, expected = (
+    gradients, expected = (
         jax.grad(lambda x, values, f=f: f(x, with_values(w, values)).sum(), (0, 1))(x, w.values)
         for f in (
             functools.partial(js.sparse_matmul, activation="relu"),
             lambda x, w: jax.nn.relu(js.sparse_matmul(x, w)),
         )
     )
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert not found[0].any()
+    jax.tree.map(np.testing.assert_array_equal, gradients, expected)
+    assert not gradients[0].any()
 
 
 def with_values(w, values):
@@ -291,10 +291,10 @@ def test_forward_mode_equals_the_dense_one(mode):
 @pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
 def test_second_derivatives_equal_the_dense_ones(outer, argnums):
     x = X[:2]
-    found, expected = (
+    derivatives, expected = (
         outer(jax.grad(scalar(f), argnums), argnums)(x, W.values) for f in (sparse, TWIN)
     )
-    jax.tree.map(functools.partial(close, atol=1e-4), found, expected)
+    jax.tree.map(functools.partial(close, atol=1e-4), derivatives, expected)
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (2, None), (None, 2), (1, 2)])

@@ -85,8 +85,8 @@ def loss_in_the_context(model, optimizer, **kwargs):
 
 def pure(model, filter=...):
     """The arrays of a model by path, with random keys as integers."""
-    found = nnx.to_flat_state(nnx.state(model, filter))
-    arrays = {"/".join(map(str, path)): variable.get_value() for path, variable in found}
+    leaves = nnx.to_flat_state(nnx.state(model, filter))
+    arrays = {"/".join(map(str, path)): variable.get_value() for path, variable in leaves}
     return {
         path: jax.random.key_data(x)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -95,10 +95,10 @@ def pure(model, filter=...):
     }
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for path in expected:
-        np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
+        np.testing.assert_array_equal(actual[path], expected[path], err_msg=path)
 
 
 def nnx_step(model, optimizer):
@@ -145,9 +145,9 @@ def through_jax_jit(step):
         return step(model, optimizer, *args), nnx.state((model, optimizer))
 
     def run(model, optimizer, *args):
-        found, state = compiled(*nnx.split((model, optimizer)), args)
+        result, state = compiled(*nnx.split((model, optimizer)), args)
         nnx.update((model, optimizer), state)
-        return found
+        return result
 
     return run
 
@@ -233,8 +233,8 @@ def test_an_optimizer_its_state_and_masks_say_the_same(source):
         model, js.recipes.explore_exploit(optax.sgd(0.1), plan), wrt=nnx.Param
     )
     with js.nnx.intercept(model, source(optimizer)):
-        found = pure(model)
-    assert_same(found, pure(js.effective_params(nnx.state(model, nnx.Param), optimizer)))
+        weights = pure(model)
+    assert_same(weights, pure(js.effective_params(nnx.state(model, nnx.Param), optimizer)))
 
 
 @pytest.mark.parametrize("gradient", ["dense", "masked"])
@@ -253,10 +253,10 @@ def test_the_gradient_is_that_of_sparse_params(graph, gradient):
             nnx.merge(graphdef, js.effective_params(params, masks, gradient=gradient))(X) ** 2
         ).mean()
 
-    found = pure(nnx.grad(loss, graph=graph)(model))
-    assert_same(found, pure(jax.grad(expected_loss)(params)))
+    grads = pure(nnx.grad(loss, graph=graph)(model))
+    assert_same(grads, pure(jax.grad(expected_loss)(params)))
     dropped = ~np.asarray(masks["layers"][0]["kernel"].get_value())
-    assert np.any(np.asarray(found["layers/0/kernel"])[dropped]) == (gradient == "dense")
+    assert np.any(np.asarray(grads["layers/0/kernel"])[dropped]) == (gradient == "dense")
 
 
 def test_a_vmapped_ensemble_runs_under_masks_of_its_own():
@@ -273,11 +273,11 @@ def test_a_vmapped_ensemble_runs_under_masks_of_its_own():
     plan = js.plan(nnx.state(model, nnx.Param), {"kernel": js.NM(2, 4, axis=-2)})
     masks = js.magnitude_masks(nnx.state(model, nnx.Param), plan)
     with js.nnx.intercept(model, masks):
-        found = forward(model, x)
+        output = forward(model, x)
     kernel, bias = model.kernel[...], model.bias[...]
     for i in range(3):
         np.testing.assert_allclose(
-            found[i],
+            output[i],
             x[i] @ js.effective_weight(kernel[i], masks["kernel"][...][i]) + bias[i][None],
             rtol=1e-5,
             atol=1e-5,
@@ -438,10 +438,10 @@ PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "nnx.md").read_text()
 
 def test_the_loop_of_the_documentation_runs_as_printed():
     loop, _ = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    found = {}
-    exec(loop, found)
+    namespace = {}
+    exec(loop, namespace)
     model, optimizer, params, packed, x = (
-        found[name] for name in ("model", "optimizer", "params", "packed", "x")
+        namespace[name] for name in ("model", "optimizer", "params", "packed", "x")
     )
     assert isinstance(packed.layers[0].kernel.get_value(), js.Sparse24)
     mask = js.masks(optimizer)["layers"][0]["kernel"].get_value()
@@ -451,8 +451,8 @@ def test_the_loop_of_the_documentation_runs_as_printed():
     initial = nnx.Linear(64, 256, rngs=nnx.Rngs(0)).kernel[...]
     assert np.any(mask != js.nm_mask(jnp.abs(initial), 2, 4, axis=0))
     with js.nnx.intercept(model, optimizer):
-        np.testing.assert_allclose(found["logits"], model(x), rtol=1e-5, atol=1e-5)
-    assert not np.allclose(found["logits"], model(x), atol=1e-3)
+        np.testing.assert_allclose(namespace["logits"], model(x), rtol=1e-5, atol=1e-5)
+    assert not np.allclose(namespace["logits"], model(x), atol=1e-3)
     assert nnx.state(model, nnx.Param)["layers"][0]["kernel"] is params["layers"][0]["kernel"]
 
 
@@ -466,16 +466,16 @@ def test_a_trained_model_runs_compressed_with_its_statistics_and_gradients():
         return (model(X) ** 2).mean(), nnx.state(model, nnx.Not(nnx.Param))
 
     sparse = js.sparsify(forward)
-    (found, found_rest), grads = quick(jax.value_and_grad(sparse, has_aux=True, allow_int=True))(
-        packed, rest
-    )
+    (sparse_value, sparse_rest), grads = quick(
+        jax.value_and_grad(sparse, has_aux=True, allow_int=True)
+    )(packed, rest)
     (expected, expected_rest), dense_grads = quick(jax.value_and_grad(forward, has_aux=True))(
         js.effective_params(params, optimizer), rest
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(sparse_value, expected, rtol=1e-5)
     for path, value in pure(expected_rest).items():
         np.testing.assert_allclose(
-            pure(found_rest)[path], value, rtol=1e-5, atol=1e-5, err_msg=path
+            pure(sparse_rest)[path], value, rtol=1e-5, atol=1e-5, err_msg=path
         )
     for path, grad in nnx.to_flat_state(js.compress(dense_grads, optimizer.opt_state)):
         actual = dict(nnx.to_flat_state(grads))[path].get_value()
@@ -510,11 +510,11 @@ def test_the_character_model_trains_as_in_linen():
     def converted(params):
         model = char_lm_nnx.Transformer(11, 16, 2, heads=2, rngs=nnx.Rngs(0))
         nnx.update(model, char_lm_nnx.convert(params))
-        found = js.nnx.plan(model, rules, example)
-        assert {path: leaf.pattern for path, leaf in found.sparse.items()} == {
+        nnx_plan = js.nnx.plan(model, rules, example)
+        assert {path: leaf.pattern for path, leaf in nnx_plan.sparse.items()} == {
             path: leaf.pattern for path, leaf in plan.sparse.items()
         }
-        return model, nnx.Optimizer(model, recipe(found), wrt=nnx.Param)
+        return model, nnx.Optimizer(model, recipe(nnx_plan), wrt=nnx.Param)
 
     @through_jax_jit
     def step(model, optimizer, tokens):

@@ -1,5 +1,6 @@
 """The quality benchmark: comparable runs, correct statistics, and every step runs."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -20,7 +21,7 @@ from benchmarks.quality import compare, pool, runs, store, tasks, train
 from benchmarks.quality.__main__ import missing, some
 from benchmarks.quality.models import SPARSE, Conv, attention, products
 
-pytestmark = pytest.mark.promotes("the benchmark is not the library")
+pytestmark = [pytest.mark.slow, pytest.mark.promotes("the benchmark is not the library")]
 
 ROOT = pathlib.Path(__file__).parent.parent
 FINDINGS = (
@@ -58,32 +59,27 @@ def smoke(folder, *arguments):
     return store.read(folder)
 
 
-@pytest.mark.slow
 def test_smoke_runs_take_every_step_and_seeds_train_alone_as_together(tmp_path):
-    alone, together = smoke(tmp_path / "cpu", "--workers", "1"), smoke(tmp_path / "gpu", "--gpu")
-    for folder, found in {"cpu": alone, "gpu": together}.items():
-        assert any("decorrelation" in record for record in found.values())
-        assert all(
-            0 < record["bits"] < 9 and 0 <= record["error"] <= 1 for record in found.values()
-        )
-        summary = json.loads((tmp_path / folder / "findings.json").read_text())
-        assert [name for name, _ in summary["findings"]] == list(FINDINGS) and summary[
-            "runs"
-        ] == len(found)
-        for name in FINDINGS:
-            assert (tmp_path / folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-            assert json.loads((tmp_path / folder / f"{name}.json").read_text())["rows"]
-    common = alone.keys() & together.keys()
-    assert len(common) >= 12
-    assert all(
-        alone[run]["bits"] == pytest.approx(together[run]["bits"], rel=1e-3) for run in common
-    )
-    dense = {
-        seed: record["bits"]
-        for (cell, seed), record in alone.items()
-        if cell.recipe == "dense" and cell.task == "characters"
-    }
-    assert len({*dense.values()}) == 3  # two seeds and that of the tuning
+    records = smoke(tmp_path, "--workers", "1")
+    assert any("decorrelation" in record for record in records.values())
+    assert all(0 < record["bits"] < 9 and 0 <= record["error"] <= 1 for record in records.values())
+    summary = json.loads((tmp_path / "findings.json").read_text())
+    assert [name for name, _ in summary["findings"]] == list(FINDINGS)
+    assert summary["runs"] == len(records) >= 12
+    for name in FINDINGS:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    seeds, scale = {}, runs.tiny(runs.CPU)
+    for cell, seed in records:
+        if cell.recipe in ("dense", "RESET") and cell.task == "characters":
+            seeds.setdefault(cell, []).append(seed)
+    pairs = {cell: some for cell, some in seeds.items() if len(some) > 1}  # not of the tuning
+    assert {cell.recipe for cell in pairs} == {"dense", "RESET"}
+    for cell, alone in pairs.items():
+        together = dict(train.train(cell, alone, dataclasses.replace(scale, together=True)))
+        assert len({record["bits"] for record in together.values()}) == len(alone)
+        for seed, record in together.items():
+            assert record["bits"] == pytest.approx(records[cell, seed]["bits"], rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +98,6 @@ def shapes(task, width, small):
     )
 
 
-@pytest.mark.slow
 def test_every_run_of_the_matrix_and_of_the_tuning_can_be_made(cells):
     wanted = {cell for _, cell in runs.matrix(cells)}
     wanted |= {cell for part in runs.tuning(cells) for tried in part.values() for cell in tried}
@@ -138,7 +133,6 @@ def test_small_has_as_many_weights_as_participate(cells, task, pattern):
     assert hidden(runs.density(pattern)) == hidden(1.0) * runs.density(pattern)
 
 
-@pytest.mark.slow
 def test_attention_is_that_of_flax_with_its_gradients():
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value, weights = (jax.random.normal(one, (2, 6, 3, 4)) for one in keys)
@@ -184,7 +178,6 @@ def test_products_are_those_of_flax_with_their_gradients(layer, shape):
     jax.tree.map(close, gradients(dot_general=products), gradients())
 
 
-@pytest.mark.slow
 def test_a_convolution_is_that_of_flax_with_its_gradients():
     keys = jax.random.split(jax.random.key(0), 2)
     images, kernel = (
@@ -227,10 +220,10 @@ def test_differences_are_paired_by_seed(cells):
     scale, rng = runs.CPU, np.random.default_rng(0)
     a, b = cells("2:4", "RESET"), cells("dense", "dense")
     x, y = rng.normal(2, 1, 5), rng.normal(1, 1, 5)
-    found = {(a, seed): {"bits": x[seed]} for seed in (0, 1, 3, 4)} | {
+    records = {(a, seed): {"bits": x[seed]} for seed in (0, 1, 3, 4)} | {
         (b, seed): {"bits": y[seed]} for seed in (0, 2, 3, 4)
     }
-    one = compare.Runs(found | {(a, runs.TUNING_SEED): {"bits": 99.0}}, scale).difference(a, b)
+    one = compare.Runs(records | {(a, runs.TUNING_SEED): {"bits": 99.0}}, scale).difference(a, b)
     common = [0, 3, 4]
     assert (
         one.seeds == 3
@@ -244,10 +237,10 @@ def test_differences_are_paired_by_seed(cells):
 
 
 def test_tuning_takes_the_best_of_all_settings_at_the_best_rate(cells):
-    found = {}
+    records = {}
 
     def finish(tried, bits):
-        found.update(
+        records.update(
             {
                 (cell, runs.TUNING_SEED): {"bits": value}
                 for cell, value in zip(tried, bits, strict=True)
@@ -257,17 +250,17 @@ def test_tuning_takes_the_best_of_all_settings_at_the_best_rate(cells):
     rates, _ = runs.tuning(cells)
     assert cells.settings["characters"] == 1e-2
     finish(rates["characters"], [2.0, 1.9, 2.1, 2.2])
-    settings = runs.tuned(runs.CPU, found, {})
+    settings = runs.tuned(runs.CPU, records, {})
     assert settings["characters"] == 5e-3 and settings["RESET"] == 100
     at_best = runs.tuning(runs.Cells(runs.CPU, settings))[1]
     assert {cell.rate for tried in at_best.values() for cell in tried} == {5e-3}
     finish(at_best["RESET"], [2.0, 2.1, 1.9])
     finish(at_best["FIX"][:2], [2.0, 2.1])  # only some seeds
     assert (
-        runs.tuned(runs.CPU, found, {})["RESET"] == 300
-        and runs.tuned(runs.CPU, found, {})["FIX"] == 0.25
+        runs.tuned(runs.CPU, records, {})["RESET"] == 300
+        and runs.tuned(runs.CPU, records, {})["FIX"] == 0.25
     )
-    assert runs.tuned(runs.GPU, {}, runs.tuned(runs.CPU, found, {}))["RESET"] == 300
+    assert runs.tuned(runs.GPU, {}, runs.tuned(runs.CPU, records, {}))["RESET"] == 300
 
 
 def test_settings_stretch_with_the_run(cells):
@@ -288,9 +281,9 @@ def test_finished_runs_come_back_and_are_not_run_again(cells, tmp_path, monkeypa
     keep = store.Store(tmp_path)
     keep.add(a, 0, {"bits": 2.0})
     store.Store(tmp_path).add(b, 1, {"bits": 3.0})
-    found = store.read(tmp_path)
-    assert found.keys() == {(a, 0), (b, 1)} and found[b, 1]["bits"] == 3.0
-    assert missing([(a, (0, 1)), (b, (0, 1)), (a, (0, 1, 2))], found) == [
+    records = store.read(tmp_path)
+    assert records.keys() == {(a, 0), (b, 1)} and records[b, 1]["bits"] == 3.0
+    assert missing([(a, (0, 1)), (b, (0, 1)), (a, (0, 1, 2))], records) == [
         (a, [1]),
         (b, [0]),
         (a, [2]),

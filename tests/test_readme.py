@@ -11,10 +11,10 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_loop_runs_as_printed():
     (loop,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    found = {}
-    exec(loop, found)
-    assert isinstance(found["packed"]["params"]["layers_0"]["kernel"], js.Sparse24)
-    assert found["logits"].shape == (32, 10)
+    namespace = {}
+    exec(loop, namespace)
+    assert isinstance(namespace["packed"]["params"]["layers_0"]["kernel"], js.Sparse24)
+    assert namespace["logits"].shape == (32, 10)
 
 
 def test_it_is_short():

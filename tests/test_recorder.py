@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,8 +84,8 @@ def weight(tree, path):
 @pytest.mark.parametrize("every", [1, 2])
 def test_samples_are_what_the_run_went_through(every):
     _, state, history = a_run() if every == 2 else run(recorded(recipe()), 12)
-    found = analysis.recordings(state)
-    np.testing.assert_array_equal(found.steps, [3, 6, 9, 12])
+    recordings = analysis.recordings(state)
+    np.testing.assert_array_equal(recordings.steps, [3, 6, 9, 12])
     for name in (
         "weights",
         "gradient_variance",
@@ -93,9 +94,9 @@ def test_samples_are_what_the_run_went_through(every):
         "retained_magnitude",
         "churn",
     ):
-        assert getattr(found, name).keys() == PATHS
+        assert getattr(recordings, name).keys() == PATHS
     for path in PATHS:
-        assert found.weights[path].shape == (4, 24)
+        assert recordings.weights[path].shape == (4, 24)
         for i, t in enumerate((3, 6, 9, 12)):
             before, _, params, after = history[t - 1]
             grads = gradient(before, t - 1)
@@ -105,23 +106,25 @@ def test_samples_are_what_the_run_went_through(every):
                 weight(find_nu(after), path),
             )
             assert (
-                np.isin(found.weights[path][i], w).all()
-                and len(np.unique(found.weights[path][i])) > 10
+                np.isin(recordings.weights[path][i], w).all()
+                and len(np.unique(recordings.weights[path][i])) > 10
             )
             np.testing.assert_allclose(
-                found.gradient_variance[path][i], weight(grads, path).var(), rtol=1e-4
+                recordings.gradient_variance[path][i], weight(grads, path).var(), rtol=1e-4
             )
-            np.testing.assert_allclose(found.second_moment_variance[path][i], nu.var(), rtol=1e-4)
             np.testing.assert_allclose(
-                found.retained_magnitude[path][i],
+                recordings.second_moment_variance[path][i], nu.var(), rtol=1e-4
+            )
+            np.testing.assert_allclose(
+                recordings.retained_magnitude[path][i],
                 np.abs(w[mask]).sum() / np.abs(w).sum(),
                 rtol=1e-5,
             )
-            assert found.density[path][i] == 0.5
+            assert recordings.density[path][i] == 0.5
             masks = [weight(js.masks(one[1]), path) for one in history[t - 3 : t]] + [mask]
             flips = sum((old != new).mean() for old, new in itertools.pairwise(masks))
-            np.testing.assert_allclose(found.churn[path][i], flips, rtol=1e-5)
-        assert found.churn[path].sum() > 0.1
+            np.testing.assert_allclose(recordings.churn[path][i], flips, rtol=1e-5)
+        assert recordings.churn[path].sum() > 0.1
 
 
 def find_nu(state):
@@ -134,21 +137,21 @@ def find_nu(state):
 
 def test_the_same_weights_are_followed():
     _, state, history = run(recorded(optax.sgd(0.1), weights=1000), 12)
-    found = analysis.recordings(state).weights
+    weights = analysis.recordings(state).weights
     for i, t in enumerate((3, 6, 9, 12)):
         for path in PATHS:  # all weights of a small leaf, in order
-            np.testing.assert_array_equal(found[path][i], weight(history[t - 1][2], path).ravel())
+            np.testing.assert_array_equal(weights[path][i], weight(history[t - 1][2], path).ravel())
     some = analysis.recordings(run(recorded(optax.sgd(0.1)), 12)[1]).weights
     for path in PATHS:
-        places = [int(np.flatnonzero(found[path][0] == value)[0]) for value in some[path][0]]
+        places = [int(np.flatnonzero(weights[path][0] == value)[0]) for value in some[path][0]]
         assert places == sorted(set(places)) and len(places) == 24
-        np.testing.assert_array_equal(some[path], found[path][:, places])
+        np.testing.assert_array_equal(some[path], weights[path][:, places])
 
 
 def test_the_run_is_the_same_as_without():
     plain, recording = run(recipe(every=2), 12), a_run()
-    for (_, expected, params, _), (_, found, same, _) in zip(plain[2], recording[2], strict=True):
-        assert_same(js.masks(found), js.masks(expected))
+    for (_, expected, params, _), (_, state, same, _) in zip(plain[2], recording[2], strict=True):
+        assert_same(js.masks(state), js.masks(expected))
         # rounding differs
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), same, params
@@ -160,43 +163,41 @@ def test_the_run_is_the_same_as_without():
 def test_samples_are_as_far_apart_as_the_number_of_steps_asks(total, samples, steps):
     tx = recorded(optax.sgd(0.1), total, samples=samples)
     _, state, _ = run(tx, total + 5)
-    found = analysis.recordings(state)
-    np.testing.assert_array_equal(found.steps, steps)  # later steps are not recorded
+    recordings = analysis.recordings(state)
+    np.testing.assert_array_equal(recordings.steps, steps)  # later steps are not recorded
 
 
 def test_a_dense_run_has_weights_and_gradients_alone():
-    found = analysis.recordings(run(recorded(optax.sgd(0.1)), 12)[1])
-    assert found.weights.keys() == found.gradient_variance.keys() == PATHS
+    recordings = analysis.recordings(run(recorded(optax.sgd(0.1)), 12)[1])
+    assert recordings.weights.keys() == recordings.gradient_variance.keys() == PATHS
     assert (
-        found.second_moment_variance
-        == found.density
-        == found.retained_magnitude
-        == found.churn
+        recordings.second_moment_variance
+        == recordings.density
+        == recordings.retained_magnitude
+        == recordings.churn
         == {}
     )
 
 
 def test_nothing_is_traced_again_copied_or_changed_in_layout():
-    tx, traces = recorded(recipe(every=2)), []
+    tx = recorded(recipe(every=2))
     last = a_run()[:2]
 
     def step(params, state, t):
-        traces.append(1)
         updates, state = tx.update(gradient(params, t), state, params)
         return optax.apply_updates(params, updates), state
 
-    jitted = jax.jit(step, donate_argnums=(0, 1))
+    jitted = jax.jit(chex.assert_max_traces(n=1)(step), donate_argnums=(0, 1))
     params = make_params()
-    given = params, tx.init(params)
-    layout = [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(given)]
+    arguments = params, tx.init(params)
+    layout = [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(arguments)]
     for t in range(12):
-        new = jitted(*given, t)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
-        assert jax.tree.structure(new) == jax.tree.structure(given)
-        given = new
-    assert [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(given)] == layout
-    assert len(traces) == 1
-    assert_same(given, last)
+        new = jitted(*arguments, t)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(arguments))
+        assert jax.tree.structure(new) == jax.tree.structure(arguments)
+        arguments = new
+    assert [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(arguments)] == layout
+    assert_same(arguments, last)
 
     start = make_params()
     scan = jax.jit(
@@ -204,8 +205,8 @@ def test_nothing_is_traced_again_copied_or_changed_in_layout():
             0
         ]
     )
-    found = scan((start, tx.init(start)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, last)
+    scanned = scan((start, tx.init(start)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), scanned, last)
 
 
 def test_a_restored_run_goes_on_recording(tmp_path):
@@ -260,10 +261,10 @@ WRAPPED = {
 )
 def test_recordings_and_masks_are_found_however_deep(name):
     _, state, _ = run(WRAPPED[name](), 12)
-    found = analysis.recordings(state)
-    assert len(found.steps) == (2 if name == "MultiSteps outside" else 4)
+    recordings = analysis.recordings(state)
+    assert len(recordings.steps) == (2 if name == "MultiSteps outside" else 4)
     paths = {"a/w"} if name in ("under a label", "one path alone") else PATHS
-    for values in found[1:]:
+    for values in recordings[1:]:
         assert values.keys() == paths
         assert all(np.isfinite(one).all() and one.any() for one in values.values())
     assert js.masks(state)["a"]["w"].shape == (16, 4)
@@ -288,9 +289,9 @@ def test_nnx_and_the_interceptor_see_through_it():
         js.recipes.explore_exploit(optax.adam(0.1), plan), plan, total_steps=2
     ).init(params)
     with js.flax.intercept(state):
-        found = dense.apply(params, x)
+        output = dense.apply(params, x)
     np.testing.assert_allclose(
-        found, x @ js.effective_params(params, state)["params"]["kernel"], rtol=1e-6
+        output, x @ js.effective_params(params, state)["params"]["kernel"], rtol=1e-6
     )
 
 
@@ -307,8 +308,8 @@ def test_memory_does_not_grow_with_the_run():
 
 def test_low_precision_weights_are_recorded_as_float32():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), make_params())
-    found = analysis.recordings(run(recorded(optax.adam(0.1)), 3, params)[1])
-    assert all(x.dtype == np.float32 for x in jax.tree.leaves(found[1:]))
+    recordings = analysis.recordings(run(recorded(optax.adam(0.1)), 3, params)[1])
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(recordings[1:]))
 
 
 @pytest.mark.promotes("optax.add_noise raises an integer step to a float")

@@ -115,9 +115,9 @@ def test_training_steps_are_exported(rules):
 
     exported = export.export(jax.jit(step))(PARAMS, state)
     again = export.deserialize(exported.serialize())
-    found, expected = again.call(PARAMS, state), step(PARAMS, state)
-    assert found[1].plan == plan
-    jax.tree.map(np.testing.assert_allclose, found, expected)
+    result, expected = again.call(PARAMS, state), step(PARAMS, state)
+    assert result[1].plan == plan
+    jax.tree.map(np.testing.assert_allclose, result, expected)
 
 
 def test_compressed_models_are_exported():

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,17 +57,16 @@ def test_exponential_decay_is_exactly_1_up_to_begin_and_exactly_0_from_end():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_traced_step_gives_the_same_without_a_retrace(name):
-    schedule, traces = SCHEDULES[name], []
+    schedule = SCHEDULES[name]
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def traced(step):
-        traces.append(None)
         return schedule(step)
 
     steps = [0, 9, 10, 11, 13, 14, 50, 89, 90, 91, 1000]
     for step in steps:
         np.testing.assert_allclose(traced(step), schedule(step), rtol=1e-6, atol=1e-7)
-    assert len(traces) == 1
     expected = np.array([schedule(step) for step in steps])
     np.testing.assert_allclose(jax.vmap(schedule)(jnp.array(steps)), expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(schedule(jnp.array(steps)), expected, rtol=1e-6, atol=1e-7)

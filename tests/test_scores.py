@@ -66,20 +66,20 @@ def test_recipes_take_a_score():
 
 def test_the_fisher_diagonal_is_the_mean_of_squares():
     x = RNG.normal(size=(5, 3)).astype("float32")
-    found = js.diagonal_fisher(lambda p, row: jnp.tanh(row @ p["v"]), {"v": jnp.ones(3)}, x)["v"]
+    diagonal = js.diagonal_fisher(lambda p, row: jnp.tanh(row @ p["v"]), {"v": jnp.ones(3)}, x)["v"]
     each = [(1 - np.tanh(row.sum()) ** 2) * row for row in x]
-    np.testing.assert_allclose(found, np.mean(np.square(each), 0), rtol=1e-5)
+    np.testing.assert_allclose(diagonal, np.mean(np.square(each), 0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_fisher_diagonal_is_summed_in_float32(dtype):
-    found = js.diagonal_fisher(
+    diagonal = js.diagonal_fisher(
         lambda w, x: (w * x).sum(),
         jnp.zeros(2, dtype),
         jnp.tile(jnp.array([1.0, 1e-4], dtype), (1000, 1)),
     )
     # in bfloat16 a sum of ones ends at 256; in float16 1e-8 is 0
-    np.testing.assert_allclose(found, [1.0, 1e-8], rtol=0.01)
+    np.testing.assert_allclose(diagonal, [1.0, 1e-8], rtol=0.01)
 
 
 @pytest.mark.parametrize("score", ["first_order", "fisher"])

@@ -71,10 +71,10 @@ def test_masks_need_no_communication_where_groups_are_whole(case):
     text = masks.lower(split).compile().as_text()
     whole = case[3]
     assert any(word in text for word in COLLECTIVES) != whole
-    found = masks(split)["w"]
-    np.testing.assert_array_equal(found, masks(params)["w"])
+    mask = masks(split)["w"]
+    np.testing.assert_array_equal(mask, masks(params)["w"])
     if whole:
-        assert found.sharding.is_equivalent_to(split["w"].sharding, 2), found.sharding
+        assert mask.sharding.is_equivalent_to(split["w"].sharding, 2), mask.sharding
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -107,6 +107,7 @@ PATTERNS += [js.TransposableNM(2, 4, axes=(0, 1)), js.Unstructured(0.25)]
 PATTERNS += [js.Block((4, 4), 0.5, axes=(0, 1))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_inside_shard_map_each_device_has_groups_of_its_own(pattern, dtype):
@@ -122,8 +123,8 @@ def test_inside_shard_map_each_device_has_groups_of_its_own(pattern, dtype):
 def test_a_mask_under_set_mesh():
     with jax.set_mesh(two_devices(AxisType.Explicit)):
         w = jax.device_put(PIECES, COLUMNS)
-        found = jax.jit(lambda w: js.nm_mask(jnp.abs(w), 2, 4, axis=0))(w)
-        np.testing.assert_array_equal(found, js.nm_mask(np.abs(PIECES), 2, 4, axis=0))
+        mask = jax.jit(lambda w: js.nm_mask(jnp.abs(w), 2, 4, axis=0))(w)
+        np.testing.assert_array_equal(mask, js.nm_mask(np.abs(PIECES), 2, 4, axis=0))
 
 
 @pytest.mark.parametrize("x_spec", [ROWS, P()], ids=["rows of x", "nothing"])
@@ -202,13 +203,13 @@ def test_a_product_and_its_gradients_do_not_depend_on_the_division(x_spec, w_spe
         return jax.grad(loss, (0, 1, 2), has_aux=True)(x, values, bias)
 
     expected = product_and_gradients(x, w.values, bias, w.metadata)
-    found = product_and_gradients(
+    divided = product_and_gradients(
         placed(x, x_spec, mesh),
         placed(w.values, w_spec, mesh),
         placed(bias, P(), mesh),
         placed(w.metadata, w_spec, mesh),
     )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(divided), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING[layout] * abs(b).max())
 
@@ -220,8 +221,8 @@ def test_stacked_weights_and_weights_under_vmap_are_divided():
     for spec in (P("a"), P(None, "a"), P(None, None, "b")):
         placed_weights = placed(stacked, spec, mesh)
         for product in (js.sparse_matmul, jax.vmap(js.sparse_matmul)):
-            found = jax.jit(product)(placed(x, P("a"), mesh), placed_weights)
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+            output = jax.jit(product)(placed(x, P("a"), mesh), placed_weights)
+            np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
 
 
 def received(program):
@@ -250,8 +251,8 @@ def test_a_divided_product_is_exported():
         )
     )
     exported = jax.export.export(product)(x, packed.values, packed.metadata)
-    found = jax.jit(exported.call)(x, packed.values, packed.metadata)
-    np.testing.assert_allclose(found, js.sparse_matmul(jnp.ones((N, K)), w), rtol=1e-4, atol=1e-4)
+    output = jax.jit(exported.call)(x, packed.values, packed.metadata)
+    np.testing.assert_allclose(output, js.sparse_matmul(jnp.ones((N, K)), w), rtol=1e-4, atol=1e-4)
 
 
 def test_dense_needs_no_devices_when_it_is_lowered():
@@ -269,16 +270,16 @@ def test_dense_needs_no_devices_when_it_is_lowered():
 @pytest.mark.aot
 def test_gpus_run_the_kernel_each_on_its_share_and_receive_packed_weights():
     output = aot.in_process(pathlib.Path(__file__).parent / "several_gpus.py")
-    found = json.loads(output.splitlines()[-1])
+    by_case = json.loads(output.splitlines()[-1])
     packed = ["bf16[1024,256]", "u32[16,8,128]", "f32[1024]"]
-    assert found["weights divided along the output"] == {
+    assert by_case["weights divided along the output"] == {
         "kernels": 1,
         "received": packed,
         "summed": 0,
     }
-    assert found["output features on each device"] == {"kernels": 1, "received": [], "summed": 0}
-    assert found["a divided contraction"]["kernels"] == 1
-    assert found["dense"] == {
+    assert by_case["output features on each device"] == {"kernels": 1, "received": [], "summed": 0}
+    assert by_case["a divided contraction"]["kernels"] == 1
+    assert by_case["dense"] == {
         "kernels": 0,
         "received": ["bf16[1024,512]", "f32[1024]"],
         "summed": 0,

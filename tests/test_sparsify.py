@@ -279,9 +279,9 @@ def products(fn, *args):
     return str(jax.make_jaxpr(fn)(*args)).count("sparse_matmul[")
 
 
-def close(found, expected, tolerance=2e-5):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def close(actual, expected, tolerance=2e-5):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         scale = max(1.0, float(jnp.abs(b).max(initial=0)))
         np.testing.assert_allclose(
@@ -297,14 +297,19 @@ def test_outputs_and_gradients_equal_those_of_the_masked_weights(name):
     tolerance = 2e-2 if name == "cast" else 2e-5
 
     def loss(fn, params, x):
-        return sum((y.astype(jnp.float32) ** 2).sum() for y in jax.tree.leaves(fn(params, x)))
+        outputs = fn(params, x)
+        return sum((y.astype(jnp.float32) ** 2).sum() for y in jax.tree.leaves(outputs)), outputs
 
-    close(jax.jit(sparse)(packed, X), jax.jit(fn)(masked, X), tolerance)
     assert products(sparse, packed, X) == FUNCTIONS[name][2]
-    found = jax.jit(jax.grad(functools.partial(loss, sparse), (0, 1), allow_int=True))(packed, X)
-    expected = jax.jit(jax.grad(functools.partial(loss, fn), (0, 1)))(masked, X)
-    close(found[1], expected[1], tolerance)
-    close(found[0]["w"].values, js.compress(expected[0], masks, plan)["w"].values, tolerance)
+    gradients, outputs = jax.jit(
+        jax.grad(functools.partial(loss, sparse), (0, 1), has_aux=True, allow_int=True)
+    )(packed, X)
+    expected, masked_outputs = jax.jit(jax.grad(functools.partial(loss, fn), (0, 1), has_aux=True))(
+        masked, X
+    )
+    close(outputs, masked_outputs, tolerance)
+    close(gradients[1], expected[1], tolerance)
+    close(gradients[0]["w"].values, js.compress(expected[0], masks, plan)["w"].values, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -313,16 +318,9 @@ def test_outputs_and_gradients_equal_those_of_the_masked_weights(name):
 )
 def test_eager_calls_agree_and_trace_once_a_shape(name):
     packed, masked, _, _ = prepared(name)
-    traces = []
-
-    def counted(params, x):
-        traces.append(x.shape)
-        return call(name)(params, x)
-
-    sparse = js.sparsify(counted)
+    sparse = js.sparsify(chex.assert_max_traces(n=1)(call(name)))
     for _ in range(3):
         close(sparse(packed, X), call(name)(masked, X))
-    assert traces == [X.shape]
     doubled = js.sparsify(call(name))(packed, 2 * X)
     close(doubled, call(name)(masked, 2 * X))
 
@@ -351,11 +349,11 @@ def test_inside_a_scan_and_remat():
     def run(fn, params):
         return lax.scan(jax.checkpoint(lambda x, _: (fn(params, x), None)), X, length=3)[0].sum()
 
-    found = jax.jit(
+    results = jax.jit(
         jax.value_and_grad(functools.partial(run, js.sparsify(call("remat"))), allow_int=True)
     )(packed)
     expected = jax.value_and_grad(functools.partial(run, call("remat")))(masked)
-    close(found[0], expected[0])
+    close(results[0], expected[0])
     assert products(functools.partial(run, js.sparsify(call("remat"))), packed) == 1
 
 

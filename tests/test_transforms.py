@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,8 +51,8 @@ def test_scale_multiplies_the_gradient_of_non_participating_weights():
 
 def test_sr_ste_worked_values():
     tx = js.add_decayed_nonparticipating(2e-4)
-    found = tx.update(jnp.full(4, 10.0), tx.init(W), W, masks=MASK)[0]
-    np.testing.assert_allclose(found, [10.0002, 10.0004, 10, 10], rtol=1e-7)
+    updates = tx.update(jnp.full(4, 10.0), tx.init(W), W, masks=MASK)[0]
+    np.testing.assert_allclose(updates, [10.0002, 10.0004, 10, 10], rtol=1e-7)
 
 
 def test_decay_shrinks_the_updated_weight():
@@ -210,11 +211,10 @@ def layout(tree):
 def test_masks_are_found_and_the_state_is_stable(name, optimizer, dtype):
     tx, params = WRAPPED[name](OPTIMIZERS[optimizer]()), make_params(dtype)
     kept = KEPT.get(name, {"a/w": 2, "c/w": 2})
-    traces = []
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def step(params, state, grads):
-        traces.append(1)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -223,7 +223,6 @@ def test_masks_are_found_and_the_state_is_stable(name, optimizer, dtype):
     for t in range(4):
         params, state = step(params, state, make_grads(params, t))
         assert layout((params, state)) == expected
-    assert len(traces) == 1
     masks = js.masks(state)
     for path, n in kept.items():
         outer, inner = path.split("/")

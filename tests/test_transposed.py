@@ -88,8 +88,8 @@ def test_what_is_planned_transposable_is_packed_so(model, x, pattern, transposab
     leaves = jax.tree.leaves(
         jax.eval_shape(compressed), is_leaf=lambda leaf: isinstance(leaf, js.Sparse24)
     )
-    found = {leaf.transposable for leaf in leaves if isinstance(leaf, js.Sparse24)}
-    assert found == {transposable}
+    flags = {leaf.transposable for leaf in leaves if isinstance(leaf, js.Sparse24)}
+    assert flags == {transposable}
 
 
 @pytest.mark.parametrize(
@@ -249,16 +249,16 @@ def test_gradients_under_vmap_and_scan():
             for leaf, axis in zip((x, jnp.asarray(dense)), axes, strict=True)
         ]
         one = w if axes[1] == 0 else jax.tree.map(lambda leaf: leaf[0], w)
-        found = jax.vmap(jax.grad(functools.partial(loss, js.sparse_matmul)), axes)(
+        gradients = jax.vmap(jax.grad(functools.partial(loss, js.sparse_matmul)), axes)(
             arguments[0], one
         )
-        close(found, jax.vmap(jax.grad(functools.partial(loss, jnp.dot)), axes)(*arguments))
+        close(gradients, jax.vmap(jax.grad(functools.partial(loss, jnp.dot)), axes)(*arguments))
 
     def chained(product, x, ws):
         return jnp.sin(jax.lax.scan(lambda x, w: (jnp.tanh(product(x, w)), None), x, ws)[0]).sum()
 
-    found = jax.jit(jax.grad(functools.partial(chained, js.sparse_matmul)))(x[0], w)
-    close(found, jax.grad(functools.partial(chained, jnp.dot))(x[0], jnp.asarray(dense)))
+    gradients = jax.jit(jax.grad(functools.partial(chained, js.sparse_matmul)))(x[0], w)
+    close(gradients, jax.grad(functools.partial(chained, jnp.dot))(x[0], jnp.asarray(dense)))
 
 
 def test_an_adapter_trains_below_frozen_compressed_weights():
@@ -272,8 +272,8 @@ def test_an_adapter_trains_below_frozen_compressed_weights():
             return jnp.sin(model.apply(params, x + x @ adapter)).sum()
 
     adapter = normal(16, 16) / 8
-    found = jax.jit(jax.grad(loss))(adapter, js.compress(params, masks, plan))
-    close(found, jax.jit(jax.grad(loss))(adapter, js.effective_params(params, masks)))
+    gradient = jax.jit(jax.grad(loss))(adapter, js.compress(params, masks, plan))
+    close(gradient, jax.jit(jax.grad(loss))(adapter, js.effective_params(params, masks)))
 
 
 def test_the_turned_product_has_second_derivatives_and_gradients_of_values():
@@ -291,8 +291,8 @@ def test_the_turned_product_has_second_derivatives_and_gradients_of_values():
         jax.grad(functools.partial(along, jnp.dot, jnp.asarray(dense)))(x),
     )
     expected = jax.grad(lambda dense: along(jnp.dot, dense, x))(jnp.asarray(dense))
-    found = js.decompress(dataclasses.replace(w, values=jax.grad(of_values)(w.values)))
-    close(found, jnp.where(dense != 0, expected, 0))
+    gradient = js.decompress(dataclasses.replace(w, values=jax.grad(of_values)(w.values)))
+    close(gradient, jnp.where(dense != 0, expected, 0))
 
 
 def by_expanding(x, values, metadata, *bias):
@@ -301,6 +301,7 @@ def by_expanding(x, values, metadata, *bias):
     return y + bias[0][None].astype(y.dtype) if bias else y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["canonical", "mma16"])
 @pytest.mark.parametrize("stack", [(), (2, 3)])
 def test_kernels_are_given_each_weight_of_a_stack_the_right_way_around(stack, layout):

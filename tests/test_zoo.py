@@ -166,10 +166,10 @@ def as_hand_written(plan):
 def test_just_the_weights_that_a_product_sums_over_are_planned_and_along_the_axis_it_sums_over(
     name,
 ):
-    found = plan(name)
-    assert as_hand_written(found) == hand_written(name), str(found)
-    assert [leaf.path for leaf in found.leaves] == list(by_path(built(name).params))
-    assert all(leaf.reason for leaf in found.leaves if not leaf.pattern)
+    planned = plan(name)
+    assert as_hand_written(planned) == hand_written(name), str(planned)
+    assert [leaf.path for leaf in planned.leaves] == list(by_path(built(name).params))
+    assert all(leaf.reason for leaf in planned.leaves if not leaf.pattern)
 
 
 @pytest.mark.parametrize("name", LINEN)
@@ -182,9 +182,9 @@ def test_a_plan_of_the_module_says_the_same(name):
 
 def test_a_weight_to_which_another_is_added_stays_dense_unless_its_rule_names_the_axis():
     fn, params, args, *_ = built("dictionary, merged LoRA")
-    found = {leaf.path: leaf for leaf in js.plan(params, {"*/w": "2:4"}, fn, *args).leaves}
-    assert [found[path].pattern for path in WEIGHTS] == [None] * len(WEIGHTS)
-    assert found["head/w"].pattern is not None
+    leaves = {leaf.path: leaf for leaf in js.plan(params, {"*/w": "2:4"}, fn, *args).leaves}
+    assert [leaves[path].pattern for path in WEIGHTS] == [None] * len(WEIGHTS)
+    assert leaves["head/w"].pattern is not None
 
 
 def test_a_mesh_constrains_the_sharding_of_boxed_parameters():
@@ -209,15 +209,15 @@ def test_masks_keep_the_largest_two_of_every_four_along_that_axis(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_masked_forward_is_that_of_weights_masked_by_hand(name):
     _, params, args, *_ = built(name)
-    _, found = dense_model(name)(js.effective_params(params, masks_by_hand(name)), *args)
-    np.testing.assert_array_equal(found, expected(name)[1])
-    assert not np.allclose(found, dense_model(name)(params, *args)[1], rtol=1e-3, atol=1e-3)
+    _, output = dense_model(name)(js.effective_params(params, masks_by_hand(name)), *args)
+    np.testing.assert_array_equal(output, expected(name)[1])
+    assert not np.allclose(output, dense_model(name)(params, *args)[1], rtol=1e-3, atol=1e-3)
 
 
 def test_the_ways_to_run_experts_agree():
     outputs = [expected(name)[1] for name in moe.MODELS]
-    for found in outputs[1:]:
-        np.testing.assert_allclose(found, outputs[0], rtol=1e-5, atol=1e-5)
+    for output in outputs[1:]:
+        np.testing.assert_allclose(output, outputs[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -229,8 +229,8 @@ def test_the_masked_forward_under_intercept_is_that_of_weights_masked_by_hand(na
         with js.flax.intercept(masks):
             return fn(params, *args)
 
-    found = compiled(intercepted)(params, masks_by_hand(name), *args)
-    np.testing.assert_allclose(found, expected(name)[1], rtol=1e-6, atol=1e-6)
+    output = compiled(intercepted)(params, masks_by_hand(name), *args)
+    np.testing.assert_allclose(output, expected(name)[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -239,9 +239,9 @@ def test_the_compressed_forward_is_the_masked_one(name):
     assert {path for path, leaf in by_path(packed(name)).items() if is_packed(leaf)} == set(
         MODELS[name].planned
     )
-    _, found = compressed(name)
-    assert found.dtype == expected(name)[1].dtype
-    np.testing.assert_allclose(found, expected(name)[1], rtol=1e-5, atol=1e-5)
+    _, output = compressed(name)
+    assert output.dtype == expected(name)[1].dtype
+    np.testing.assert_allclose(output, expected(name)[1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_compressed_forward_outside_of_jit_is_the_masked_one():
@@ -280,12 +280,14 @@ def test_every_product_runs_compressed_that_can_and_the_report_says_why_others_d
     ), str(report)
 
 
-def assert_close(found, expected):
-    assert found.keys() == expected.keys()
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
     # some, such as those of a key's bias, are 0 up to rounding
     largest = max((np.abs(value).max() for value in expected.values()), default=0)
     for path, value in expected.items():
-        np.testing.assert_allclose(found[path], value, rtol=1e-3, atol=1e-5 * largest, err_msg=path)
+        np.testing.assert_allclose(
+            actual[path], value, rtol=1e-3, atol=1e-5 * largest, err_msg=path
+        )
 
 
 def values_of(tree):
@@ -297,9 +299,9 @@ def values_of(tree):
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_gradients_of_compressed_weights_and_of_inputs_are_the_dense_ones(name):
     (of_params, *of_inputs), _ = expected(name)
-    (found, *found_of_inputs), _ = compressed(name)
+    (of_packed, *of_packed_inputs), _ = compressed(name)
     assert_close(
-        values_of(found), values_of(js.compress(of_params, masks_by_hand(name), plan(name)))
+        values_of(of_packed), values_of(js.compress(of_params, masks_by_hand(name), plan(name)))
     )
-    assert_close(by_path(found_of_inputs), by_path(of_inputs))
-    assert all(np.abs(values_of(found)[path]).max() > 0 for path in MODELS[name].planned)
+    assert_close(by_path(of_packed_inputs), by_path(of_inputs))
+    assert all(np.abs(values_of(of_packed)[path]).max() > 0 for path in MODELS[name].planned)

@@ -21,9 +21,9 @@ from benchmarks.quality import findings, pool, store
 from benchmarks.quality.runs import CPU, GPU, RECIPES, TUNING_SEED, matrix, tiny, tuning
 
 
-def missing(wanted, found):
+def missing(wanted, finished):
     """The jobs (cell, seeds) that are wanted, (cell, seeds), and not finished."""
-    jobs, known = [], set(found)
+    jobs, known = [], set(finished)
     for cell, seeds in wanted:
         left = [seed for seed in seeds if (cell, seed) not in known]
         known |= {(cell, seed) for seed in left}
@@ -70,27 +70,27 @@ def main(argv=None):
     scale = tiny(scale) if args.smoke else scale
     folder = args.out or (pathlib.Path(tempfile.mkdtemp()) if args.smoke else store.folder(scale))
 
-    keep, found = store.Store(folder), store.read(folder)
+    keep, records = store.Store(folder), store.read(folder)
     with tqdm.tqdm(unit="step", unit_scale=True, mininterval=1, smoothing=0.05) as bar:
 
         def run(stage, wanted):
-            jobs = missing(wanted, found)
+            jobs = missing(wanted, records)
             bar.set_description(stage)
             bar.total = (bar.total or 0) + sum(cell.steps * len(seeds) for cell, seeds in jobs)
             for cell, seed, record in pool.run(jobs, scale, args.workers, deadline, bar.update):
                 keep.add(cell, seed, record)
-                found[cell, seed] = record
+                records[cell, seed] = record
                 bar.set_postfix_str(
                     f"{cell.pattern} {cell.recipe}: {record['bits']:.3f} bits", refresh=False
                 )
 
         for stage, part in (("learning rates", 0), ("settings", 1)):
-            cells = store.cells(scale, found)
+            cells = store.cells(scale, records)
             run(
                 stage,
                 [(cell, [TUNING_SEED]) for grid in tuning(cells)[part].values() for cell in grid],
             )
-        wanted = matrix(store.cells(scale, found))
+        wanted = matrix(store.cells(scale, records))
         run("tables", [(cell, scale.seeds) for _, cell in (some(wanted) if args.smoke else wanted)])
     findings.report(scale, folder)
 

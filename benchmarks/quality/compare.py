@@ -47,19 +47,19 @@ class Runs:
     `runs(cell)` is the metric of its task for each seed, in seed order.
     """
 
-    def __init__(self, found, scale):
-        self.found, self.scale = found, scale
+    def __init__(self, by_run, scale):
+        self.by_run, self.scale = by_run, scale
 
     def __call__(self, cell):
         key, factor, _ = UNITS[cell.task]
         return {
-            seed: factor * self.found[cell, seed][key]
+            seed: factor * self.by_run[cell, seed][key]
             for seed in self.scale.seeds
-            if (cell, seed) in self.found
+            if (cell, seed) in self.by_run
         }
 
     def records(self, cell):
-        return [self.found[cell, seed] for seed in self.scale.seeds if (cell, seed) in self.found]
+        return [self.by_run[cell, seed] for seed in self.scale.seeds if (cell, seed) in self.by_run]
 
     def mean(self, cell):
         """Mean and standard deviation over seeds; NaN without runs."""
@@ -72,7 +72,9 @@ class Runs:
         return difference([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()])
 
     def tuning(self, cell):
-        return self.found[cell, TUNING_SEED]["bits"] if (cell, TUNING_SEED) in self.found else None
+        return (
+            self.by_run[cell, TUNING_SEED]["bits"] if (cell, TUNING_SEED) in self.by_run else None
+        )
 
 
 def difference(differences):
@@ -96,8 +98,8 @@ def significant(difference, level=0.05):
     return difference is not None and difference.p < level
 
 
-def untested(found):
-    return found is None or math.isnan(found.p)
+def untested(difference):
+    return difference is None or math.isnan(difference.p)
 
 
 def verdict(holds, points=False):
@@ -124,5 +126,5 @@ def above_zero(*expected):
     return verdict(points and all(map(significant, expected)), points)
 
 
-def text(found):
-    return "not run" if found is None else str(found)
+def text(difference):
+    return "not run" if difference is None else str(difference)

@@ -15,18 +15,18 @@ def plot(title, width=6.0, panels=1):
     return figure, axes
 
 
-def bars(ax, found, unit):
+def bars(ax, differences, unit):
     """Horizontal bars of differences `{name: Difference}` with their standard deviations."""
-    found = {name: one for name, one in found.items() if one is not None}
-    places = np.arange(len(found))
+    differences = {name: one for name, one in differences.items() if one is not None}
+    places = np.arange(len(differences))
     ax.barh(
         places,
-        [one.mean for one in found.values()],
-        xerr=[np.nan_to_num(one.spread) for one in found.values()],
+        [one.mean for one in differences.values()],
+        xerr=[np.nan_to_num(one.spread) for one in differences.values()],
         height=0.6,
         capsize=2,
     )
-    ax.set_yticks(places, list(found), fontsize=8)
+    ax.set_yticks(places, list(differences), fontsize=8)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.invert_yaxis()
     ax.set_xlabel(unit, fontsize=8)

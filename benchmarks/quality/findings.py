@@ -101,15 +101,15 @@ class Finding(NamedTuple):
 def row(runs, cell, reference=None, name=None):
     """A row of a table with columns `HEADER`; blank where runs are missing."""
     mean, spread = runs.mean(cell)
-    found = runs.difference(cell, reference) if reference and reference != cell else None
+    difference = runs.difference(cell, reference) if reference and reference != cell else None
     against = (
         (
             f"{reference.pattern} {reference.recipe}",
-            known(found.mean),
-            known(found.spread),
-            known(found.p),
+            known(difference.mean),
+            known(difference.spread),
+            known(difference.p),
         )
-        if found
+        if difference
         else (None,) * 4
     )
     return (
@@ -136,10 +136,10 @@ def gap(cells, runs):
         for ax, axis, sizes in zip(
             axes, ("steps", "width"), (longer(cells), wider(cells)), strict=True
         ):
-            found, gaps = {}, []
+            by_size, gaps = {}, []
             for size, changes in sizes.items():
                 cell, dense = resets(cells, pattern, **changes), resets(cells, "dense", **changes)
-                found[size] = runs.difference(cell, dense)
+                by_size[size] = runs.difference(cell, dense)
                 ours, theirs = runs(cell), runs(dense)
                 gaps.append(
                     {seed: ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()}
@@ -149,13 +149,13 @@ def gap(cells, runs):
                     for one in (dense, cell)
                 ]
             now[pattern] = runs.difference(cells(pattern, "RESET"), cells("dense", "dense"))
-            line(ax, found, found.values(), pattern)
+            line(ax, by_size, by_size.values(), pattern)
             ax.set(xlabel=axis, xscale="log")
-            ax.set_xticks(list(found), list(map(str, found)))
+            ax.set_xticks(list(by_size), list(map(str, by_size)))
             ax.minorticks_off()
             first, *_, last = gaps
             change = difference([last[seed] - first[seed] for seed in first.keys() & last.keys()])
-            seen = {size: f"{one.mean:+.3f}" for size, one in found.items() if one}
+            seen = {size: f"{one.mean:+.3f}" for size, one in by_size.items() if one}
             if len(seen) > 1:
                 trend = f" (first to last {p_text(change.p)})" if change else ""
                 lines.append(
@@ -239,17 +239,17 @@ def decaying(cells, runs):
             for recipe in RECIPES
             if runs(cells(pattern, recipe))
         ]
-        found = [
+        differences = [
             runs.difference(one, cells(pattern, lead)) for one in (reference, cells(pattern, start))
         ]
         seen = [
             f"{said}{one}"
-            for said, one in zip(("", "with its dense start "), found, strict=True)
+            for said, one in zip(("", "with its dense start "), differences, strict=True)
             if one
         ]
         lines += [f"{pattern} {', '.join(seen)}"] if seen else []
         if pattern in ("1:16", "1:32"):
-            expected += found
+            expected += differences
     figure, (ax,) = plot("Recipes by sparsity: bits per character above dense", 7)
     dense = cells("dense", "dense")
     for recipe in ("SR-STE", start, "RESET", lead):
@@ -276,14 +276,16 @@ def exploration(cells, runs):
     """Whether no exploitation, a fixed mask and no exploration are worse than rewiring."""
     reference = cells(TUNED_AT, "RESET")
     rows = [row(runs, cells(TUNED_AT, recipe), reference) for recipe in ("RESET", *ABLATIONS)]
-    found = {recipe: runs.difference(cells(TUNED_AT, recipe), reference) for recipe in ABLATIONS}
+    differences = {
+        recipe: runs.difference(cells(TUNED_AT, recipe), reference) for recipe in ABLATIONS
+    }
     figure, (ax,) = plot(
         f"Without exploitation or exploration at {TUNED_AT}: bits per character above RESET"
     )
-    bars(ax, found, "bits above RESET")
-    seen = [f"{recipe} {one}" for recipe, one in found.items() if one]
+    bars(ax, differences, "bits above RESET")
+    seen = [f"{recipe} {one}" for recipe, one in differences.items() if one]
     said = f"Above rewiring with RESET at {TUNED_AT}, in bits: {', '.join(seen) or 'not run'}."
-    return Finding("exploration", said, HEADER, rows, figure, above_zero(*found.values()))
+    return Finding("exploration", said, HEADER, rows, figure, above_zero(*differences.values()))
 
 
 def sweeps(cells, runs):
@@ -324,7 +326,7 @@ def sweeps(cells, runs):
 
 def structures(cells, runs):
     """Whether blocks are worse than N:M at equal density."""
-    rows, lines, found = [], [], {}
+    rows, lines, by_pattern = [], [], {}
     for pattern in DENSITIES:
         reference = cells(pattern, "RESET")
         others = at_density(cells, pattern)
@@ -333,14 +335,18 @@ def structures(cells, runs):
         if pattern == "2:4":
             others["transposable 2:4"] = cells("transposable 2:4", "RESET")
         rows += [row(runs, cell, reference) for cell in (reference, *others.values())]
-        found[pattern] = {name: runs.difference(cell, reference) for name, cell in others.items()}
+        by_pattern[pattern] = {
+            name: runs.difference(cell, reference) for name, cell in others.items()
+        }
         lines += (
-            [f"{found[pattern]['block 4x4']} at {pattern}"] if found[pattern]["block 4x4"] else []
+            [f"{by_pattern[pattern]['block 4x4']} at {pattern}"]
+            if by_pattern[pattern]["block 4x4"]
+            else []
         )
     figure, axes = plot(
-        "Other structures at the density of N:M: bits per character above it", 12, len(found)
+        "Other structures at the density of N:M: bits per character above it", 12, len(by_pattern)
     )
-    for ax, (pattern, differences) in zip(axes, found.items(), strict=True):
+    for ax, (pattern, differences) in zip(axes, by_pattern.items(), strict=True):
         bars(ax, differences, f"bits above {pattern}")
     costs = ", ".join(lines) or "not run"
     said = f"Blocks of 4x4 cost against N:M of equal density, in bits: {costs}."
@@ -354,7 +360,7 @@ def structures(cells, runs):
         HEADER,
         rows,
         figure,
-        above_zero(*(one["block 4x4"] for one in found.values())),
+        above_zero(*(one["block 4x4"] for one in by_pattern.values())),
     )
 
 
@@ -374,17 +380,17 @@ def decorrelation(cells, runs):
         magnitudes, deltas = (
             np.array([record[path][half] for record in records]) for half in (0, 1)
         )
-        found = [
+        by_seed = [
             stats.spearmanr(*pair, nan_policy="omit").statistic
             for pair in zip(magnitudes, deltas, strict=True)
         ]
-        correlations.append(found)
+        correlations.append(by_seed)
         label = path.replace("/kernel", "")
         rows.append(
             (
                 label,
-                np.mean(found),
-                np.std(found),
+                np.mean(by_seed),
+                np.std(by_seed),
                 np.nanmean(deltas[:, 0]),
                 np.nanmean(deltas[:, -1]),
             )
@@ -409,15 +415,15 @@ def decorrelation(cells, runs):
             verdict(None),
         )
     ax.legend(fontsize=8)
-    found = difference(np.mean(correlations, 0))
+    correlation = difference(np.mean(correlations, 0))
     ends = [np.mean([r[i] for r in rows]) for i in (3, 4)]
     said = (
         f"Delta is {ends[0]:.2f} of training for the tenth of weights that end smallest and "
-        f"{ends[1]:.2f} for the largest; the rank correlation of the tenths' medians is {found} "
-        f"over {found.seeds} seeds, by kernel {min(r[1] for r in rows):+.2f} to "
-        f"{max(r[1] for r in rows):+.2f}."
+        f"{ends[1]:.2f} for the largest; the rank correlation of the tenths' medians is "
+        f"{correlation} over {correlation.seeds} seeds, by kernel "
+        f"{min(r[1] for r in rows):+.2f} to {max(r[1] for r in rows):+.2f}."
     )
-    return Finding("decorrelation", said, header, rows, figure, above_zero(found))
+    return Finding("decorrelation", said, header, rows, figure, above_zero(correlation))
 
 
 def variances(cells, runs):
@@ -452,14 +458,14 @@ def variances(cells, runs):
             tenth = max(1, series.shape[-1] // 10)
             change = series[..., -tenth:].mean(-1) - series[..., tenth : 2 * tenth].mean(-1)
             changes[recipe, kind] = change.mean(1)
-            found = difference(changes[recipe, kind])
+            effect = difference(changes[recipe, kind])
             rows.append(
                 (
                     recipe,
                     kind,
-                    found.mean,
-                    found.spread,
-                    found.p,
+                    effect.mean,
+                    effect.spread,
+                    effect.p,
                     f"{(change.mean(0) < 0).sum()} of {change.shape[1]}",
                 )
             )
@@ -571,8 +577,8 @@ def overview(cells, runs):
     dense = cells("dense", "dense")
 
     def entry(cell):
-        found = runs.difference(cell, dense)
-        return f"{found.mean:+.3f} ± {found.spread:.3f}" if found else ""
+        difference = runs.difference(cell, dense)
+        return f"{difference.mean:+.3f} ± {difference.spread:.3f}" if difference else ""
 
     rows = [
         (recipe, *(entry(cells(pattern, recipe)) for pattern in DENSITIES))
@@ -594,8 +600,8 @@ def overview(cells, runs):
 
 def report(scale, folder):
     """Writes the tables and plots of the runs in a folder, and prints them."""
-    where, found = store.where(folder), store.read(folder)
-    cells, runs = store.cells(scale, found), Runs(found, scale)
+    where, records = store.where(folder), store.read(folder)
+    cells, runs = store.cells(scale, records), Runs(records, scale)
     header, rows = tuning_table(cells, runs)
     save(folder, "tuning", where, header=header, rows=rows)
     summary = []
@@ -616,14 +622,14 @@ def report(scale, folder):
         )
         one.figure.savefig(folder / f"{one.name}.png", dpi=120)
         print(f"\n{one.name}: {whole}\n{tabulate.tabulate(one.rows, one.header, floatfmt='.3g')}")
-    hours = sum(record["seconds"] for record in found.values()) / 3600
+    hours = sum(record["seconds"] for record in records.values()) / 3600
     header, rows = overview(cells, runs)
     mean, spread = runs.mean(cells("dense", "dense"))
     save(
         folder,
         "findings",
         where,
-        runs=len(found),
+        runs=len(records),
         core_hours=hours,
         dense=(mean, spread),
         header=header,

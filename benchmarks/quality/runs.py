@@ -291,12 +291,12 @@ def tuning(cells):
     return rates, settings
 
 
-def tuned(scale, found, start):
+def tuned(scale, records, start):
     """The rate of each task and the setting of each recipe that did best on the tuning seed.
 
     Args:
       scale: the sizes.
-      found: maps (cell, seed) to the record of the run.
+      records: maps (cell, seed) to the record of the run.
       start: settings for what has not been tuned, instead of the middle of the grids.
     """
     grids = (
@@ -307,7 +307,9 @@ def tuned(scale, found, start):
     for part, grid in enumerate(grids):  # the settings need the rates
         for name, tried in tuning(Cells(scale, settings))[part].items():
             bits = [
-                found[cell, TUNING_SEED]["bits"] for cell in tried if (cell, TUNING_SEED) in found
+                records[cell, TUNING_SEED]["bits"]
+                for cell in tried
+                if (cell, TUNING_SEED) in records
             ]
             if tried and len(bits) == len(tried):
                 settings[name] = grid[name][bits.index(min(bits))]

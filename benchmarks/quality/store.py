@@ -19,7 +19,7 @@ def read(folder):
     """Maps (cell, seed) to the record of the run; empty if there is no file."""
     path = folder / "runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    found = {}
+    records = {}
     for line in lines[1:]:
         record = json.loads(line)
         options = tuple(sorted(record["options"].items()))
@@ -31,8 +31,8 @@ def read(folder):
             },
             options=options,
         )
-        found[cell, record["seed"]] = record
-    return found
+        records[cell, record["seed"]] = record
+    return records
 
 
 def where(folder):
@@ -41,13 +41,13 @@ def where(folder):
     return json.loads(path.read_text().splitlines()[0]) if path.exists() else None
 
 
-def cells(scale, found):
+def cells(scale, records):
     """The cells of a scale with its tuning results; on a GPU, settings are those from the CPU."""
     return Cells(
         scale,
         tuned(
             scale,
-            found,
+            records,
             tuned(CPU, read(FOLDER) if scale == GPU else {}, {}) if scale.together else {},
         ),
     )

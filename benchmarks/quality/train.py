@@ -31,11 +31,11 @@ def train(cell, seeds, scale, progress=lambda steps: None):
       progress: called with the number of new steps, over all seeds.
     """
     if scale.together:
-        found = trainer(cell, scale, jax.vmap)(
+        trained = trainer(cell, scale, jax.vmap)(
             jnp.asarray(seeds), lambda steps: progress(steps * len(seeds))
         )
         yield from (
-            (seed, record(*jax.tree.map(lambda x, i=i: x[i], found)))
+            (seed, record(*jax.tree.map(lambda x, i=i: x[i], trained)))
             for i, seed in enumerate(seeds)
         )
     else:
