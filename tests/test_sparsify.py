@@ -126,6 +126,16 @@ FUNCTIONS = {
     "outputs split": ((8, 12), lambda w, x: sum(x @ part for part in jnp.split(w, 3, 1)), 3),
     "a part of the sum": ((8, 12), lambda w, x: x[:, :4] @ w[:4], 0),
     "one of two": ((2, 8, 12), of_two, 2),
+    "each of three": (
+        (3, 8, 8),
+        lambda w, x: functools.reduce(lambda x, w: jnp.tanh(x @ w), w, x),
+        3,
+    ),
+    "each of three along another axis": (
+        (8, 3, 8),
+        lambda w, x: sum(x @ one for one in jnp.unstack(w, axis=1)),
+        3,
+    ),
     "a dynamic one": (
         (3, 8, 12),
         lambda w, x: x @ lax.dynamic_index_in_dim(w, (x[0, 0] > 9).astype(int), keepdims=False),

@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from jaxsparse._execution import weights
+from jaxsparse._execution import moves, weights
 from jaxsparse._execution.fusion import Product, activation_at, bias_of
 from jaxsparse._execution.report import Usage
 from jaxsparse._execution.weights import UnfitError, Weight
@@ -129,7 +129,7 @@ class Run:
                 return [self.convolution(eqn, operands)]
             if calls(eqn, values) is not None:
                 return self.call(eqn, operands)
-            return weights.move(eqn, operands, values, result_values)
+            return moves.move(eqn, operands, values, result_values)
         except UnfitError as unfit:
             return bind(
                 eqn, [self.dense(operand, _described(eqn), str(unfit)) for operand in operands]

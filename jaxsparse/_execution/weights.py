@@ -7,14 +7,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxsparse._packed.matmul import sparse_matmul
 from jaxsparse._packed.sparse24 import Sparse24, decompress
-from jaxsparse._program.flow import Atom, Origin, Value, constant_axes, input_value
-from jaxsparse._program.walk import bind
+from jaxsparse._program.flow import Atom, Origin, Value, input_value
 
-__all__ = ["Ready", "UnfitError", "Weight", "move", "operands", "ordered", "sliced", "split"]
+__all__ = [
+    "Ready",
+    "UnfitError",
+    "Weight",
+    "closed",
+    "cut_along",
+    "opened",
+    "operands",
+    "ordered",
+    "place_of",
+    "regrouped",
+    "sliced",
+    "split",
+]
 
 
 class UnfitError(Exception):
@@ -132,13 +143,13 @@ def split(values: Sequence) -> tuple[list, Callable]:
 # --- a compressed weight as arrays [*stack, *output, ...]
 
 
-def _open(leaf: Sparse24) -> list[jax.Array]:
+def opened(leaf: Sparse24) -> list[jax.Array]:
     """Values and canonical metadata, both `[*stack, *output, ...]`."""
     arrays = (leaf.values, leaf.with_layout("canonical").metadata)
     return [a.reshape(*a.shape[:-2], *leaf.output, a.shape[-1]) for a in arrays]
 
 
-def _close(
+def closed(
     leaf: Sparse24, arrays: Sequence[jax.Array], kinds: str, *, transposable: bool = False
 ) -> Sparse24:
     """Builds a weight from such arrays, whose leading axes are the stacks and outputs of `kinds`.
@@ -155,7 +166,7 @@ def _close(
     ).with_layout(leaf.layout)
 
 
-def _place(kinds: str, axis: int) -> int:
+def place_of(kinds: str, axis: int) -> int:
     """The position of an axis of the dense weight among its stacks and outputs."""
     kind = kinds[axis]
     return kinds[:axis].count(kind) + (kinds.count("S") if kind == "O" else 0)
@@ -169,20 +180,20 @@ def regrouped(leaf: Sparse24, kinds: str) -> Sparse24:
     axes = [i for i, kind in enumerate(kinds) if kind == "S"] + [
         i for i, kind in enumerate(kinds) if kind == "O"
     ]
-    order = [_place(before, axis) for axis in axes]
-    arrays = [a.transpose(*order, a.ndim - 1) for a in _open(leaf)]
+    order = [place_of(before, axis) for axis in axes]
+    arrays = [a.transpose(*order, a.ndim - 1) for a in opened(leaf)]
     innermost = before.rfind("O") == kinds.rfind("O")
-    return _close(leaf, arrays, kinds, transposable=leaf.transposable and innermost)
+    return closed(leaf, arrays, kinds, transposable=leaf.transposable and innermost)
 
 
-def _cut(leaf: Sparse24, axis: int, cut: Callable) -> Sparse24:
+def cut_along(leaf: Sparse24, axis: int, cut: Callable) -> Sparse24:
     """Cuts a weight along a stack or output axis, by `cut(array, place)` for each of its arrays."""
     if leaf.kinds[axis] == "K":
         raise UnfitError("cut along the axis that the product sums over")
-    place = _place(leaf.kinds, axis)
-    return _close(
+    place = place_of(leaf.kinds, axis)
+    return closed(
         leaf,
-        [cut(a, place) for a in _open(leaf)],
+        [cut(a, place) for a in opened(leaf)],
         leaf.kinds,
         transposable=leaf.transposable and leaf.kinds.rfind("O") != axis,
     )
@@ -206,7 +217,7 @@ def sliced(w: Weight) -> Weight:
         )
     kinds = w.leaf.kinds
     leaf = regrouped(w.leaf, kinds[:axis] + "S" + kinds[axis + 1 :])
-    place = _place(leaf.kinds, axis)
+    place = place_of(leaf.kinds, axis)
     values, metadata = (jnp.moveaxis(a, place, 0) for a in (leaf.values, leaf.metadata))
     kinds = leaf.kinds[:axis] + leaf.kinds[axis + 1 :]
     inside = tuple(
@@ -217,173 +228,7 @@ def sliced(w: Weight) -> Weight:
     return Weight(leaf, w.origin._replace(axes=inside), w.shape[1:], w.sources)
 
 
-# --- equations that move weights
-
-_VIEWS = {
-    "broadcast_in_dim",
-    "expand_dims",
-    "mesh_cast",
-    "reshape",
-    "reshard",
-    "sharding_constraint",
-    "squeeze",
-    "transpose",
-}
-_OF_VALUES = {"copy", "copy_p", "name", "reduce_precision", "stop_gradient"}
-
-
-def move(eqn: Any, operands: list, values: list[Value], result_values: list[Value]) -> list:
-    """The results of an equation that moves, cuts or scales weights.
-
-    Raises `UnfitError` if it does something else.
-    """
-    name, params = eqn.primitive.name, eqn.params
-    shapes = [var.aval.shape for var in eqn.outvars]
-    is_weight = [isinstance(operand, Weight) for operand in operands]
-    if any(0 in shape for shape in shapes):
-        raise UnfitError("empty")
-    if name == "optimization_barrier":
-        arrays, rebuild = split(operands)
-        return rebuild(lax.optimization_barrier(arrays))
-    if name in ("mul", "div") and sum(is_weight) == 1:
-        return [_scaled(name, is_weight.index(True), operands, values, result_values[0], shapes[0])]
-    if name == "concatenate" and all(is_weight):
-        return [_concatenated(operands, params["dimension"], shapes[0])]
-    if not is_weight[0] or not result_values[0].origins:
-        raise UnfitError(f"used by {name}")
-    w: Weight = operands[0]
-    if name in _VIEWS:
-        return [w.viewed(result_values[0].origins[0], shapes[0])]
-    if name in _OF_VALUES:
-        (values_,) = bind(eqn, [w.leaf.values])
-        return [dataclasses.replace(w, leaf=dataclasses.replace(w.leaf, values=values_))]
-    if name == "convert_element_type":
-        dtype = jnp.dtype(params["new_dtype"])
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise UnfitError(f"cast to {dtype}")
-        leaf = w.leaf if dtype.itemsize == w.dtype.itemsize else w.leaf.with_layout("canonical")
-        return [
-            dataclasses.replace(w, leaf=dataclasses.replace(leaf, values=leaf.values.astype(dtype)))
-        ]
-    if name == "slice":
-        starts, strides = params["start_indices"], params["strides"] or (1,) * len(w.shape)
-        cuts = list(zip(starts, params["limit_indices"], strides, strict=True))
-        return [
-            _parts(
-                w,
-                result_values[0],
-                shapes[0],
-                lambda a, place, axis: lax.slice_in_dim(a, *cuts[axis], axis=place),
-            )
-        ]
-    if name == "dynamic_slice":
-        starts, sizes = operands[1:], params["slice_sizes"]
-        return [
-            _parts(
-                w,
-                result_values[0],
-                shapes[0],
-                lambda a, place, axis: _dynamic_slice(a, starts[axis], sizes[axis], place),
-            )
-        ]
-    if name == "split":
-        ends = [sum(params["sizes"][: i + 1]) for i in range(len(shapes))]
-        return [
-            _parts(
-                w,
-                value,
-                shape,
-                lambda a, place, axis, end=end, shape=shape: lax.slice_in_dim(
-                    a, end - shape[axis], end, axis=place
-                ),
-            )
-            for value, shape, end in zip(result_values, shapes, ends, strict=True)
-        ]
-    raise UnfitError(f"used by {name}")
-
-
-def _dynamic_slice(a: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
-    """Slices an array along one axis; `start` is not negative, as the program ensures."""
-    starts = [start if i == axis else jnp.zeros_like(start) for i in range(a.ndim)]
-    sizes = [size if i == axis else n for i, n in enumerate(a.shape)]
-    return lax.dynamic_slice(a, starts, sizes, allow_negative_indices=False)
-
-
-def _parts(w: Weight, value: Value, shape: tuple[int, ...], cut: Callable) -> Weight:
-    """Cuts a weight by `cut(array, place, axis)` along the axes whose size changes."""
-    leaf = w.leaf
-    for axis, (before, after) in enumerate(zip(w.shape, shape, strict=True)):
-        if before == after:
-            continue
-        dense_axis = w.axis(axis)
-        if dense_axis is None:
-            raise UnfitError("cut along several of its axes at once")
-        leaf = _cut(leaf, dense_axis, lambda a, place, axis=axis: cut(a, place, axis))
-    return w.viewed(value.origins[0], shape, leaf)
-
-
-def _concatenated(parts: list[Weight], dimension: int, shape: tuple[int, ...]) -> Weight:
-    first = parts[0]
-    axis = first.axis(dimension)
-    kinds = [part.leaf.kinds for part in parts]
-    alike = all(
-        part.leaf.contracting == first.leaf.contracting and part.dtype == first.dtype
-        for part in parts
-    )
-    views = {
-        tuple(tuple(atom.axis for atom in atoms) for atoms in part.origin.axes) for part in parts
-    }
-    if (
-        axis is None
-        or len(set(kinds)) != 1
-        or kinds[0][axis] != "O"
-        or not alike
-        or len(views) != 1
-    ):
-        raise UnfitError("not concatenated along an output axis")
-    place = _place(kinds[0], axis)
-    arrays = [
-        jnp.concatenate(pair, place)
-        for pair in zip(*(_open(part.leaf) for part in parts), strict=True)
-    ]
-    leaf = _close(first.leaf, arrays, kinds[0])
-    axes = tuple(
-        (Atom(axis, 1, shape[dimension]),) if i == dimension else atoms
-        for i, atoms in enumerate(first.origin.axes)
-    )
-    return Weight(
-        leaf,
-        first.origin._replace(axes=axes),
-        shape,
-        tuple(source for part in parts for source in part.sources),
-    )
-
-
-def _scaled(
-    name: str, side: int, operands: list, values: list[Value], result_values: Value, shape: Any
-) -> Weight:
-    """The weight multiplied or divided by values that are constant along the contracted axes."""
-    w, other = operands[side], operands[1 - side]
-    if name == "div" and side == 1:
-        raise UnfitError("used as a divisor")
-    if w.shape != tuple(shape):
-        raise UnfitError("broadcast while it is scaled")
-    if jnp.ndim(other) == 0:
-        scale = other
-    else:
-        contracted = {place for place in range(len(shape)) if "K" in w.kinds(place)}
-        if not contracted <= constant_axes(values[1 - side], jnp.shape(other), shape):
-            raise UnfitError("scaled by values that vary along the axis that the product sums over")
-        if any(w.kinds(place) != {"K"} for place in contracted):
-            raise UnfitError("scaled while its contracted axes are merged with others")
-        kept = [place for place in range(len(shape)) if place not in contracted]
-        scale = jnp.broadcast_to(other, shape)[
-            tuple(0 if place in contracted else slice(None) for place in range(len(shape)))
-        ]
-        scale = ordered(scale, w.atoms(kept), w.leaf)
-    values_ = w.leaf.values
-    values_ = values_ * scale if name == "mul" else values_ / scale
-    return dataclasses.replace(w, leaf=dataclasses.replace(w.leaf, values=values_))
+# --- products
 
 
 def ordered(a: jax.Array, atoms: list[Atom], leaf: Sparse24) -> jax.Array:
@@ -393,7 +238,7 @@ def ordered(a: jax.Array, atoms: list[Atom], leaf: Sparse24) -> jax.Array:
     """
     kinds, shape = leaf.kinds, leaf.shape
     places = sorted(
-        range(len(atoms)), key=lambda i: (_place(kinds, atoms[i].axis), -atoms[i].stride)
+        range(len(atoms)), key=lambda i: (place_of(kinds, atoms[i].axis), -atoms[i].stride)
     )
     stacks = [n for kind, n in zip(kinds, shape, strict=True) if kind == "S"]
     return (
@@ -401,9 +246,6 @@ def ordered(a: jax.Array, atoms: list[Atom], leaf: Sparse24) -> jax.Array:
         .transpose(places)
         .reshape(*stacks, math.prod(leaf.output), 1)
     )
-
-
-# --- products
 
 
 class Ready(NamedTuple):

@@ -99,13 +99,16 @@ def input_value(source: int, shape: Sequence[int]) -> Value:
     return Value((Origin(source, tuple((Atom(axis, 1, n),) for axis, n in enumerate(shape))),))
 
 
-def sliced(value: Value) -> Value:
-    """What is known of a slice along the first axis, as a loop takes it."""
+def sliced(value: Value, axis: int = 0) -> Value:
+    """What is known of a slice along an axis, as a loop takes it along the first."""
     origins = tuple(
-        origin._replace(axes=origin.axes[1:], stack=origin.stack | origin.places(0))
+        origin._replace(
+            axes=origin.axes[:axis] + origin.axes[axis + 1 :],
+            stack=origin.stack | origin.places(axis),
+        )
         for origin in value.origins
     )
-    return Value(origins, _shifted(value.constant), _shifted(value.one_hot))
+    return Value(origins, *(_without(axis, axes) for axes in value[1:]))
 
 
 def stacked(value: Value, slices: Sequence[Value], length: int) -> Value:
@@ -122,8 +125,9 @@ def stacked(value: Value, slices: Sequence[Value], length: int) -> Value:
     return Value(tuple(map(stack, value.origins)))
 
 
-def _shifted(axes: frozenset[int]) -> frozenset[int]:
-    return frozenset(axis - 1 for axis in axes if axis)
+def _without(left_out: int, axes: frozenset[int]) -> frozenset[int]:
+    """The axes, counted without one of them."""
+    return frozenset(axis - (axis > left_out) for axis in axes if axis != left_out)
 
 
 _SAME_PLACES = {
@@ -146,22 +150,10 @@ _SAME_PLACES = {
 }
 _RESIZES = {"all_gather", "dynamic_slice", "pad", "slice", "split"}
 _UNARY = {
-    "abs",
-    "cbrt",
-    "cos",
-    "erf",
-    "exp",
-    "exp2",
-    "expm1",
-    "integer_pow",
-    "is_finite",
-    "log",
-    "log1p",
-    "logistic",
-    "neg",
-    "not",
+    *("abs", "cbrt", "ceil", "cos", "erf", "exp", "exp2", "expm1", "floor", "integer_pow"),
+    *("is_finite", "log", "log1p", "logistic", "neg", "not", "round", "rsqrt", "sign", "sin"),
+    *("sqrt", "square", "tan", "tanh"),
 }
-_UNARY |= {"round", "rsqrt", "sign", "sin", "sqrt", "square", "tan", "tanh", "floor", "ceil"}
 _N_ARY = {
     "add",
     "add_any",
@@ -208,6 +200,8 @@ def outputs(eqn: Any, values: Sequence[Value]) -> list[Value]:
         return [_reshaped(values[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)]
     if name in _RESIZES:
         return [_cut(eqn, values[0], out.aval.shape) for out in eqn.outvars]
+    if name == "unstack":
+        return [sliced(values[0], eqn.params["axis"])] * len(eqn.outvars)
     if name == "concatenate":
         return [_concatenated(eqn, values)]
     if name == "gather":
