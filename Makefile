@@ -1,4 +1,5 @@
 # make demo: train a small language model dense and 2:4 sparse, compress it, run it compressed.
+# make smollm: prune SmolLM2-135M 2:4 by three methods, and run it compressed (downloads 93 MB once).
 # make test: the tests and doctests.   make lint: format, lint, types.   make docs: the documentation, into docs/_build/html.
 # make notebooks: run them all and keep their outputs.
 # Each makes a virtual environment the first time. Tests and documentation have their own: the tests need the CUDA
@@ -12,11 +13,14 @@ PYTEST ?=
 TESTS := $(VENV)-test
 DOCS := $(VENV)-docs
 
-.PHONY: demo notebooks test lint docs environments clean
+.PHONY: demo smollm notebooks test lint docs environments clean
 
 # glibc would give the memory of every step back and take it again
 demo: $(VENV)/examples
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=536870912 $(VENV)/bin/python -m jaxsparse.examples.char_lm
+
+smollm: $(VENV)/llm
+	$(VENV)/bin/python -m jaxsparse.examples.smollm
 
 # of metadata only the kernel and the language stay, so that a run changes outputs alone
 notebooks: $(VENV)/notebooks
@@ -38,7 +42,7 @@ docs: $(DOCS)/docs
 
 environments: $(TESTS)/test $(DOCS)/docs
 
-$(VENV)/examples $(VENV)/notebooks $(TESTS)/test $(DOCS)/docs: pyproject.toml
+$(VENV)/examples $(VENV)/llm $(VENV)/notebooks $(TESTS)/test $(DOCS)/docs: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(@F)]' $(REQUIRE)
 	touch $@

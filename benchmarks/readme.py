@@ -49,6 +49,20 @@ def char_lm(result):
     )
 
 
+def smollm(result):
+    return (
+        "SmolLM2-135M, pruned in one shot along the input axis of all kernels of its blocks, in "
+        f"perplexity on Python's manual pages ({where(result)}, {result['seconds'] / 60:.0f} "
+        f"minutes and {result['gigabytes']:.1f} GB in all):\n\n"
+        + tabulate.tabulate(
+            result["rows"],
+            result["header"],
+            tablefmt="github",
+            floatfmt=("", ".2f", ".3f", ".1f", ".0f"),
+        )
+    )
+
+
 def demo_plan(result):
     return f"```text\n{result['plan']}\n```"
 
@@ -208,6 +222,7 @@ TABLES = {
     "plan": lambda: written("char_lm", plan),
     "demo_plan": lambda: written("char_lm", demo_plan),
     "char_lm": lambda: written("char_lm", char_lm),
+    "smollm": lambda: written("smollm", smollm),
     "train_step": lambda: written("train_step", train_step),
     "gpu": gpus,
     "gpu_summary": lambda: gpus(gpu_summary),

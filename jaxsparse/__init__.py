@@ -10,8 +10,10 @@ from jaxsparse._masks.nm import nm_mask
 from jaxsparse._masks.topk import topk_mask
 from jaxsparse._masks.transposable import transposable_nm_mask
 from jaxsparse._packed.compress import compress
+from jaxsparse._packed.files import load_safetensors, save_safetensors
 from jaxsparse._packed.matmul import sparse_matmul
 from jaxsparse._packed.sparse24 import Sparse24, decompress
+from jaxsparse._packed.verify import assert_sparse
 from jaxsparse._plan.budgets import layer_budget
 from jaxsparse._plan.masks import magnitude_masks, score_masks
 from jaxsparse._plan.pattern import Pattern
@@ -19,6 +21,7 @@ from jaxsparse._plan.patterns import NM, Block, TransposableNM, Unstructured
 from jaxsparse._plan.plan import Leaf, Plan
 from jaxsparse._plan.planning import plan
 from jaxsparse._plan.stages import geometric_stages, stepwise_stages
+from jaxsparse._pruning.prune import prune
 from jaxsparse._training.forward import effective_params, effective_weight
 from jaxsparse._training.pieces import (
     add_decayed_nonparticipating,
@@ -58,6 +61,7 @@ __all__ = [
     "Unstructured",
     "add_decayed_nonparticipating",
     "analysis",
+    "assert_sparse",
     "block_mask",
     "by_score",
     "compress",
@@ -73,16 +77,19 @@ __all__ = [
     "gradual_density",
     "layer_budget",
     "linear_decay",
+    "load_safetensors",
     "magnitude_masks",
     "masks",
     "nm_mask",
     "nnx",
     "plan",
+    "prune",
     "random_score",
     "recipes",
     "reset_nonparticipating",
     "rewire",
     "running_mean",
+    "save_safetensors",
     "scale_nonparticipating",
     "score_masks",
     "sparse_matmul",

@@ -22,11 +22,12 @@ ROOMS = {
         *["explore_exploit", "sr_ste", "mdgf", "sdgf", "gradual", "static"],
     ],
     "_kernels": ["__init__", "mosaic", "ampere", "decode", "hopper"],
-    "_packed": ["layouts", "sparse24", "compress", "partition", "matmul"],
+    "_packed": ["layouts", "sparse24", "compress", "partition", "matmul", "verify", "files"],
+    "_pruning": ["methods", "matrices", "calibration", "prune"],
     "_execution": ["weights", "moves", "fusion", "report", "run", "sparsify"],
     "_analysis": ["costs", "metrics", "trajectories", "recorder"],
 }
-FACES = ["recipes", "analysis", "flax", "nnx"]
+FACES = ["recipes", "analysis", "flax", "nnx", "inspect"]
 FILES = [f"{room}.{file}".lstrip(".") for room, files in ROOMS.items() for file in files] + FACES
 PUBLIC = [getattr(js, name) for name in dir(js)]
 PUBLIC += [getattr(js.analysis, name) for name in dir(js.analysis) if not name.startswith("_")]

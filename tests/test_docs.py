@@ -31,6 +31,7 @@ PAGES = (
     "getting_started.md",
     "nnx.md",
     "equinox.md",
+    "pruning.md",
     "extending/recipe.md",
     "extending/pattern.md",
 )

@@ -1,0 +1,1 @@
+"""One-shot pruning of trained weights on calibration data."""

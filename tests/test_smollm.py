@@ -1,0 +1,119 @@
+"""The example that prunes a language model, at a small size, and the reader of its file."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from jaxsparse.examples import smollm, smollm_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.promotes("the example is written as users write")]
+
+WIDTH, HEADS, KV_HEADS, HIDDEN, DEPTH = 32, 4, 2, 64, 2
+TOKENS = ["<pad>", *"abcd", "Ġ", "ab", "Ġa"]
+
+
+def test_the_example_prunes_runs_compressed_and_writes(tmp_path, capsys):
+    header, rows = smollm.main(["--tiny", "--plot", str(tmp_path / "smollm.png")])
+    names, perplexities, kept, megabytes, seconds = zip(*rows, strict=True)
+    assert names == ("dense", "magnitude", "wanda", "sparsegpt")
+    assert all(1 < value < 1000 for value in perplexities)
+    assert kept[0] == 1 > kept[1] > max(kept[2:])  # nothing keeps more than magnitude
+    assert megabytes[0] > megabytes[1] == megabytes[2] == megabytes[3]
+    assert seconds[0] is None and min(seconds[1:]) > 0
+    assert len(header) == len(rows[0])
+    assert (tmp_path / "smollm.png").read_bytes().startswith(b"\x89PNG")
+    assert "From compressed weights it writes:\n\nThe for statement" in capsys.readouterr().out
+
+
+def tensors():
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
+    for i in range(DEPTH):
+        narrow = KV_HEADS * WIDTH // HEADS
+        shapes |= {
+            f"blk.{i}.{name}": shape
+            for name, shape in {
+                "attn_norm": (WIDTH,),
+                "attn_q": (WIDTH, WIDTH),
+                "attn_k": (narrow, WIDTH),
+                "attn_v": (narrow, WIDTH),
+                "attn_output": (WIDTH, WIDTH),
+                "ffn_norm": (WIDTH,),
+                "ffn_gate": (HIDDEN, WIDTH),
+                "ffn_up": (HIDDEN, WIDTH),
+                "ffn_down": (WIDTH, HIDDEN),
+            }.items()
+        }
+    return {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+
+
+def write(path, weights):
+    writer = GGUFWriter(path, "llama")
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(DEPTH)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_rope_freq_base(100.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_token_list(TOKENS)
+    writer.add_token_merges(["a b", "Ġ a"])
+    for name, array in weights.items():
+        writer.add_tensor(f"{name}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama(weights, tokens):
+    """A Llama in NumPy, token by token and head by head."""
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean() + 1e-5) * weights[name]
+
+    def turned(x, position):
+        half = len(x) // 2
+        out = np.empty_like(x)
+        for i in range(half):
+            angle = position * 100.0 ** (-i / half)
+            a, b = x[2 * i], x[2 * i + 1]
+            out[2 * i] = a * np.cos(angle) - b * np.sin(angle)
+            out[2 * i + 1] = a * np.sin(angle) + b * np.cos(angle)
+        return out
+
+    dim, states = WIDTH // HEADS, [weights["token_embd"][token] for token in tokens]
+    for layer in range(DEPTH):
+        w = {name.removeprefix(f"blk.{layer}."): array for name, array in weights.items()}
+        keys, values, after = [], [], []
+        for position, x in enumerate(states):
+            h = norm(x, f"blk.{layer}.attn_norm")
+            q, k, v = (w[name] @ h for name in ("attn_q", "attn_k", "attn_v"))
+            keys.append([turned(one, position) for one in k.reshape(KV_HEADS, dim)])
+            values.append(v.reshape(KV_HEADS, dim))
+            mixed = []
+            for head, query in enumerate(q.reshape(HEADS, dim)):
+                shared = head // (HEADS // KV_HEADS)
+                query = turned(query, position)
+                scores = np.array([key[shared] @ query for key in keys]) / np.sqrt(dim)
+                parts = np.exp(scores - scores.max())
+                mixed.append(parts @ np.array([v[shared] for v in values]) / parts.sum())
+            x = x + w["attn_output"] @ np.concatenate(mixed)
+            h = norm(x, f"blk.{layer}.ffn_norm")
+            gate = w["ffn_gate"] @ h
+            after.append(x + w["ffn_down"] @ (gate / (1 + np.exp(-gate)) * (w["ffn_up"] @ h)))
+        states = after
+    return np.array([weights["token_embd"] @ norm(x, "output_norm") for x in states])
+
+
+def test_a_file_is_read_as_what_it_says(tmp_path):
+    weights = tensors()
+    write(tmp_path / "model.gguf", weights)
+    model, params, tokenizer = smollm_model.load(tmp_path / "model.gguf")
+    tokens = tokenizer.encode("ab acd").ids
+    assert [TOKENS[token] for token in tokens] == ["ab", "Ġa", "c", "d"]
+    assert tokenizer.decode(tokens) == "ab acd"
+    logits = jax.jit(model.apply)(params, jnp.array([tokens]))[0]
+    np.testing.assert_allclose(logits, llama(weights, tokens), rtol=1e-3, atol=1e-3)
