@@ -21,6 +21,7 @@ from jaxsparse._plan.patterns import NM, Block, TransposableNM, Unstructured
 from jaxsparse._plan.plan import Leaf, Plan
 from jaxsparse._plan.planning import plan
 from jaxsparse._plan.stages import geometric_stages, stepwise_stages
+from jaxsparse._pruning.permutation import column_order
 from jaxsparse._pruning.prune import prune
 from jaxsparse._training.forward import effective_params, effective_weight
 from jaxsparse._training.pieces import (
@@ -64,6 +65,7 @@ __all__ = [
     "assert_sparse",
     "block_mask",
     "by_score",
+    "column_order",
     "compress",
     "decay_nonparticipating",
     "decompress",

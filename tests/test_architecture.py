@@ -23,7 +23,7 @@ ROOMS = {
     ],
     "_kernels": ["__init__", "mosaic", "ampere", "decode", "hopper"],
     "_packed": ["layouts", "sparse24", "compress", "partition", "matmul", "verify", "files"],
-    "_pruning": ["methods", "matrices", "calibration", "prune"],
+    "_pruning": ["methods", "matrices", "calibration", "prune", "permutation"],
     "_execution": ["weights", "moves", "fusion", "report", "run", "sparsify"],
     "_analysis": ["costs", "metrics", "trajectories", "recorder"],
 }
