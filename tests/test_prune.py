@@ -71,6 +71,7 @@ def product(params, x):
     return x @ params["w"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 16)])
 @pytest.mark.parametrize("block", [128, 32])
 def test_sparsegpt_equals_numpy(n, m, block):
@@ -119,6 +120,7 @@ def scanned(params, x):
 LAYERS = {"up": normal(3, 16, 32, scale=0.3), "down": normal(3, 32, 16, seed=4, scale=0.3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("fn", [unrolled, scanned])
 def test_each_layer_is_pruned_on_what_the_pruned_layers_before_it_give(fn, method):
@@ -143,6 +145,7 @@ def test_each_layer_is_pruned_on_what_the_pruned_layers_before_it_give(fn, metho
     js.compress(pruned, masks, plan)
 
 
+@pytest.mark.slow
 def test_batches_are_as_good_as_one():
     x = inputs(120, 16)
     plan = js.plan(LAYERS, {"*": "2:4"}, scanned, x[:40])
@@ -200,6 +203,7 @@ def branched(params, x):
     return lax.cond(x.sum() > 0, lambda x: x @ params["w"], lambda x: -x @ params["w"], x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", [looped, branched])
 def test_weights_in_loops_and_branches(fn):
     params, x = {"w": normal(16, 16, scale=0.3)}, inputs(32, 16)
@@ -273,6 +277,7 @@ def test_weights_of_any_shape(name):
     np.testing.assert_array_equal(kept, wanda(w, rows, 2, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_convolution_is_pruned_on_its_patches(stride):
     params, x = {"w": normal(3, 2, 8, 6)}, normal(2, 5, 6, 8, seed=3)
@@ -326,6 +331,7 @@ def test_each_weight_of_a_stack_is_pruned_on_its_own_inputs(fn):
         np.testing.assert_allclose(pruned["w"][i].T, w, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize(
     "pattern",
@@ -438,6 +444,16 @@ BAD = {
         ValueError,
         "Pass batches of equal shapes",
         lambda: js.prune(product, PARAMS, PLAN, batches=[(X,), (X[:4],)]),
+    ),
+    "an empty batch": (
+        ValueError,
+        r"calibration argument \[0\] of batch 0 has shape \(0, 16\), which is empty",
+        lambda: js.prune(product, PARAMS, PLAN, X[:0]),
+    ),
+    "under jit": (
+        ValueError,
+        'the data are traced, and "sparsegpt" takes concrete ones',
+        lambda: jax.jit(lambda x: js.prune(product, PARAMS, PLAN, x).masks)(X),
     ),
     "text as data": (
         TypeError,

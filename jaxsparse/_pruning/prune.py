@@ -81,7 +81,8 @@ def prune(
       TypeError: `fn` is not callable, `plan` is not a plan, or a calibration argument is not an
         array.
       ValueError: there is no such method, or it does not support a pattern; `params` do not match
-        the plan; there is no calibration data, or its batches differ in shape; a planned weight is
+        the plan; there is no calibration data, or it is empty, traced, or of batches that differ in
+        shape; a planned weight is
         not used by a product or a convolution, or its inputs cannot be seen; its second moments are
         singular.
 
@@ -126,6 +127,11 @@ def prune(
     how = _method(plan, method, damping, block)
 
     leaves, structure = jax.tree.flatten(params)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((leaves, data))):
+        raise ValueError(
+            f'prune: the parameters or the data are traced, and "{method}" takes concrete ones. '
+            "Call it outside of jit, vmap and grad; it compiles what is worth it."
+        )
     paths = leaf_paths(params)
     weights = [
         Pruned(plan.sparse[path], jnp.asarray(leaf), jnp.zeros(jnp.shape(leaf), bool))
@@ -193,6 +199,11 @@ def _checked_batches(args: tuple, batches: Sequence[tuple] | None) -> list[tuple
                 raise TypeError(
                     f"prune: calibration argument {where} is a {type(leaf).__name__}, not an array."
                     " Bind it with functools.partial."
+                )
+            if 0 in jnp.shape(leaf):
+                raise ValueError(
+                    f"prune: calibration argument {jax.tree_util.keystr(path)} of batch {i} has "
+                    f"shape {jnp.shape(leaf)}, which is empty. Pass data."
                 )
         specs.append(jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), batch))
         if specs[i] != specs[0]:
