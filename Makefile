@@ -13,7 +13,7 @@ PYTEST ?=
 TESTS := $(VENV)-test
 DOCS := $(VENV)-docs
 
-.PHONY: demo smollm notebooks test lint docs environments clean
+.PHONY: demo smollm notebooks test lint docs clean
 
 # glibc would give the memory of every step back and take it again
 demo: $(VENV)/examples
@@ -39,8 +39,6 @@ lint: $(TESTS)/test
 # any warning fails it: a broken link, or a public name without a docstring
 docs: $(DOCS)/docs
 	$(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
-
-environments: $(TESTS)/test $(DOCS)/docs
 
 $(VENV)/examples $(VENV)/llm $(VENV)/notebooks $(TESTS)/test $(DOCS)/docs: pyproject.toml
 	$(PYTHON) -m venv $(@D)

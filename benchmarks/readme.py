@@ -22,17 +22,18 @@ def where(result):
     return f"{machine}, {result['cores']} cores, jax {result['jax']}, {result['date']}"
 
 
+def rows_of(result, *floatfmt):
+    return tabulate.tabulate(
+        result["rows"], result["header"], tablefmt="github", floatfmt=("", *floatfmt)
+    )
+
+
 def train_step(result):
     return (
         f"A training step of a transformer of {result['parameters'] / 1e6:.1f} million parameters "
         f"with new masks every step, against the dense step: medians of {result['rounds']} rounds "
         f"in which the runs take turns (`python benchmarks/train_step.py`; {where(result)}).\n\n"
-        + tabulate.tabulate(
-            result["rows"],
-            result["header"],
-            tablefmt="github",
-            floatfmt=("", ".1f", ".3f", ".2f", ".1f"),
-        )
+        + rows_of(result, ".1f", ".3f", ".2f", ".1f")
     )
 
 
@@ -40,12 +41,7 @@ def char_lm(result):
     return (
         f"The table of `make demo` after {result['steps']} steps ({where(result)}, "
         f"{result['seconds']:.0f} seconds in all):\n\n"
-        + tabulate.tabulate(
-            result["rows"],
-            result["header"],
-            tablefmt="github",
-            floatfmt=("", ".3f", ".3f", ".2f", ".1f", ".1f"),
-        )
+        + rows_of(result, ".3f", ".3f", ".2f", ".1f", ".1f")
     )
 
 
@@ -54,12 +50,7 @@ def smollm(result):
         "SmolLM2-135M, pruned in one shot along the input axis of all kernels of its blocks, in "
         f"perplexity on Python's manual pages ({where(result)}, {result['seconds'] / 60:.0f} "
         f"minutes and {result['gigabytes']:.1f} GB in all):\n\n"
-        + tabulate.tabulate(
-            result["rows"],
-            result["header"],
-            tablefmt="github",
-            floatfmt=("", ".2f", ".3f", ".1f", ".0f"),
-        )
+        + rows_of(result, ".2f", ".3f", ".1f", ".0f")
     )
 
 

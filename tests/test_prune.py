@@ -223,6 +223,12 @@ def custom(w, x):
 custom.defjvp(lambda primals, tangents: jax.jvp(lambda w, x: x @ w, primals, tangents))
 # the weight as `[M, K]` and the rows of its input as `[R, K]`, from the parameter and the input
 SHAPES = {
+    "outputs cut apart": (
+        (16, 12),
+        lambda w, x: [x @ part for part in jnp.split(w, 3, 1)],
+        lambda w, x: (w.T, x),
+        (32, 16),
+    ),
     "transposed": ((8, 16), lambda w, x: x @ w.T, lambda w, x: (w, x), (32, 16)),
     "heads": (
         (16, 2, 4),
@@ -332,23 +338,20 @@ def test_each_weight_of_a_stack_is_pruned_on_its_own_inputs(fn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize(
-    "pattern",
+    ("pattern", "method"),
     [
-        js.TransposableNM(2, 4),
-        js.Unstructured(0.3),
-        js.Block((4, 4), 0.5),
+        (js.TransposableNM(2, 4), "wanda"),
+        (js.TransposableNM(2, 4), "sparsegpt"),
+        (js.Unstructured(0.3), "wanda"),
+        (js.Unstructured(0.3), "sparsegpt"),
+        (js.Block((4, 4), 0.5), "wanda"),
     ],
     ids=str,
 )
 def test_other_patterns(pattern, method):
     params, x = {"w": normal(32, 16)}, inputs(128, 32)
     plan = js.plan(params, {"w": pattern}, product, x)
-    if method == "sparsegpt" and isinstance(pattern, js.Block):
-        with pytest.raises(ValueError, match=r"w is planned as block 4x4 0\.5, for which"):
-            js.prune(product, params, plan, x)
-        return
     pruned, masks = js.prune(product, params, plan, x, method=method)
     assert masks["w"].mean() == pytest.approx(pattern.density, abs=0.01)
     assert not jnp.where(masks["w"], 0, pruned["w"]).any()
@@ -450,9 +453,41 @@ BAD = {
         r"calibration argument \[0\] of batch 0 has shape \(0, 16\), which is empty",
         lambda: js.prune(product, PARAMS, PLAN, X[:0]),
     ),
+    "abstract data": (
+        ValueError,
+        "the data are abstract",
+        lambda: js.prune(product, PARAMS, PLAN, jax.ShapeDtypeStruct((8, 16), "float32")),
+    ),
+    "outputs cut apart and multiplied by different inputs": (
+        ValueError,
+        "the inputs of w cannot be seen, since its outputs are cut apart",
+        lambda: js.prune(
+            lambda params, x: (x @ params["w"][:, :4]) + (jnp.tanh(x) @ params["w"][:, 4:]),
+            PARAMS,
+            PLAN,
+            X,
+        ),
+    ),
+    "outputs cut apart in a loop": (
+        ValueError,
+        "the inputs of w cannot be seen, since its outputs are cut apart",
+        lambda: js.prune(
+            lambda params, xs: lax.scan(lambda c, x: (c, x @ params["w"][:, :4]), 0.0, xs)[1],
+            PARAMS,
+            PLAN,
+            X[None],
+        ),
+    ),
+    "blocks by SparseGPT": (
+        ValueError,
+        r"w is planned as block 4x4 0\.5, for which SparseGPT is not defined",
+        lambda: js.prune(
+            product, PARAMS, js.plan(PARAMS, {"w": js.Block((4, 4), 0.5, axes=(0, 1))}), X
+        ),
+    ),
     "under jit": (
         ValueError,
-        'the data are traced, and "sparsegpt" takes concrete ones',
+        'the data are abstract, and "sparsegpt" takes concrete ones',
         lambda: jax.jit(lambda x: js.prune(product, PARAMS, PLAN, x).masks)(X),
     ),
     "text as data": (
@@ -515,6 +550,14 @@ def test_bad_input(name):
     error, message, call = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numpy_data_of_64_bits():
+    params, tokens = {"e": normal(8, 16), "w": normal(16, 8)}, np.arange(24) % 8
+    fn = lambda params, tokens: params["e"][tokens] @ params["w"]  # noqa: E731
+    plan = js.plan(params, {"w": "2:4"}, fn, tokens)
+    _, masks = js.prune(fn, params, plan, tokens, method="wanda")
+    np.testing.assert_array_equal(masks["w"].T, wanda(params["w"].T, params["e"][tokens], 2, 4))
 
 
 def test_an_error_of_the_function_says_whose_it_is():

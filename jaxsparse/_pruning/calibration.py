@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxsparse._plan.pattern import Pattern
@@ -22,6 +23,7 @@ from jaxsparse._pruning.matrices import (
     HiddenError,
     Rows,
     arranged,
+    is_part,
     patches,
     rows,
     spread,
@@ -105,6 +107,7 @@ class Calibration:
     def __init__(self, weights: Sequence[Pruned], method: Method, progress: Callable[[str], Any]):
         self.weights, self.method, self.progress = weights, method, progress
         self.collecting: set[int] | None = None  # the weights whose moments a loop collects
+        self.whole = True  # whether no product took a part of the outputs of a weight
         self.latest: tuple[Any, Rows, Moments] | None = None  # several weights may share an input
 
     def run(
@@ -138,12 +141,12 @@ class Calibration:
         env = dict(zip(program.constvars, consts, strict=True)) | dict(
             zip(program.invars, operands, strict=True)
         )
-        last = {atom: None for atom in program.outvars if not isinstance(atom, Literal)}
+        later = {atom for atom in program.outvars if not isinstance(atom, Literal)}
         dies = collections.defaultdict(list)  # what no later equation reads
         for i, eqn in reversed(list(enumerate(program.eqns))):
             for atom in eqn.invars:
-                if not isinstance(atom, Literal) and atom not in last:
-                    last[atom] = None
+                if not isinstance(atom, Literal) and atom not in later:
+                    later.add(atom)
                     dies[i].append(atom)
         known: dict[Any, Value] = {}
 
@@ -182,7 +185,7 @@ class Calibration:
             else:
                 results = _bound(eqn, [_made(value) for value in values])
             env.update(zip(eqn.outvars, results, strict=True))
-            for atom in (*dies[i], *(var for var in eqn.outvars if var not in last)):
+            for atom in (*dies[i], *(var for var in eqn.outvars if var not in later)):
                 del env[atom]
         return [read(atom) for atom in program.outvars]
 
@@ -233,23 +236,31 @@ class Calibration:
         `summed` and `batch` each hold the axes of the weight and those of x.
         """
         source = origin.source
-        pruned = self.weights[source]
-        cut = tuple(w.at[source].get(axis) for axis in range(pruned.array.ndim))
+        pruned, cut = self.weights[source], self.cut(w, source)
+        if self.collecting is not None and source not in self.collecting:
+            return
+        same = self.latest is not None and self.latest[0] is x
         pattern = cast(Pattern, pruned.leaf.pattern)
+        part = is_part(origin, pruned.array.shape, cut)
+        self.whole &= not part
         try:
+            if part and (self.collecting is not None or (cut in pruned.done and not same)):
+                raise HiddenError("its outputs are cut apart and multiplied by different inputs")
+            if cut in pruned.done:
+                return
             arrangement = arranged(origin, pruned.array.shape, pattern, cut, summed[0], batch[0])
         except HiddenError as hidden:
             raise ValueError(
                 f"prune: the inputs of {pruned.leaf.path} cannot be seen, since {hidden}. Plan it "
                 'dense, or pass method="magnitude".'
             ) from None
-        if cut in pruned.done or (self.collecting is not None and source not in self.collecting):
-            return
         these = rows(origin, arrangement, summed, batch)
-        if self.latest is None or self.latest[0] is not x or self.latest[1] != these:
+        if same and self.latest is not None and self.latest[1] == these:
+            sums = self.latest[2]
+        else:
             parts = [self.method.moments(these.of(one)) for one in _batches(x)]
-            self.latest = x, these, functools.reduce(operator.add, parts)
-        sums = self.latest[2]
+            sums = functools.reduce(operator.add, parts)
+            self.latest = x, these, sums
         if self.collecting is None:
             self.prune(pruned, sums, arrangement)
         else:
@@ -274,14 +285,12 @@ class Calibration:
                 f"prune: the second moments of the inputs of {pruned.leaf.path} are singular. Use "
                 "more calibration data or a larger `damping`."
             )
-        kept, mask = (
-            a.reshape(shape).transpose(jnp.argsort(jnp.array(order)).tolist()) for a in (kept, mask)
-        )
+        kept, mask = (a.reshape(shape).transpose(np.argsort(order)) for a in (kept, mask))
         pruned.array = pruned.array.at[part].set(kept)
         pruned.mask = pruned.mask.at[part].set(mask)
         pruned.done.add(arrangement.cut)
         self.progress(pruned.leaf.path)
-        if all(pruned.parts == len(pruned.done) for pruned in self.weights):
+        if self.whole and all(one.parts == len(one.done) for one in self.weights):
             raise _NothingLeftError
 
     # --- calls
@@ -295,7 +304,7 @@ class Calibration:
             branch = params["branches"][int(jnp.clip(values[0], 0, len(params["branches"]) - 1))]
             return self.evaluate(open_program(branch), _consts(branch), values[1:])
         if name in ("while", "cond"):
-            self.collect(values, lambda values: self.apart(eqn, values))
+            self.collect(values, lambda: self.apart(eqn, values))
             return _bound(eqn, [_made(value) for value in values])
         if name not in _INLINED and not name.startswith("custom_"):
             return _bound(eqn, [_made(value) for value in values])
@@ -323,8 +332,8 @@ class Calibration:
                 return
             carry = self.evaluate(open_program(body), _consts(body), [*of_body, *carry])
 
-    def collect(self, values: list, run: Callable[[list], Any]) -> None:
-        """Prunes the weights in `values` on the inputs of all their products in `run(values)`."""
+    def collect(self, values: list, run: Callable[[], Any]) -> None:
+        """Prunes the weights in `values` on the inputs of all their products in `run()`."""
         sources = {
             origin.source
             for value in values
@@ -336,7 +345,7 @@ class Calibration:
         if not sources:
             return
         outer, self.collecting = self.collecting, sources
-        run(values)
+        run()
         self.collecting = outer
         if outer is None:
             for source in sorted(sources):
@@ -353,17 +362,18 @@ class Calibration:
             if isinstance(value, _Weight) and self.unpruned(value)
         ]
         if shared and self.collecting is None:
-            self.collect(shared, lambda _: self.steps(eqn, values))
+            self.collect(shared, lambda: self.steps(eqn, values))
         return self.steps(eqn, values)
 
     def unpruned(self, w: _Weight) -> bool:
         """Whether a weight, or the part of it that was cut out, is still to be pruned."""
         return any(
-            tuple(w.at[one.source].get(axis) for axis in range(pruned.array.ndim))
-            not in pruned.done
-            for one in w.value.origins
-            for pruned in [self.weights[one.source]]
+            self.cut(w, one.source) not in self.weights[one.source].done for one in w.value.origins
         )
+
+    def cut(self, w: _Weight, source: int) -> tuple[int | None, ...]:
+        """The position along each axis of a weight that was cut out; None for the others."""
+        return tuple(w.at[source].get(axis) for axis in range(self.weights[source].array.ndim))
 
     def steps(self, eqn: Any, values: list) -> list:
         """The results of a scan, step by step."""

@@ -1,5 +1,6 @@
 """Weights as matrices, and the inputs of their products as rows."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jax import lax
 from jaxsparse._plan.pattern import Pattern, axes_in
 from jaxsparse._program.flow import Atom, Origin
 
-__all__ = ["Arrangement", "HiddenError", "Rows", "arranged", "patches", "rows", "spread"]
+__all__ = ["Arrangement", "HiddenError", "Rows", "arranged", "is_part", "patches", "rows", "spread"]
 
 
 class HiddenError(Exception):
@@ -119,6 +120,13 @@ def arranged(
         tuple(sorted(outputs, key=lambda axis: (axis == second, axis))),
         tuple(sorted(over, key=lambda axis: (axis == first, axis))),
     )
+
+
+def is_part(origin: Origin, shape: tuple[int, ...], cut: Sequence[int | None]) -> bool:
+    """Whether the operand of a product lacks outputs of what is left of a weight after a cut."""
+    sizes = [atom.size for atoms in origin.axes for atom in atoms if atom.axis >= 0]
+    left = [n for n, i in zip(shape, cut, strict=True) if i is None]
+    return math.prod(sizes) < math.prod(left)
 
 
 def rows(origin: Origin, arrangement: Arrangement, summed: Any, batch: Any) -> Rows:

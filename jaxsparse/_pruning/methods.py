@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsparse._plan.pattern import Pattern
 
-__all__ = ["Moments", "diagonal_moments", "magnitude", "moments", "sparsegpt", "wanda"]
+__all__ = ["Moments", "diagonal_moments", "moments", "sparsegpt", "wanda"]
 
 Matrix = Float[Array, "*stack M K"]
 Mask = Bool[Array, "*stack M K"]
@@ -56,13 +56,6 @@ def _masks(scores, pattern):
     """The mask of scores `[..., M, K]` under a pattern whose first axis is K and second M."""
     axes = (scores.ndim - 1, scores.ndim - 2)[: len(pattern.axes or ())]
     return pattern.masks([scores], [axes], magnitude=False, stack=tuple(range(scores.ndim - 2)))[0]
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def magnitude(w: Matrix, pattern: Pattern) -> tuple[Matrix, Mask]:
-    """The weights of largest magnitude."""
-    mask = _masks(jnp.abs(w), pattern)
-    return jnp.where(mask, w, jnp.zeros((), w.dtype)), mask
 
 
 def wanda(w: Matrix, pattern: Pattern, inputs: Moments) -> tuple[Matrix, Mask]:

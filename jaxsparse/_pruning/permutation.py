@@ -103,16 +103,15 @@ def column_order(
     order = np.arange(k)
     before = _kept(columns, n, m)
     best, kept = order, before
-    if m == 4 and groups <= 3:
-        rounds = 1 if groups > 1 else 0
-    elif groups == 1:
-        rounds = 0
+    few = m == 4 and groups <= 3
+    if groups == 1 or few:
+        rounds = min(rounds, groups - 1, 1)
     end = time.monotonic() + seconds
     now = before
     for _ in range(rounds):
         if time.monotonic() > end:
             break
-        if m == 4 and groups <= 3:
+        if few:
             order = np.asarray(_best_partition(columns, n, groups))
         else:
             pairs = random.permutation(groups)[: groups // 2 * 2]

@@ -12,11 +12,11 @@ from jaxsparse import _checks
 from jaxsparse._plan.masks import magnitude_masks
 from jaxsparse._plan.paths import leaf_paths
 from jaxsparse._plan.pattern import Pattern
-from jaxsparse._plan.patterns import Block
 from jaxsparse._plan.plan import Plan, map_planned, match
 from jaxsparse._program.arguments import is_array
 from jaxsparse._pruning import methods
 from jaxsparse._pruning.calibration import Calibration, Method, Pruned
+from jaxsparse._training.forward import effective_params
 
 __all__ = ["PruneMethod", "PruneResult", "prune"]
 
@@ -82,9 +82,8 @@ def prune(
         array.
       ValueError: there is no such method, or it does not support a pattern; `params` do not match
         the plan; there is no calibration data, or it is empty, traced, or of batches that differ in
-        shape; a planned weight is
-        not used by a product or a convolution, or its inputs cannot be seen; its second moments are
-        singular.
+        shape; a planned weight is not used by a product or a convolution, or its inputs cannot be
+        seen; its second moments are singular.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -115,21 +114,15 @@ def prune(
     match(plan, params, "prune")
     if method == "magnitude":
         masks = magnitude_masks(params, plan)
-        pruned = map_planned(
-            lambda _, w, mask: jnp.where(mask, w, jnp.zeros((), w.dtype)),
-            plan,
-            params,
-            masks,
-            call="prune",
-        )
-        return PruneResult(pruned, masks)
+        return PruneResult(effective_params(params, masks), masks)
     data = _checked_batches(args, batches)
     how = _method(plan, method, damping, block)
 
     leaves, structure = jax.tree.flatten(params)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((leaves, data))):
+    abstract = jax.core.Tracer | jax.ShapeDtypeStruct
+    if any(isinstance(leaf, abstract) for leaf in jax.tree.leaves((leaves, data))):
         raise ValueError(
-            f'prune: the parameters or the data are traced, and "{method}" takes concrete ones. '
+            f'prune: the parameters or the data are abstract, and "{method}" takes concrete ones. '
             "Call it outside of jit, vmap and grad; it compiles what is worth it."
         )
     paths = leaf_paths(params)
@@ -144,7 +137,7 @@ def prune(
     except Exception as error:
         error.add_note("prune: this is the error of `fn`, called with `params` and a batch.")
         raise
-    inputs = [[*map(jnp.asarray, leaves), *jax.tree.leaves(batch)] for batch in data]
+    inputs = [[*map(jnp.asarray, (*leaves, *jax.tree.leaves(batch)))] for batch in data]
     sources = [place.get(path) for path in paths]
     Calibration(weights, how, progress).run(
         program, inputs, [*sources, *[None] * (len(inputs[0]) - len(sources))]
@@ -223,7 +216,7 @@ def _method(plan: Plan, method: PruneMethod, damping: float, block: int) -> Meth
                 f'prune: {path} is planned as {pattern}, but "{method}" prunes one weight after '
                 'the other. Plan it with scope="leaf", or pass method="magnitude".'
             )
-        if method == "sparsegpt" and isinstance(pattern, Block):
+        if method == "sparsegpt" and pattern.axes and not pattern.groups:
             raise ValueError(
                 f"prune: {path} is planned as {pattern}, for which SparseGPT is not defined. Pass "
                 'method="wanda".'
