@@ -33,6 +33,11 @@ REFERENCE = 15.27  # the perplexity of the dense model on Python 3.12's manual p
 PROMPT = "The for statement is used to"
 
 
+def manual_pages() -> str:
+    """Python's own manual pages."""
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
 def windows(tokens: Any, first: int, count: int, length: int) -> jax.Array:
     """`count` neighbouring windows of `length` tokens and the one after them."""
     starts = first + length * np.arange(count)[:, None] + np.arange(length + 1)[None]
@@ -115,14 +120,13 @@ def main(argv: Sequence[str] | None = None) -> Any:
     )
     args = parser.parse_args(argv)
 
-    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
     if args.tiny:
         model, params, tokenizer = smollm_model.tiny()
         count, batches, length, written_length = 2, 2, 32, 8
     else:
         model, params, tokenizer = smollm_model.load(args.gguf or smollm_model.fetch())
         count, batches, length, written_length = 12, 16, 512, 64
-    tokens = tokenizer.encode(text).ids
+    tokens = tokenizer.encode(manual_pages()).ids
     test = windows(tokens, 0, count, length)
     calibration = windows(tokens, 60_000, batches, length)
 
