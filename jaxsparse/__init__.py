@@ -10,6 +10,7 @@ from jaxsparse._masks.nm import nm_mask
 from jaxsparse._masks.topk import topk_mask
 from jaxsparse._masks.transposable import transposable_nm_mask
 from jaxsparse._packed.compress import compress
+from jaxsparse._packed.cutlass import CutlassArrays, from_cutlass, to_cutlass
 from jaxsparse._packed.files import load_safetensors, save_safetensors
 from jaxsparse._packed.matmul import sparse_matmul
 from jaxsparse._packed.sparse24 import Sparse24, decompress
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "Block",
+    "CutlassArrays",
     "Leaf",
     "Pattern",
     "Plan",
@@ -75,6 +77,7 @@ __all__ = [
     "exponential_decay",
     "fix_nonparticipating",
     "flax",
+    "from_cutlass",
     "geometric_stages",
     "gradual_density",
     "layer_budget",
@@ -98,6 +101,7 @@ __all__ = [
     "sparsify",
     "staged",
     "stepwise_stages",
+    "to_cutlass",
     "topk_mask",
     "transposable_nm_mask",
 ]

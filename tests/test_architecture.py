@@ -22,7 +22,10 @@ ROOMS = {
         *["explore_exploit", "sr_ste", "mdgf", "sdgf", "gradual", "static"],
     ],
     "_kernels": ["__init__", "mosaic", "ampere", "decode", "hopper"],
-    "_packed": ["layouts", "sparse24", "compress", "partition", "matmul", "verify", "files"],
+    "_packed": [
+        *["layouts", "sparse24", "compress", "partition", "matmul", "verify", "files"],
+        "cutlass",
+    ],
     "_pruning": ["methods", "matrices", "calibration", "prune", "permutation"],
     "_execution": ["weights", "moves", "fusion", "report", "run", "sparsify"],
     "_analysis": ["costs", "metrics", "trajectories", "recorder"],

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from gguf import GGUFWriter
 
 from jaxsparse.examples import smollm, smollm_model
@@ -15,7 +16,8 @@ TOKENS = ["<pad>", *"abcd", "Ġ", "ab", "Ġa"]
 
 
 def test_the_example_prunes_runs_compressed_and_writes(tmp_path, capsys):
-    header, rows = smollm.main(["--tiny", "--plot", str(tmp_path / "smollm.png")])
+    options = ["--plot", str(tmp_path / "smollm.png"), "--save", str(tmp_path / "model")]
+    header, rows = smollm.main(["--tiny", *options])
     names, perplexities, kept, megabytes, seconds = zip(*rows, strict=True)
     assert names == ("dense", "magnitude", "wanda", "sparsegpt")
     assert all(1 < value < 1000 for value in perplexities)
@@ -24,6 +26,10 @@ def test_the_example_prunes_runs_compressed_and_writes(tmp_path, capsys):
     assert seconds[0] is None and min(seconds[1:]) > 0
     assert len(header) == len(rows[0])
     assert (tmp_path / "smollm.png").read_bytes().startswith(b"\x89PNG")
+    saved = safetensors.numpy.load_file(tmp_path / "model")
+    down = saved["model.layers.1.mlp.down_proj.weight"]
+    assert down.shape == (32, 64) and down.dtype.name == "bfloat16"
+    assert ((down.reshape(32, 16, 4) != 0).sum(-1) == 2).all()
     assert "From compressed weights it writes:\n\nThe for statement" in capsys.readouterr().out
 
 
@@ -68,8 +74,16 @@ def write(path, weights):
     writer.close()
 
 
-def llama(weights, tokens):
-    """A Llama in NumPy, token by token and head by head."""
+def neighbours(half):
+    return [(2 * i, 2 * i + 1) for i in range(half)]
+
+
+def halves(half):
+    return [(i, i + half) for i in range(half)]
+
+
+def llama(weights, tokens, pairs):
+    """A Llama in NumPy, token by token and head by head, that rotates these pairs of a head."""
 
     def norm(x, name):
         return x / np.sqrt((x**2).mean() + 1e-5) * weights[name]
@@ -77,11 +91,11 @@ def llama(weights, tokens):
     def turned(x, position):
         half = len(x) // 2
         out = np.empty_like(x)
-        for i in range(half):
+        for i, (first, second) in enumerate(pairs(half)):
             angle = position * 100.0 ** (-i / half)
-            a, b = x[2 * i], x[2 * i + 1]
-            out[2 * i] = a * np.cos(angle) - b * np.sin(angle)
-            out[2 * i + 1] = a * np.sin(angle) + b * np.cos(angle)
+            a, b = x[first], x[second]
+            out[first] = a * np.cos(angle) - b * np.sin(angle)
+            out[second] = a * np.sin(angle) + b * np.cos(angle)
         return out
 
     dim, states = WIDTH // HEADS, [weights["token_embd"][token] for token in tokens]
@@ -116,4 +130,37 @@ def test_a_file_is_read_as_what_it_says(tmp_path):
     assert [TOKENS[token] for token in tokens] == ["ab", "Ġa", "c", "d"]
     assert tokenizer.decode(tokens) == "ab acd"
     logits = jax.jit(model.apply)(params, jnp.array([tokens]))[0]
-    np.testing.assert_allclose(logits, llama(weights, tokens), rtol=1e-3, atol=1e-3)
+    assert np.abs(logits - llama(weights, tokens, halves)).max() > 0.1
+    np.testing.assert_allclose(logits, llama(weights, tokens, neighbours), rtol=1e-3, atol=1e-3)
+
+
+def test_the_names_and_rows_of_transformers(tmp_path):
+    weights = tensors()
+    write(tmp_path / "model.gguf", weights)
+    model, params, _ = smollm_model.load(tmp_path / "model.gguf")
+    arrays = smollm_model.hugging_face(params, model.sizes)
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    names = {
+        f"model.layers.{i}.{theirs}.weight": f"blk.{i}.{ours}"
+        for i in range(DEPTH)
+        for theirs, ours in parts.items()
+    }
+    names |= {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}
+    assert arrays.keys() == names.keys()
+    renamed = {names[name]: np.asarray(array) for name, array in arrays.items()}
+    assert {name: array.shape for name, array in renamed.items()} == {
+        name: array.shape for name, array in weights.items()
+    }
+    tokens = [3, 1, 4, 1, 5]
+    logits = jax.jit(model.apply)(params, jnp.array([tokens]))[0]
+    np.testing.assert_allclose(logits, llama(renamed, tokens, halves), rtol=1e-3, atol=1e-3)

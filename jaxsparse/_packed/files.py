@@ -84,7 +84,8 @@ def save_safetensors(params: PyTree, file: Any) -> None:
             if name in tensors:
                 raise ValueError(f"save_safetensors: two leaves are called {name}. Rename one.")
             tensors[name] = jnp.asarray(array)
-    header = {KEY: json.dumps({"version": VERSION, "compressed": compressed})}
+    # transformers reads no file without a format it knows
+    header = {KEY: json.dumps({"version": VERSION, "compressed": compressed}), "format": "pt"}
     _safetensors("save_safetensors").save_file(tensors, file, metadata=header)
 
 

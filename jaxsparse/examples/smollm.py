@@ -3,6 +3,7 @@
     python -m jaxsparse.examples.smollm                  # downloads the model, 93 MB, once
     python -m jaxsparse.examples.smollm --gguf FILE      # any Llama without biases in GGUF
     python -m jaxsparse.examples.smollm --tiny           # a random model of two blocks, at once
+    python -m jaxsparse.examples.smollm --save FILE      # the pruned weights, for transformers
 
 All kernels of all blocks are pruned along their input axis. The text is Python's own manual pages;
 each block is pruned on what the pruned blocks before it make of the calibration text. The model
@@ -118,6 +119,12 @@ def main(argv: Sequence[str] | None = None) -> Any:
     parser.add_argument(
         "--plot", type=pathlib.Path, default="smollm.png", help="where the plot goes"
     )
+    parser.add_argument(
+        "--save",
+        type=pathlib.Path,
+        help="a safetensors file for the pruned weights, in bfloat16 and under the names of "
+        "transformers",
+    )
     args = parser.parse_args(argv)
 
     if args.tiny:
@@ -149,6 +156,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
     print(tabulate.tabulate(rows, header, floatfmt=("", ".2f", ".3f", ".1f", ".0f")))
     plot(rows, args.plot)
 
+    if args.save:
+        arrays = smollm_model.hugging_face(weights, model.sizes)
+        js.save_safetensors({k: w.astype(jnp.bfloat16) for k, w in arrays.items()}, args.save)
+        print(f"\nThe weights that SparseGPT gives, as dense arrays: {args.save}")
     prompt = tokenizer.encode(PROMPT).ids
     start = jnp.asarray([*tokens, *prompt][-max(length // 4, len(prompt)) :], jnp.int32)
     more = written(model, packed, start, written_length)

