@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(js.__file__).parent
 # each room imports from the rooms before it, and each file of a room from the files before it
 ROOMS = {
     "": ["_checks", "_registration"],
-    "_program": ["arguments", "flow", "walk", "uses"],
+    "_program": ["arguments", "flow", "walk", "uses", "windows"],
     "_masks": ["ranking", "groups", "nm", "transposable", "topk", "blocks", "bits"],
     "_plan": ["stages", "pattern", "patterns", "paths", "plan", "planning", "masks", "budgets"],
     "_training": [

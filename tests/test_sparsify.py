@@ -248,7 +248,17 @@ FUNCTIONS = {
     "1x1 convolution, padded": (
         (1, 1, 8, 5),
         lambda w, x: conv(x.reshape(1, 2, 3, 8), w, padding=((1, 1), (0, 0))),
-        0,
+        1,
+    ),
+    "convolution over neighbouring windows": (
+        (2, 3, 8, 5),
+        lambda w, x: conv(x.reshape(1, 2, 3, 8), w, strides=(2, 3), padding="VALID"),
+        1,
+    ),
+    "convolution over windows apart, cut off": (
+        (1, 2, 8, 5),
+        lambda w, x: conv(x.reshape(1, 1, 6, 8), w, strides=(1, 4), padding="VALID"),
+        1,
     ),
     "3x1 convolution": ((3, 1, 8, 5), lambda w, x: conv(x.reshape(1, 2, 3, 8), w), 0),
     "ragged_dot": ((3, 8, 5), lambda w, x: lax.ragged_dot(x, w, jnp.array([1, 2, 3])), 0),

@@ -19,6 +19,7 @@ from jaxsparse._kernels import may_run
 from jaxsparse._packed.matmul import chosen, common_dtype
 from jaxsparse._program.flow import Value, outputs
 from jaxsparse._program.walk import bind, called, calls, invariant, open_program, scan_counts
+from jaxsparse._program.windows import apart, windows
 
 __all__ = ["Run"]
 
@@ -176,31 +177,25 @@ class Run:
             raise UnfitError("the input of a convolution")
         params = eqn.params
         numbers, shape = params["dimension_numbers"], eqn.invars[1].aval.shape
-        (batch, features, *places), (outputs, channels, *window) = (
-            numbers.lhs_spec,
-            numbers.rhs_spec,
-        )
-        if (
-            any(shape[i] != 1 for i in window)
-            or any(map(any, params["padding"]))
-            or any(n != 1 for n in params["lhs_dilation"])
-        ):
-            raise UnfitError("a convolution that is not 1x1")
+        _, _, *places = numbers.lhs_spec
+        outputs, channels, *window = numbers.rhs_spec
         if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
             raise UnfitError("a grouped convolution")
-        strides = [1] * x.ndim
-        for axis, stride in zip(places, params["window_strides"], strict=True):
-            strides[axis] = stride
-        x = lax.slice(x, (0,) * x.ndim, x.shape, strides)
+        aval = eqn.outvars[0].aval
+        rows = math.prod(aval.shape) // aval.shape[numbers.out_spec[1]]
+        run = chosen(
+            self.implementation, rows, w.leaf, common_dtype(x.dtype, w.leaf.dtype), aval.dtype
+        )
+        if run == "dense" and not apart(params, shape):
+            raise UnfitError("a convolution whose windows overlap; a named kernel takes them")
+        x = windows(x, params, shape)
+        count = 1 + len(places)
 
-        def arranged(y):  # y has the axes of x without its features, then outputs and window
-            rows = [axis for axis in range(x.ndim) if axis != features]
-            y = y.reshape(*(x.shape[axis] for axis in rows), shape[outputs])
-            position = {**dict(zip(rows, range(len(rows)), strict=True)), features: len(rows)}
-            order = sorted(zip(numbers.out_spec, (batch, features, *places), strict=True))
-            return y.transpose([position[axis] for _, axis in order])
+        def arranged(y):  # y has the batch, the places, then the outputs
+            order = sorted(zip(numbers.out_spec, (0, count, *range(1, count)), strict=True))
+            return y.reshape(*x.shape[:count], shape[outputs]).transpose([i for _, i in order])
 
-        pairs = ((channels,), (features,)), ((), ())
+        pairs = ((*window, channels), tuple(range(count, x.ndim))), ((), ())
         return self.product(eqn, w, x, pairs, arranged, {numbers.out_spec[1]: outputs})
 
     def product(

@@ -24,8 +24,9 @@ def sparsify(fn: Callable, *, implementation: str | None = None) -> "Sparsified"
     `fn` is traced as `jax.jit` traces it, and its program runs with `sparse_matmul` in place of
     every matrix product that sums over exactly the contracted axes of a compressed weight. This
     covers dense layers, attention projections, `einsum` in any order of axes, the gates of
-    recurrent cells, experts, 1x1 convolutions and raw `x @ w.T`, in any framework, also inside
-    `jit`, `scan`, `vmap`, `remat`, `cond` and `while_loop`. Weights are followed to their products
+    recurrent cells, experts, convolutions whose windows do not overlap (any without groups, if
+    `implementation` names a kernel) and raw `x @ w.T`, in any framework, also inside `jit`, `scan`,
+    `vmap`, `remat`, `cond` and `while_loop`. Weights are followed to their products
     through casts, transpositions, reshapes, slices, concatenations along an output axis, and
     scaling by values that are constant along the contracted axes. A weight that is used in any
     other way is decompressed there; `report` says which and why.

@@ -18,13 +18,13 @@ from jaxsparse._plan.pattern import Pattern
 from jaxsparse._plan.plan import Leaf
 from jaxsparse._program.flow import Origin, Value, dots, input_value, outputs, sliced
 from jaxsparse._program.walk import bind, called, calls, open_program, scan_counts
+from jaxsparse._program.windows import windows
 from jaxsparse._pruning.matrices import (
     Arrangement,
     HiddenError,
     Rows,
     arranged,
     is_part,
-    patches,
     rows,
     spread,
 )
@@ -207,15 +207,15 @@ class Calibration:
         x, w = values
         numbers = eqn.params["dimension_numbers"]
         if isinstance(w, _Weight):
-            _, features, *window = numbers.rhs_spec
+            _, channels, *window = numbers.rhs_spec
             shape = eqn.invars[1].aval.shape
             if eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1:
                 return _bound(eqn, [_made(value) for value in values])
-            x = _mapped(lambda x: patches(x, eqn.params, shape), _made(x))
+            x = _mapped(lambda x: windows(x, eqn.params, shape), _made(x))
             ndim = _batches(x)[0].ndim
             summed_x = tuple(range(ndim - len(window) - 1, ndim))
             for origin in w.value.origins:
-                self.meet(w, origin, x, ((features, *window), summed_x), ((), ()))
+                self.meet(w, origin, x, ((*window, channels), summed_x), ((), ()))
         return _bound(eqn, [_made(value) for value in values])
 
     def ragged(self, eqn: Any, values: list) -> list:

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxsparse._plan.pattern import Pattern, axes_in
 from jaxsparse._program.flow import Atom, Origin
 
-__all__ = ["Arrangement", "HiddenError", "Rows", "arranged", "is_part", "patches", "rows", "spread"]
+__all__ = ["Arrangement", "HiddenError", "Rows", "arranged", "is_part", "rows", "spread"]
 
 
 class HiddenError(Exception):
@@ -147,24 +146,6 @@ def rows(origin: Origin, arrangement: Arrangement, summed: Any, batch: Any) -> R
             )
         ),
     )
-
-
-def patches(x: jax.Array, params: Any, shape: Sequence[int]) -> jax.Array:
-    """What a convolution by a kernel of `shape` sums over: `[..., features, *window]`."""
-    numbers = params["dimension_numbers"]
-    _, features, *window = numbers.rhs_spec
-    windows = lax.conv_general_dilated_patches(
-        x,
-        [shape[i] for i in window],
-        params["window_strides"],
-        params["padding"],
-        params["lhs_dilation"],
-        params["rhs_dilation"],
-        dimension_numbers=numbers,
-        precision=lax.Precision.HIGHEST,
-    )
-    windows = jnp.moveaxis(windows, numbers.out_spec[1], -1)
-    return windows.reshape(*windows.shape[:-1], *(shape[i] for i in (features, *window)))
 
 
 def spread(x: jax.Array, sizes: jax.Array, axis: int) -> jax.Array:

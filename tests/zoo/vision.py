@@ -137,8 +137,7 @@ MODELS = {
             ),
             "head/kernel": CONV,
         },
-        products=2 * 6 + 1,
-        decompressed=frozenset({"embedding/kernel"}),
+        products=2 * 6 + 2,
     ),
     "ResNet": Model(
         resnet,
