@@ -59,14 +59,14 @@ def demo_plan(result):
 
 
 def plan(result):
-    """The informative rows of a plan: one for each kind of layer and axis, without biases."""
-    *head, total = result["plan"].splitlines()
+    """The informative rows of a plan: one for each kind of layer and axis, and one that is dense."""
+    *head, total, saved = result["plan"].splitlines()
     header, rows, kept = head[:2], head[2:], {}
     for row in rows:
-        leaf, layer, _, *rest = row.split()
+        leaf, layer, _, axis, *_ = row.split()
         if not leaf.endswith(("bias", "scale")):
-            kept.setdefault((layer, *rest), row)
-    return "\n".join(("```text", *header, *kept.values(), "...", total, "```"))
+            kept.setdefault((axis == "dense" or layer, axis), row)
+    return "\n".join(("```text", *header, *kept.values(), "...", total, saved, "```"))
 
 
 def models(result):

@@ -32,8 +32,12 @@ import jaxsparse as js
 from jaxsparse.examples import smollm, smollm_model
 
 STEPS, TUNING_STEPS, RANK = 100, 20, 16
-RATES = (3e-5, 1e-4, 3e-4)
-ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
+RATES = {  # three each, and the best is not at an edge
+    "dense": (3e-5, 1e-4, 3e-4),
+    "magnitude": (1e-4, 3e-4, 1e-3),
+    "sparsegpt": (3e-5, 1e-4, 3e-4),
+    "adapters": (3e-4, 1e-3, 3e-3),
+}
 RECIPES = {
     "static": lambda tx, plan, masks, steps: js.recipes.static(tx, plan, masks=masks),
     "explore_exploit": lambda tx, plan, masks, steps: js.recipes.explore_exploit(
@@ -235,7 +239,7 @@ def main(argv=None):
     short = min(TUNING_STEPS, args.steps - 1)
     rows = []
     for start, recipe in tqdm.tqdm(RUNS, "runs"):
-        rates = ADAPTER_RATES if recipe == "adapters" else RATES
+        rates = RATES["adapters" if recipe == "adapters" else start]
         tried = records(start, recipe, rates, short, bench.validation)
         rate = min(tried, key=operator.itemgetter("perplexity"))["rate"]
         (record,) = records(start, recipe, [rate], args.steps, bench.test)

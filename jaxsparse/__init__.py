@@ -16,6 +16,7 @@ from jaxsparse._packed.matmul import sparse_matmul
 from jaxsparse._packed.sparse24 import Sparse24, decompress
 from jaxsparse._packed.verify import assert_sparse
 from jaxsparse._plan.budgets import layer_budget
+from jaxsparse._plan.eligibility import anywhere
 from jaxsparse._plan.masks import magnitude_masks, score_masks
 from jaxsparse._plan.pattern import Pattern
 from jaxsparse._plan.patterns import NM, Block, TransposableNM, Unstructured
@@ -64,6 +65,7 @@ __all__ = [
     "Unstructured",
     "add_decayed_nonparticipating",
     "analysis",
+    "anywhere",
     "assert_sparse",
     "block_mask",
     "by_score",

@@ -59,15 +59,16 @@ def plan(
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxsparse as js
-      >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+      >>> model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(4)])
       >>> print(js.flax.plan(model, {"*/kernel": "2:4"}, jnp.zeros((1, 6))))
-      leaf             layer    shape      axis  pattern      density  note
-      ---------------  -------  -------  ------  ---------  ---------  -----------------------------------------
-      layers_0/bias    Dense    8                dense            1    no rule matches
-      layers_0/kernel  Dense    6x8              dense            1    axis -2 has size 6, not a multiple of m=4
-      layers_2/bias    Dense    2                dense            1    no rule matches
-      layers_2/kernel  Dense    8x2          -2  2:4              0.5
-      1 of 4 leaves are sparse, with 16 of 74 weights; 66 weights participate (density 0.892).
+      leaf             layer    shape      axis  pattern      density    bytes saved  note
+      ---------------  -------  -------  ------  ---------  ---------  -------------  -----------------------------------------
+      layers_0/bias    Dense    16               dense            1                   no rule matches
+      layers_0/kernel  Dense    6x16             dense            1                   axis -2 has size 6, not a multiple of m=4
+      layers_2/bias    Dense    4                dense            1                   no rule matches
+      layers_2/kernel  Dense    16x4         -2  2:4              0.5            120
+      1 of 4 leaves are sparse, with 64 of 180 weights; 148 weights participate (density 0.822).
+      Compressed, they take 120 bytes less.
 
     References:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for the choice of layers

@@ -59,15 +59,16 @@ def plan(
       >>> import jax.numpy as jnp
       >>> import jaxsparse as js
       >>> rngs = nnx.Rngs(0)
-      >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 2, rngs=rngs))
+      >>> model = nnx.Sequential(nnx.Linear(6, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 4, rngs=rngs))
       >>> print(js.nnx.plan(model, {"*/kernel": "2:4"}, jnp.zeros((1, 6))))
-      leaf             layer    shape      axis  pattern      density  note
-      ---------------  -------  -------  ------  ---------  ---------  -----------------------------------------
-      layers/0/bias    Linear   8                dense            1    no rule matches
-      layers/0/kernel  Linear   6x8              dense            1    axis -2 has size 6, not a multiple of m=4
-      layers/2/bias    Linear   2                dense            1    no rule matches
-      layers/2/kernel  Linear   8x2          -2  2:4              0.5
-      1 of 4 leaves are sparse, with 16 of 74 weights; 66 weights participate (density 0.892).
+      leaf             layer    shape      axis  pattern      density    bytes saved  note
+      ---------------  -------  -------  ------  ---------  ---------  -------------  -----------------------------------------
+      layers/0/bias    Linear   16               dense            1                   no rule matches
+      layers/0/kernel  Linear   6x16             dense            1                   axis -2 has size 6, not a multiple of m=4
+      layers/2/bias    Linear   4                dense            1                   no rule matches
+      layers/2/kernel  Linear   16x4         -2  2:4              0.5            120
+      1 of 4 leaves are sparse, with 64 of 180 weights; 148 weights participate (density 0.822).
+      Compressed, they take 120 bytes less.
 
     References:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 4.2, for the choice of layers

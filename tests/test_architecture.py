@@ -16,7 +16,10 @@ ROOMS = {
     "": ["_checks", "_registration"],
     "_program": ["arguments", "flow", "walk", "uses", "windows"],
     "_masks": ["ranking", "groups", "nm", "transposable", "topk", "blocks", "bits"],
-    "_plan": ["stages", "pattern", "patterns", "paths", "plan", "planning", "masks", "budgets"],
+    "_plan": [
+        *["stages", "pattern", "patterns", "paths", "plan", "eligibility", "planning"],
+        *["masks", "budgets"],
+    ],
     "_training": [
         *["state", "forward", "schedules", "scores", "renew", "rewire", "pieces", "phases"],
         *["explore_exploit", "sr_ste", "mdgf", "sdgf", "gradual", "static"],

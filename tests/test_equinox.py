@@ -17,7 +17,7 @@ def forward(params, x):
     return jax.vmap(eqx.combine(params, STATIC))(x)
 
 
-PLAN = js.plan(PARAMS, {"layers/*/weight": "2:4"}, forward, X)
+PLAN = js.plan(PARAMS, {"layers/*/weight": js.anywhere("2:4")}, forward, X)
 
 
 def test_the_plan_groups_along_the_inputs():

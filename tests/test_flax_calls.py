@@ -179,7 +179,7 @@ class Hyper(nn.Module):
 def test_a_result_that_looks_like_variables_is_left_alone(packed):
     model = Hyper()
     params = model.init(jax.random.key(0), X)
-    plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
+    plan = js.flax.plan(model, {"*kernel": js.anywhere("2:4")}, X)
     masks = js.magnitude_masks(params, plan)
     expected = model.apply(js.effective_params(params, masks), X)
     with js.flax.intercept(None if packed else masks):
@@ -309,7 +309,7 @@ class Setup(nn.Module):
 def test_bound_models_with_setup(packed):
     model = Setup()
     params = model.init(jax.random.key(0), X)
-    plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
+    plan = js.flax.plan(model, {"*kernel": js.anywhere("2:4")}, X)
     masks = js.magnitude_masks(params, plan)
     calls = (
         lambda net: net.w,
@@ -336,7 +336,7 @@ def test_perturbations_have_the_gradients_of_the_plain_model(packed):
     model = Perturbed()
     variables = model.init(jax.random.key(0), X)
     params, perturbations = {"params": variables["params"]}, variables["perturbations"]
-    plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
+    plan = js.flax.plan(model, {"*kernel": js.anywhere("2:4")}, X)
     masks = js.magnitude_masks(params, plan)
 
     def loss(perturbations, params):

@@ -129,7 +129,7 @@ ZOO = {
     "sequence": (Sequence(), X),
 }
 PROMOTING = ("Dense with weights in bfloat16",)
-RULES = {"*[kK]ernel": "2:4", "*matrix*": "2:4"}
+RULES = {"*[kK]ernel": js.anywhere("2:4"), "*matrix*": js.anywhere("2:4")}
 
 
 @functools.cache
@@ -411,7 +411,7 @@ def test_precision_of_the_module_reaches_the_sparse_product():
     model = nn.Dense(8, precision="highest")
     params = model.init(jax.random.key(0), X)
     packed = js.compress(
-        params, js.magnitude_masks(params, js.flax.plan(model, {"*kernel": "2:4"}, X))
+        params, js.magnitude_masks(params, js.flax.plan(model, {"*kernel": js.anywhere("2:4")}, X))
     )
     with js.flax.intercept():
         assert "HIGHEST, HIGHEST" in jax.jit(model.apply).lower(packed, X).as_text()

@@ -105,7 +105,7 @@ MODELS = {
 def prepared(name):
     model, args, _ = MODELS[name]
     params = model.init(jax.random.key(0), *args)
-    plan = js.flax.plan(model, {"*kernel": "2:4"}, *args)
+    plan = js.flax.plan(model, {"*kernel": js.anywhere("2:4")}, *args)
     assert len(plan.sparse) == sum(leaf.path.endswith("kernel") for leaf in plan.leaves), str(plan)
     return model, args, params, plan, js.magnitude_masks(params, plan)
 
@@ -158,7 +158,7 @@ class Trained(nn.Module):
 def test_plans_of_models_with_named_axes_positional_booleans_and_keys(train):
     model = Trained()
     for rngs in ({}, {"rngs": jax.random.key(0)}, {"rngs": {"dropout": jax.random.key(1)}}):
-        plan = js.flax.plan(model, {"*kernel": "2:4"}, X, train, scale=2, **rngs)
+        plan = js.flax.plan(model, {"*kernel": js.anywhere("2:4")}, X, train, scale=2, **rngs)
         assert list(plan.sparse) == ["Dense_0/kernel"]
     variables = model.init(jax.random.key(0), X, False)
     params, rest = {"params": variables["params"]}, {"batch_stats": variables["batch_stats"]}
@@ -177,7 +177,7 @@ def test_a_static_result_of_a_packed_model_stays_static():
 
     model = Named()
     params = model.init(jax.random.key(0), X)
-    plan = js.flax.plan(model, {"*kernel": "2:4"}, X)
+    plan = js.flax.plan(model, {"*kernel": js.anywhere("2:4")}, X)
     masks = js.magnitude_masks(params, plan)
     with js.flax.intercept():
         output = model.apply(js.compress(params, masks, plan), X)

@@ -251,7 +251,7 @@ class Trained(nn.Module):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_dropout_and_batch_norm_with_keyword_arguments(train):
-    plan = js.flax.plan(Trained(), {"*": "2:4"}, IMAGE, train=train)
+    plan = js.flax.plan(Trained(), {"*": js.anywhere("2:4")}, IMAGE, train=train)
     assert {path: leaf.pattern.axis for path, leaf in plan.sparse.items()} == {
         "Conv_0/kernel": -2,
         "Dense_0/kernel": -2,

@@ -61,7 +61,7 @@ def create():
 
 @functools.partial(nnx.jit, static_argnums=1)
 def optimizer_of(model, recipe):
-    plan = js.nnx.plan(model, {"*/kernel": "2:4"}, X)
+    plan = js.nnx.plan(model, {"*/kernel": js.anywhere("2:4")}, X)
     return nnx.Optimizer(model, recipe(optax.sgd(0.1), plan), wrt=nnx.Param)
 
 
@@ -206,7 +206,7 @@ def pair():
 
 def pair_masks(model):
     return js.magnitude_masks(
-        nnx.state(model, nnx.Param), js.nnx.plan(model, {"*/kernel": "2:4"}, X)
+        nnx.state(model, nnx.Param), js.nnx.plan(model, {"*/kernel": js.anywhere("2:4")}, X)
     )
 
 
@@ -228,7 +228,7 @@ def test_functions_compiled_before_the_context_follow_it():
 )
 def test_an_optimizer_its_state_and_masks_say_the_same(source):
     model = pair()
-    plan = js.nnx.plan(model, {"*/kernel": "2:4"}, X)
+    plan = js.nnx.plan(model, {"*/kernel": js.anywhere("2:4")}, X)
     optimizer = nnx.Optimizer(
         model, js.recipes.explore_exploit(optax.sgd(0.1), plan), wrt=nnx.Param
     )
@@ -307,7 +307,7 @@ def test_errors_name_the_call():
     with pytest.raises(
         TypeError, match=r"nnx\.plan: `model` is a function, not a flax\.nnx\.Module"
     ):
-        js.nnx.plan(pair, {"*": "2:4"}, X)
+        js.nnx.plan(pair, {"*": js.anywhere("2:4")}, X)
     with (
         pytest.raises(TypeError, match=r"nnx\.intercept: `model` is a State"),
         js.nnx.intercept(nnx.state(model), pair_masks(model)),
@@ -383,19 +383,21 @@ KINDS = {
 @pytest.mark.parametrize(("make", "x", "expected"), KINDS.values(), ids=KINDS)
 def test_plans_learn_the_axes_and_say_whose_the_weights_are(make, x, expected):
     plan = js.nnx.plan(
-        nnx.eval_shape(make, nnx.Rngs(0)), {"*": "2:4"}, jax.ShapeDtypeStruct(x.shape, x.dtype)
+        nnx.eval_shape(make, nnx.Rngs(0)),
+        {"*": js.anywhere("2:4")},
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
     )
     assert {
         path: (leaf.layer, leaf.pattern.axis, len(leaf.summed))
         for path, leaf in plan.sparse.items()
     } == expected
-    assert str(plan) == str(js.nnx.plan(make(nnx.Rngs(0)), {"*": "2:4"}, x))
+    assert str(plan) == str(js.nnx.plan(make(nnx.Rngs(0)), {"*": js.anywhere("2:4")}, x))
 
 
 def test_a_plan_leaves_the_model_as_it_was():
     model = create()
     before = jax.tree.leaves(nnx.state(model))
-    plan = js.nnx.plan(model, {"*/kernel": "2:4"}, X)
+    plan = js.nnx.plan(model, {"*/kernel": js.anywhere("2:4")}, X)
     assert all(a is b for a, b in zip(jax.tree.leaves(nnx.state(model)), before, strict=True))
     model.calls[...] += 1
     assert [leaf.stack for leaf in plan.sparse.values()] == [(), (), (-3,)]
@@ -418,7 +420,7 @@ class Switched(nnx.Module):
 
 def test_arguments_that_are_no_arrays_and_other_methods():
     model, rngs = Switched(rngs=nnx.Rngs(0)), nnx.Rngs(1)
-    rules = {"*/kernel": "2:4"}
+    rules = {"*/kernel": js.anywhere("2:4")}
     assert js.nnx.plan(model, rules, X, True).sparse.keys() == {"a/kernel"}
     assert js.nnx.plan(model, rules, X, False, rngs=rngs, mode="noise").sparse.keys() == {
         "b/kernel"
@@ -500,7 +502,7 @@ def test_the_character_model_trains_as_in_linen():
         lambda leaf: jnp.asarray(random.normal(scale=0.1, size=leaf.shape), leaf.dtype), shapes
     )
 
-    rules, example = {"*/kernel": "2:4"}, tokens[0, :, :-1]
+    rules, example = {"*/kernel": js.anywhere("2:4")}, tokens[0, :, :-1]
     plan = js.flax.plan(linen, rules, example)
 
     def recipe(plan):

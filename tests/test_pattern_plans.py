@@ -36,7 +36,7 @@ HALF = js.Unstructured(0.5)
 )
 def test_flax_plans_learn_both_axes(model, x, axes, stack):
     for pattern, expected in ((T24, axes), (BLOCK, axes), (HALF, ())):
-        (leaf,) = js.flax.plan(model, {"*kernel": pattern}, x).sparse.values()
+        (leaf,) = js.flax.plan(model, {"*kernel": js.anywhere(pattern)}, x).sparse.values()
         assert (
             leaf.pattern == pattern.along(expected)
             and leaf.pattern.axes == expected
@@ -52,7 +52,7 @@ def test_flax_plans_learn_both_axes(model, x, axes, stack):
 def test_each_weight_of_a_stack_is_masked_for_itself(axis, patterns):
     model, rng = Stack(scanned(axis, 3)), np.random.default_rng(0)
     for pattern in patterns:
-        plan = js.flax.plan(model, {"*": pattern}, spec(2, 8))
+        plan = js.flax.plan(model, {"*": js.anywhere(pattern)}, spec(2, 8))
         (leaf,) = plan.leaves
         weights = rng.normal(size=leaf.shape).astype("float32") * np.moveaxis(
             np.array([[[1]], [[10]], [[100]]]), 0, axis
@@ -113,7 +113,7 @@ def test_the_report_shows_both_axes():
     )
     lines = [line.split() for line in str(plan).splitlines()[2:5]]
     assert lines == [
-        ["a", "8x8", "-2,", "-1", "transposable", "2:4", "0.5"],
+        ["a", "8x8", "-2,", "-1", "transposable", "2:4", "0.5", "112"],
         ["b", "8x8", "-1,", "-2", "block", "2x2", "0.25", "0.25"],
         ["c", "8", "unstructured", "0.125", "global", "0.125"],
     ]

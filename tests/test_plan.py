@@ -230,10 +230,11 @@ def test_the_report_names_every_leaf_and_the_totals():
     )
     total, planned = 36 + 36 + 8 + 24 + 1, 36
     kept = total - planned // 2
-    assert report.splitlines()[-1] == (
+    assert report.splitlines()[-2:] == [
         f"2 of 7 leaves are sparse, with {planned} of {total} weights; {kept} weights participate "
-        f"(density {kept / total:.3f})."
-    )
+        f"(density {kept / total:.3f}).",
+        "Compressed, they take 62 bytes less.",
+    ]
     assert "0 of 0 leaves" in str(js.plan({}, {}))
 
 
@@ -248,3 +249,73 @@ def test_trees_with_arrays_in_their_metadata_have_paths():
         params = {"layer": Layer(jnp.ones((8, 2)), np.arange(2))}
         plan = js.plan(params, {"layer/w": js.NM(2, 4, axis=0)})
         assert list(plan.sparse) == ["layer/w"]
+
+
+X16 = jnp.zeros((2, 16), "float16")
+# what the plan notes about a weight of shape `[*inner, 4]` under a wildcard; None if it is sparse
+SWEPT = {
+    ("up/kernel", (32,), "float32", "2:4"): None,
+    ("up/kernel", (16,), "bfloat16", "2:4"): None,
+    ("up/kernel", (24,), "bfloat16", "2:4"): "sums over 24, not a multiple of 16",
+    ("up/kernel", (24,), "bfloat16", js.TransposableNM(2, 4)): "sums over 24, not a multiple of 16",
+    ("up/kernel", (48,), "int8", "2:4"): "sums over 48, not a multiple of 32",
+    ("up/kernel", (64,), "int8", "2:4"): None,
+    ("up/kernel", (3, 3, 4), "float32", "2:4"): "sums over 36, not a multiple of 16",
+    ("up/kernel", (2, 2, 4), "float32", "2:4"): None,
+    ("up/kernel", (24,), "float32", "1:4"): None,
+    ("up/kernel", (24,), "float32", js.Unstructured(0.5)): None,
+    ("lm_head/kernel", (32,), "float32", "1:4"): "lm_head is the name of a head",
+    ("decoder/logits_dense/kernel", (32,), "float32", "2:4"): "logits_dense is the name of a head",
+    ("classifier", (32,), "float32", "2:4"): "classifier is the name of a head",
+    ("head/w", (32,), "float32", js.Block((2, 2), 0.5)): "head is the name of a head",
+    ("multihead/kernel", (32,), "float32", "2:4"): None,
+    ("pre_logits/kernel", (32,), "float32", "2:4"): None,
+    ("heads/0/kernel", (32,), "float32", "2:4"): None,
+}
+
+
+@pytest.mark.parametrize("case", SWEPT, ids=str)
+def test_a_wildcard_leaves_dense_what_the_papers_leave_dense(case):
+    path, inner, dtype, pattern = case
+    params = jnp.zeros((*inner, 4), dtype)
+    for name in reversed(path.split("/")):
+        params = {name: params}
+
+    def fn(params, x):
+        (w,) = jax.tree.leaves(params)
+        return jnp.tensordot(x, w, len(inner))
+
+    def reason(rules):
+        (leaf,) = js.plan(params, rules, fn, jnp.zeros((2, *inner), dtype)).leaves
+        return None if leaf.pattern else leaf.reason
+
+    for rule in ("*", path[:-1] + "?", path[:-1] + f"[{path[-1]}]"):
+        assert reason({rule: pattern}) == SWEPT[case]
+        assert reason({rule: js.anywhere(pattern)}) is None
+    assert reason({path: pattern}) is None
+    if isinstance(pattern, str):
+        n, m = map(int, pattern.split(":"))
+        assert reason({"*": js.NM(n, m, axis=len(inner) - 1)}) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bytes_saved_are_those_that_compress_saves(dtype):
+    params = {
+        "odd": jnp.zeros((8, 24, 5), dtype),
+        "stack": jnp.zeros((3, 32, 4), dtype),
+        "both": jnp.zeros((16, 8), dtype),
+    }
+
+    def fn(params, x):
+        y = [x[:, :8] @ params["odd"].reshape(8, -1), x @ params["both"]]
+        return y, jnp.einsum("rk,skm->srm", jnp.concatenate([x, x], -1), params["stack"])
+
+    patterns = {"odd": "2:4", "stack": "2:4", "both": js.TransposableNM(2, 4)}
+    plan = js.plan(params, patterns, fn, jnp.zeros((2, 16), dtype))
+    packed = js.compress(params, js.magnitude_masks(params, plan), plan, layout="canonical")
+    for name, w in packed.items():
+        saved = params[name].nbytes - w.values.nbytes - w.metadata.nbytes
+        assert plan.sparse[name].bytes_saved == saved
+    assert plan == js.plan(jax.tree.map(lambda w: w.astype("float16"), params), patterns, fn, X16)
+    other = js.plan({"w": params["both"]}, {"w": js.NM(1, 4, axis=0)})
+    assert other.sparse["w"].bytes_saved == 0 and "Compressed" not in str(other)

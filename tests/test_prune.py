@@ -125,7 +125,7 @@ LAYERS = {"up": normal(3, 16, 32, scale=0.3), "down": normal(3, 32, 16, seed=4, 
 @pytest.mark.parametrize("fn", [unrolled, scanned])
 def test_each_layer_is_pruned_on_what_the_pruned_layers_before_it_give(fn, method):
     x = inputs(200, 16)
-    plan = js.plan(LAYERS, {"*": "2:4"}, fn, x)
+    plan = js.plan(LAYERS, {"*": js.anywhere("2:4")}, fn, x)
     pruned, masks = js.prune(fn, LAYERS, plan, x, method=method)
     values = np.asarray(x)
     for i in range(3):
@@ -148,7 +148,7 @@ def test_each_layer_is_pruned_on_what_the_pruned_layers_before_it_give(fn, metho
 @pytest.mark.slow
 def test_batches_are_as_good_as_one():
     x = inputs(120, 16)
-    plan = js.plan(LAYERS, {"*": "2:4"}, scanned, x[:40])
+    plan = js.plan(LAYERS, {"*": js.anywhere("2:4")}, scanned, x[:40])
     batches = [(part,) for part in jnp.split(x, 3)]
     for method in ("wanda", "sparsegpt"):
         apart = js.prune(scanned, LAYERS, plan, batches=batches, method=method)
@@ -172,7 +172,7 @@ def test_weights_that_share_an_input_share_its_moments(monkeypatch):
         return (x @ params["q"]) * (x @ params["k"]) + x @ params["v"]
 
     x, order = inputs(64, 16), []
-    plan = js.plan(params, {"*": "2:4"}, fn, x)
+    plan = js.plan(params, {"*": js.anywhere("2:4")}, fn, x)
     js.prune(fn, params, plan, x, progress=order.append)
     assert len(calls) == 1 and order == ["q", "k", "v"]
 
@@ -184,7 +184,7 @@ def recurrent(params, xs):
 def test_a_weight_that_a_loop_uses_is_pruned_on_the_inputs_of_all_steps():
     params = {"x": normal(16, 16, scale=0.3), "h": normal(16, 16, seed=2, scale=0.3)}
     xs = inputs(20 * 8, 16).reshape(20, 8, 16)
-    plan = js.plan(params, {"*": "2:4"}, recurrent, xs)
+    plan = js.plan(params, {"*": js.anywhere("2:4")}, recurrent, xs)
     _, masks = js.prune(recurrent, params, plan, xs, method="wanda")
     states = np.asarray(recurrent(params, xs)).reshape(-1, 16)
     np.testing.assert_array_equal(masks["x"].T, wanda(params["x"].T, xs.reshape(-1, 16), 2, 4))
@@ -392,7 +392,7 @@ def test_a_flax_model_with_boxes_trains_on():
     x = inputs(60, 16).reshape(4, 15, 16)
     model = Model()
     params = model.init(jax.random.key(0), x)
-    plan = js.flax.plan(model, {"*/kernel": "2:4"}, x)
+    plan = js.flax.plan(model, {"*/kernel": js.anywhere("2:4")}, x)
     pruned, masks = js.prune(model.apply, params, plan, x)
     assert jax.tree.structure(pruned) == jax.tree.structure(params)
     tx = js.recipes.static(optax.sgd(0.1), plan, masks=masks)

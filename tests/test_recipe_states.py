@@ -227,7 +227,7 @@ class Model(nn.Module):
 
 
 MODEL, X = Model(), jax.random.normal(jax.random.key(1), (5, 8))
-KERNELS = {"*/Dense_*/kernel": "2:4"}
+KERNELS = {"*/Dense_*/kernel": js.anywhere("2:4")}
 RECIPES = {
     "sr_ste": lambda inner, plan: js.recipes.sr_ste(inner, plan, dense_until=2),
     "mdgf": linear,

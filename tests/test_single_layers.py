@@ -25,7 +25,7 @@ X = jax.random.normal(jax.random.key(1), (2, 8, 8))
     ids=lambda model: type(model).__name__,
 )
 def test_masked_and_compressed_forward_agree_with_sparse_params(model):
-    plan = js.flax.plan(model, {"*": "2:4"}, X)
+    plan = js.flax.plan(model, {"*": js.anywhere("2:4")}, X)
 
     @jax.jit
     def outputs(params):

@@ -182,7 +182,9 @@ def test_a_plan_of_the_module_says_the_same(name):
 
 def test_a_weight_to_which_another_is_added_stays_dense_unless_its_rule_names_the_axis():
     fn, params, args, *_ = built("dictionary, merged LoRA")
-    leaves = {leaf.path: leaf for leaf in js.plan(params, {"*/w": "2:4"}, fn, *args).leaves}
+    leaves = {
+        leaf.path: leaf for leaf in js.plan(params, {"*/w": js.anywhere("2:4")}, fn, *args).leaves
+    }
     assert [leaves[path].pattern for path in WEIGHTS] == [None] * len(WEIGHTS)
     assert leaves["head/w"].pattern is not None
 

@@ -55,18 +55,18 @@ def sparsify(fn: Callable, *, implementation: str | None = None) -> "Sparsified"
       >>> import jaxsparse as js
       >>> def model(params, x):
       ...     return jax.nn.relu(x @ params["up"]) @ params["down"].T
-      >>> params = {"up": jnp.ones((8, 4)), "down": jnp.ones((2, 4))}
-      >>> x = jnp.ones((1, 8))
+      >>> params = {"up": jnp.ones((16, 32)), "down": jnp.ones((2, 32))}
+      >>> x = jnp.ones((1, 16))
       >>> plan = js.plan(params, {"*": "2:4"}, model, x)
       >>> packed = js.compress(params, js.magnitude_masks(params, plan), plan)
       >>> sparse_model = js.sparsify(model)
       >>> jax.jit(sparse_model)(packed, x)
-      Array([[8., 8.]], dtype=float32)
+      Array([[128., 128.]], dtype=float32)
       >>> print(sparse_model.report(packed, x))
-      leaf    product                    runs        implementation
-      ------  -------------------------  ----------  ----------------
-      up      dot_general (1, 8) (8, 4)  compressed  dense
-      down    dot_general (1, 4) (4, 2)  compressed  dense
+      leaf    product                       runs        implementation
+      ------  ----------------------------  ----------  ----------------
+      up      dot_general (1, 16) (16, 32)  compressed  dense
+      down    dot_general (1, 32) (32, 2)   compressed  dense
       2 of 2 uses run compressed.
 
     References:

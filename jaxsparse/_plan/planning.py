@@ -1,6 +1,7 @@
 """Makes plans from rules; axes are named by the rules or learnt from the traced program."""
 
 import collections
+import dataclasses
 import fnmatch
 import re
 import warnings
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxsparse._plan.eligibility import Anywhere, sweeps, why_ineligible
 from jaxsparse._plan.paths import leaf_paths
 from jaxsparse._plan.pattern import Pattern, axes_in, why_not
 from jaxsparse._plan.patterns import as_pattern
@@ -49,7 +51,9 @@ def plan(
         as in file names, where `*` also matches `/`. The first rule that matches a leaf decides; a
         leaf without a matching rule stays dense. A pattern that names its axes, as in `NM(2, 4,
         axis=0)`, is checked against the program; where the program does not determine the axes,
-        those of the rule are used.
+        those of the rule are used. A rule with such a wildcard and without an axis leaves heads
+        dense, by their names, and for 2:4 the leaves whose product sums over a number that is not a
+        multiple of 16 (of 32 for weights of 8 bits), unless its value is `anywhere(pattern)`.
       fn: the model, a function of (params, *args, **kwargs), such as `model.apply`. Use
         `functools.partial` to bind arguments that are not arrays.
       *args: the other arguments of `fn`, arrays or `jax.ShapeDtypeStruct`.
@@ -71,11 +75,12 @@ def plan(
       >>> params = {"w": jnp.zeros((2, 8)), "b": jnp.zeros((1, 2))}
       >>> model = lambda params, x: x @ params["w"].T + params["b"]
       >>> print(js.plan(params, {"w": "2:4"}, model, jnp.zeros((1, 8))))
-      leaf    layer    shape      axis  pattern      density  note
-      ------  -------  -------  ------  ---------  ---------  ---------------
-      b                1x2              dense            1    no rule matches
-      w                2x8          -1  2:4              0.5
+      leaf    layer    shape      axis  pattern      density    bytes saved  note
+      ------  -------  -------  ------  ---------  ---------  -------------  ---------------
+      b                1x2              dense            1                   no rule matches
+      w                2x8          -1  2:4              0.5             28
       1 of 2 leaves are sparse, with 16 of 18 weights; 10 weights participate (density 0.556).
+      Compressed, they take 28 bytes less.
       >>> js.plan(params, {"w": js.NM(2, 4, axis=1)}).sparse["w"].pattern.axis
       -1
 
@@ -260,24 +265,31 @@ def apply_rules(
                 f'{call}: rule {rule!r} is not a path. Write it as text, as in "encoder/kernel" or '
                 '"*/kernel".'
             )
+    specs = {
+        rule: spec.pattern if isinstance(spec, Anywhere) else spec for rule, spec in rules.items()
+    }
     patterns = {
         rule: None if spec is None else as_pattern(spec, f"{call}: rule {rule!r}")
-        for rule, spec in rules.items()
+        for rule, spec in specs.items()
     }
     matched = dict.fromkeys(patterns, False)
 
     def settle(path, leaf):
-        rules = [
+        matching = [
             rule
             for rule in patterns
             if path == rule or fnmatch.fnmatchcase(path, rule.removeprefix("params/"))
         ]
-        matched.update(dict.fromkeys(rules, True))
-        if not rules:
+        matched.update(dict.fromkeys(matching, True))
+        if not matching:
             return Leaf(path, jnp.shape(leaf), None, reason="no rule matches")
-        if patterns[rules[0]] is None:
-            return Leaf(path, jnp.shape(leaf), None, reason=f"rule {rules[0]!r} says dense")
-        return decide(path, leaf, rules[0], patterns[rules[0]])
+        rule, pattern = matching[0], patterns[matching[0]]
+        if pattern is None:
+            return Leaf(path, jnp.shape(leaf), None, reason=f"rule {rule!r} says dense")
+        decided = decide(path, leaf, rule, pattern)
+        asked = not sweeps(rule) or pattern.axes is not None or isinstance(rules[rule], Anywhere)
+        why = "" if asked or not decided.pattern else why_ineligible(decided, jnp.result_type(leaf))
+        return Leaf(path, decided.shape, None, reason=why) if why else decided
 
     paths = leaf_paths(params)
     for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
@@ -286,7 +298,10 @@ def apply_rules(
                 f"{call}: {path} is a {type(leaf).__name__}, not an array. Pass arrays or "
                 "jax.ShapeDtypeStruct."
             )
-    leaves = tuple(map(settle, paths, jax.tree.leaves(params)))
+    leaves = tuple(
+        dataclasses.replace(settle(path, leaf), dtype=str(getattr(leaf, "dtype", "")))
+        for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
+    )
     idle = [rule for rule, used in matched.items() if not used]
     if idle:
         raise ValueError(

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxsparse as js
+
 
 class Along(NamedTuple):
     """Where the groups of a weight run, read from the model's code; axes count from the end.
@@ -59,7 +61,7 @@ class Model:
     planned: Mapping[str, Along]
     products: int
     decompressed: frozenset[str] = frozenset()
-    rules: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"*": "2:4"})
+    rules: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"*": js.anywhere("2:4")})
 
 
 def random_like(shapes, scale=0.4):
