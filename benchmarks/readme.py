@@ -59,7 +59,7 @@ def demo_plan(result):
 
 
 def plan(result):
-    """The informative rows of a plan: one for each kind of layer and axis, and one that is dense."""
+    """The rows of a plan that inform: one for each kind of layer and axis, and a dense one."""
     *head, total, saved = result["plan"].splitlines()
     header, rows, kept = head[:2], head[2:], {}
     for row in rows:

@@ -34,7 +34,7 @@ from jaxsparse.examples import smollm, smollm_model
 STEPS, TUNING_STEPS, RANK = 100, 20, 16
 RATES = {  # three each, and the best is not at an edge
     "dense": (3e-5, 1e-4, 3e-4),
-    "magnitude": (1e-4, 3e-4, 1e-3),
+    "magnitude": (3e-4, 1e-3, 3e-3),
     "sparsegpt": (3e-5, 1e-4, 3e-4),
     "adapters": (3e-4, 1e-3, 3e-3),
 }
