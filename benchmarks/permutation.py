@@ -7,7 +7,6 @@ import argparse
 import pathlib
 import time
 
-
 import numpy as np
 import tabulate
 import timing
