@@ -1,0 +1,488 @@
+"""Which axes of the weights of a program run over the same channels."""
+
+import collections
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jax import numpy as jnp
+from jax.extend.core import ClosedJaxpr, Literal
+
+from jaxsparse._program.flow import N_ARY, SAME_PLACES, UNARY, same_axes
+from jaxsparse._program.walk import INLINED, called, open_program, scan_counts
+
+__all__ = ["Channels", "Place", "channels"]
+
+
+class Place(NamedTuple):
+    """Where channels are in a leaf of the parameters.
+
+    Attributes:
+      leaf: the index of the leaf.
+      axis: the axis that runs over the channels.
+      stack: the axes over separate sets of channels, each of which may have another order.
+    """
+
+    leaf: int
+    axis: int
+    stack: tuple[int, ...]
+
+
+class Channels(NamedTuple):
+    """Channels that keep their meaning if all their places are reordered alike.
+
+    Attributes:
+      places: all axes of leaves that run over them.
+      reason: why their order matters to the program; empty if it does not.
+    """
+
+    places: tuple[Place, ...]
+    reason: str
+
+
+# for each axis of a value, the node of its channels; None if all elements along it are equal
+Axes = tuple[int | None, ...]
+
+
+def channels(
+    program: ClosedJaxpr, shapes: Sequence[tuple[int, ...]], wanted: Iterable[tuple[int, int]]
+) -> tuple[list[Channels], float]:
+    """Finds the channels that axes of the leading inputs of a program run over.
+
+    Args:
+      program: the program.
+      shapes: the shapes of its leading inputs, the leaves of the parameters.
+      wanted: the leaf and the axis of each place whose channels are to be found.
+
+    Returns:
+      The channels, in the order in which `wanted` first mentions them, and the largest machine
+      epsilon of the types in the program.
+    """
+    found = _Analysis()
+    leaves = [found.fresh(shape) for shape in shapes]
+    others = [
+        found.fresh(var.aval.shape, "an argument of the function has them")
+        for var in program.jaxpr.invars[len(shapes) :]
+    ]
+    found.note(leaves, ())
+    outputs = found.follow(program.jaxpr, [*leaves, *others], ())
+    found.freeze(outputs, "they reach an output of the function")
+    roots = [found.root(node) for leaf, axis in wanted if (node := leaves[leaf][axis]) is not None]
+    roots = list(dict.fromkeys(roots))
+    stacks = found.stacks(roots)
+    used = set(map(found.root, found.used))
+    over = [tuple(node if node is None else found.root(node) for node in axes) for axes in leaves]
+
+    def place(leaf, axis, root):
+        return Place(leaf, axis, tuple(over[leaf].index(other) for other in stacks[root]))
+
+    return [
+        Channels(
+            tuple(
+                place(leaf, axis, root)
+                for leaf, axes in enumerate(over)
+                for axis, node in enumerate(axes)
+                if node == root
+            ),
+            found.reasons.get(root, "" if root in used else "the function does not use them"),
+        )
+        for root in roots
+    ], found.epsilon
+
+
+class _Analysis:
+    """A walk over a program that joins the axes of its values wherever they must be aligned.
+
+    An operation for which the order along an axis matters freezes the axis, and what it returns
+    along that axis are other channels, which are frozen too.
+    """
+
+    def __init__(self):
+        self.parents: list[int] = []
+        self.reasons: dict[int, str] = {}  # of frozen channels, by root
+        self.values: set[tuple[Axes, tuple[int, ...]]] = set()  # with the loops around them
+        self.sums: list[tuple[int, Axes]] = []  # summed channels, and what is aligned there
+        self.used: set[int] = set()
+        self.epsilon = 0.0
+
+    # --- nodes
+
+    def new(self, reason: str = "") -> int:
+        node = len(self.parents)
+        self.parents.append(node)
+        if reason:
+            self.reasons[node] = reason
+        return node
+
+    def fresh(self, shape: Sequence[int], reason: str = "") -> Axes:
+        return tuple(self.new(reason) if n != 1 else None for n in shape)
+
+    def root(self, node: int) -> int:
+        while self.parents[node] != node:
+            self.parents[node] = node = self.parents[self.parents[node]]
+        return node
+
+    def join(self, *nodes: int | None) -> int | None:
+        """Makes the channels of aligned axes the same."""
+        roots = sorted({self.root(node) for node in nodes if node is not None})
+        if not roots:
+            return None
+        reasons = [self.reasons[root] for root in roots if root in self.reasons]
+        for root in roots:
+            self.parents[root] = roots[0]
+        if reasons:
+            self.reasons[roots[0]] = reasons[0]
+        return roots[0]
+
+    def freeze(self, values: Iterable[Axes], reason: str) -> None:
+        for axes in values:
+            for node in axes:
+                if node is not None:
+                    self.reasons.setdefault(self.root(node), reason)
+
+    def note(self, values: Iterable[Axes], loops: tuple[int, ...]) -> None:
+        self.values.update((axes, loops) for axes in values)
+
+    def stacks(self, roots: list[int]) -> dict[int, list[int]]:
+        """For each of these channels, the other channels on whose position its order may depend.
+
+        Each value with the channels must have exactly one axis over the others or be in a loop over
+        them, and where the channels are summed, the others must be aligned.
+        """
+        around: dict[int, set[int]] = {}
+
+        def keep(root, others):
+            around[root] = around.get(root, others) & others
+
+        for axes, loops in self.values:
+            counts = collections.Counter(
+                self.root(node) for node in (*axes, *loops) if node is not None
+            )
+            for root in counts:
+                keep(root, {one for one, n in counts.items() if n == 1})
+        for node, aligned in self.sums:
+            keep(self.root(node), {self.root(one) for one in aligned if one is not None})
+        reordered = {root for root in roots if root not in self.reasons}
+        return {root: sorted(around.get(root, set()) - {root} - reordered) for root in roots}
+
+    # --- programs
+
+    def follow(self, program: Any, operands: Sequence[Axes], loops: tuple[int, ...]) -> list[Axes]:
+        """Follows values through a program; returns the axes of its outputs."""
+        known = dict(zip(program.invars, operands, strict=True))
+        constant = "a constant array of the program has them"
+        known |= {var: self.fresh(var.aval.shape, constant) for var in program.constvars}
+
+        def axes_of(atom):
+            if isinstance(atom, Literal):
+                return self.fresh(jnp.shape(atom.val), constant)
+            return known[atom]
+
+        for eqn in program.eqns:
+            inputs = list(map(axes_of, eqn.invars))
+            results = self.results(eqn, inputs, loops)
+            self.note((*inputs, *results), loops)
+            known.update(zip(eqn.outvars, results, strict=True))
+            for var in eqn.outvars:
+                dtype = getattr(var.aval, "dtype", jnp.int32)
+                if jnp.issubdtype(dtype, jnp.inexact):
+                    self.epsilon = max(self.epsilon, float(jnp.finfo(dtype).eps))
+        return [axes_of(atom) for atom in program.outvars]
+
+    def results(self, eqn: Any, operands: list[Axes], loops: tuple[int, ...]) -> list[Axes]:
+        """The axes of the results of an equation."""
+        name = eqn.primitive.name
+        if name == "scan":
+            return self.scan(eqn, operands, loops)
+        if name == "while":
+            return self.while_loop(eqn, operands, loops)
+        if name == "cond":
+            ends = [
+                self.follow(open_program(branch), operands[1:], loops)
+                for branch in eqn.params["branches"]
+            ]
+            return [self.aligned(values) for values in zip(*ends, strict=True)]
+        if name in INLINED or name in ("custom_jvp_call", "custom_vjp_call"):
+            inner = called(eqn)
+            if inner is not None:
+                return self.follow(inner, operands, loops)
+        self.used.update(node for axes in operands for node in axes if node is not None)
+        if name in ("dot_general", "ragged_dot_general"):
+            return self.product(eqn, operands, loops)
+        if name == "conv_general_dilated":
+            return self.convolution(eqn, operands, loops)
+        return _RULES.get(name, _Analysis.unknown)(self, eqn, operands)
+
+    def scan(self, eqn, operands, loops):
+        consts, carries = scan_counts(eqn)
+        position = self.new("a scan loops over them")
+        shared, carry, sliced = (
+            operands[:consts],
+            operands[consts : consts + carries],
+            operands[consts + carries :],
+        )
+        self.join(position, *(axes[0] for axes in sliced))
+        around = self.carried(eqn.outvars[:carries], carry)
+        ends = self.follow(
+            open_program(eqn.params["jaxpr"]),
+            [*shared, *around, *(axes[1:] for axes in sliced)],
+            (*loops, position),
+        )
+        first = position if eqn.params["length"] != 1 else None
+        return [
+            *map(self.aligned, zip(around, ends[:carries], strict=True)),
+            *((first, *axes) for axes in ends[carries:]),
+        ]
+
+    def while_loop(self, eqn, operands, loops):
+        cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        around = self.carried(eqn.outvars, operands[cond + body :])
+        self.follow(open_program(eqn.params["cond_jaxpr"]), [*operands[:cond], *around], loops)
+        ends = self.follow(
+            open_program(eqn.params["body_jaxpr"]),
+            [*operands[cond : cond + body], *around],
+            loops,
+        )
+        return list(map(self.aligned, zip(around, ends, strict=True)))
+
+    def carried(self, variables, values):
+        """The axes of the carries of a loop in all its steps."""
+        return [
+            self.aligned((self.fresh(var.aval.shape), axes))
+            for var, axes in zip(variables, values, strict=True)
+        ]
+
+    # --- operations
+
+    def aligned(self, values: Iterable[Axes]) -> Axes:
+        """Joins values of equal shapes axis by axis."""
+        return tuple(self.join(*nodes) for nodes in zip(*values, strict=True))
+
+    def summed(self, pairs: Sequence[Axes], aligned: Axes) -> None:
+        """Joins axes of two operands that a product sums over, given other axes that it aligns."""
+        nodes = [self.join(*pair) for pair in pairs]
+        self.sums += [
+            (node, (*aligned, *nodes))
+            for node, pair in zip(nodes, pairs, strict=True)
+            if node is not None and None not in pair
+        ]
+
+    def kept(self, eqn: Any, axes: Axes, moved: Iterable[int], reason: str) -> list[Axes]:
+        """The results of an operation that keeps all axes but those that it moves along."""
+        moved = set(moved)
+        self.freeze([tuple(axes[i] for i in moved)], reason)
+        return [
+            tuple(
+                None if n == 1 else self.new(reason) if i in moved else axes[i]
+                for i, n in enumerate(var.aval.shape)
+            )
+            for var in eqn.outvars
+        ]
+
+    def unknown(self, eqn, operands):
+        reason = f"{eqn.primitive.name}, which is not followed, uses or makes them"
+        self.freeze(operands, reason)
+        return [self.fresh(getattr(var.aval, "shape", ()), reason) for var in eqn.outvars]
+
+    def elementwise(self, eqn, operands):
+        shape = eqn.outvars[0].aval.shape
+        full = [axes for axes in operands if axes]
+        if any(len(axes) != len(shape) for axes in full):
+            return self.unknown(eqn, operands)
+        return [self.aligned([*full, (None,) * len(shape)])]
+
+    def same(self, eqn, operands):
+        return operands[: len(eqn.outvars)]
+
+    def iota(self, eqn, operands):
+        shape, dimension = eqn.outvars[0].aval.shape, eqn.params["dimension"]
+        reason = "iota counts them"
+        return [tuple(self.new(reason) if i == dimension else None for i in range(len(shape)))]
+
+    def transpose(self, eqn, operands):
+        return [tuple(operands[0][i] for i in eqn.params["permutation"])]
+
+    def broadcast(self, eqn, operands):
+        places = dict(zip(eqn.params["broadcast_dimensions"], operands[0], strict=True))
+        return [tuple(places.get(i) for i in range(len(eqn.outvars[0].aval.shape)))]
+
+    def reshape(self, eqn, operands):
+        (axes,), before, after = operands[:1], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        whole = {new: old for old, new in same_axes(before, after).items()}
+        reason = "a reshape splits or merges them"
+        left = [node for i, node in enumerate(axes) if i not in whole.values()]
+        self.freeze([tuple(left)], reason)
+        constant = all(node is None for node in left)
+        return [
+            tuple(
+                axes[whole[i]] if i in whole else None if constant or n == 1 else self.new(reason)
+                for i, n in enumerate(after)
+            )
+        ]
+
+    def reduce(self, eqn, operands):
+        gone = set(eqn.params["axes"])
+        return [
+            tuple(node for i, node in enumerate(axes) if i not in gone)
+            for axes in operands[: len(eqn.outvars)]
+        ]
+
+    def argument_of_extremum(self, eqn, operands):
+        reason = f"{eqn.primitive.name} returns their places"
+        self.freeze([tuple(operands[0][i] for i in eqn.params["axes"])], reason)
+        return self.reduce(eqn, operands)
+
+    def along(self, eqn, operands):
+        """Operations whose result depends on the order along one axis."""
+        params = eqn.params
+        if "dimensions" in params:
+            moved = params["dimensions"]
+        else:
+            moved = [params["dimension"] if "dimension" in params else params["axis"]]
+        reason = f"{eqn.primitive.name} depends on their order"
+        return self.kept(eqn, self.aligned(operands), moved, reason)
+
+    def cut(self, eqn, operands):
+        """Operations that return a part along some axes."""
+        axes, before = operands[0], eqn.invars[0].aval.shape
+        moved = {
+            i
+            for var in eqn.outvars
+            for i, (n, m) in enumerate(zip(before, var.aval.shape, strict=True))
+            if n != m and axes[i] is not None
+        }
+        if eqn.primitive.name == "pad":
+            moved |= {i for i, config in enumerate(eqn.params["padding_config"]) if any(config)}
+        return self.kept(
+            eqn, axes, moved, f"{eqn.primitive.name} takes a part of them or adds some"
+        )
+
+    def unstack(self, eqn, operands):
+        axis, axes = eqn.params["axis"], operands[0]
+        self.freeze([axes[axis : axis + 1]], "unstack takes them apart")
+        return [axes[:axis] + axes[axis + 1 :]] * len(eqn.outvars)
+
+    def concatenate(self, eqn, operands):
+        axis = eqn.params["dimension"]
+        reason = "concatenate joins them to others"
+        self.freeze([axes[axis : axis + 1] for axes in operands], reason)
+        rest = self.aligned([(*axes[:axis], None, *axes[axis + 1 :]) for axes in operands])
+        return self.kept(eqn, rest, [axis], reason)
+
+    def gather(self, eqn, operands):
+        (axes, indices), numbers = operands, eqn.params["dimension_numbers"]
+        shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+        if numbers.operand_batching_dims:
+            return self.unknown(eqn, operands)
+        whole = [i for i in range(len(shape)) if i not in numbers.collapsed_slice_dims]
+        kept = {
+            place: i
+            for place, i in zip(numbers.offset_dims, whole, strict=True)
+            if sizes[i] == shape[i] and i not in numbers.start_index_map
+        }
+        reason = "gather looks them up by index"
+        looked_up = [node for i, node in enumerate(axes) if i not in kept.values()]
+        self.freeze([(*looked_up, *indices[-1:])], reason)
+        rows = iter(indices[:-1])
+        return [
+            tuple(
+                axes[kept[i]]
+                if i in kept
+                else next(rows)
+                if i not in numbers.offset_dims
+                else self.new(reason)
+                for i in range(len(eqn.outvars[0].aval.shape))
+            )
+        ]
+
+    def pool(self, eqn, operands):
+        params = eqn.params
+        windows = zip(
+            params["window_dimensions"],
+            params["window_strides"],
+            params["padding"],
+            params["base_dilation"],
+            strict=True,
+        )
+        moved = [
+            i
+            for i, (window, stride, padding, dilation) in enumerate(windows)
+            if (window, stride, *padding, dilation) != (1, 1, 0, 0, 1)
+        ]
+        return self.kept(eqn, operands[0], moved, f"{eqn.primitive.name} slides along them")
+
+    def product(self, eqn, operands, loops):
+        groups: tuple[int, ...] = ()
+        if eqn.primitive.name == "dot_general":
+            summed, batch = eqn.params["dimension_numbers"]
+        else:
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            (summed, batch), groups = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
+            ragged = numbers.lhs_ragged_dimensions
+            if set(ragged) & {*summed[0], *batch[0]}:
+                return self.unknown(eqn, operands)
+            reason = "ragged_dot_general divides them into groups"
+            self.freeze([tuple(operands[0][i] for i in ragged)], reason)
+            self.freeze([tuple(operands[1][i] for i in groups), *operands[2:]], reason)
+        left, right = operands[:2]
+        batched = [self.join(left[i], right[j]) for i, j in zip(*batch, strict=True)]
+        pairs = [(left[i], right[j]) for i, j in zip(*summed, strict=True)]
+        self.summed(pairs, (*batched, *loops))
+        return [
+            (
+                *batched,
+                *(node for i, node in enumerate(left) if i not in (*summed[0], *batch[0])),
+                *(
+                    node
+                    for i, node in enumerate(right)
+                    if i not in (*summed[1], *batch[1], *groups)
+                ),
+            )
+        ]
+
+    def convolution(self, eqn, operands, loops):
+        (x, kernel), params = operands, eqn.params
+        (rows, features, *space), (outputs, inputs, *window), places = params["dimension_numbers"]
+        shapes = [atom.aval.shape for atom in eqn.invars]
+        sliding = "a convolution slides along them"
+        self.freeze([tuple(x[i] for i in space), tuple(kernel[i] for i in window)], sliding)
+        result = list(self.fresh(eqn.outvars[0].aval.shape, sliding))
+        result[places[0]] = x[rows]
+        groups = params["feature_group_count"]
+        if params["batch_group_count"] != 1:
+            return self.unknown(eqn, operands)
+        if groups == 1:
+            self.summed([(x[features], kernel[inputs])], loops)
+            result[places[1]] = kernel[outputs]
+        elif groups == shapes[0][features] == shapes[1][outputs]:
+            result[places[1]] = self.join(x[features], kernel[outputs])
+        else:
+            return self.unknown(eqn, operands)
+        return [tuple(result)]
+
+
+_MORE = {"acos", "asin", "atan", "complex", "cosh", "erf_inv", "erfc", "imag", "real", "sinh"}
+_Rule = Callable[[_Analysis, Any, list[Axes]], list[Axes]]
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(UNARY | N_ARY | _MORE, _Analysis.elementwise),
+    **dict.fromkeys(SAME_PLACES - {"rev", "all_gather_invariant"}, _Analysis.same),
+    **dict.fromkeys(
+        (f"reduce_{kind}" for kind in ("sum", "max", "min", "prod", "and", "or", "xor")),
+        _Analysis.reduce,
+    ),
+    **dict.fromkeys(("argmax", "argmin"), _Analysis.argument_of_extremum),
+    **dict.fromkeys(
+        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "rev"), _Analysis.along
+    ),
+    **dict.fromkeys(("slice", "dynamic_slice", "split", "pad", "tile"), _Analysis.cut),
+    **dict.fromkeys((f"reduce_window_{kind}" for kind in ("sum", "max", "min")), _Analysis.pool),
+    "broadcast_in_dim": _Analysis.broadcast,
+    "concatenate": _Analysis.concatenate,
+    "gather": _Analysis.gather,
+    "iota": _Analysis.iota,
+    "reshape": _Analysis.reshape,
+    "squeeze": lambda found, eqn, operands: [
+        tuple(node for i, node in enumerate(operands[0]) if i not in eqn.params["dimensions"])
+    ],
+    "transpose": _Analysis.transpose,
+    "unstack": _Analysis.unstack,
+}
