@@ -24,7 +24,8 @@ ROOMS = {
     "_kernels": ["__init__", "mosaic", "ampere", "decode", "hopper"],
     "_packed": ["layouts", "sparse24", "compress", "partition", "matmul", "verify", "files"],
     "_pruning": [
-        *["methods", "matrices", "calibration", "prune", "permutation", "channels", "permute"],
+        *["methods", "matrices", "calibration", "prune", "permutation"],
+        *["alignment", "channels", "permute"],
     ],
     "_execution": ["weights", "moves", "fusion", "report", "run", "sparsify"],
     "_analysis": ["costs", "metrics", "trajectories", "recorder"],

@@ -1,5 +1,7 @@
 """Channels of traced programs reordered together, against plain NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +41,9 @@ def by_path(tree):
     return {path.removeprefix("params/"): leaf for path, leaf in named.items()}
 
 
-def kept(leaf, axis, n, m):
-    """The magnitude that n:m keeps of a leaf, and how much unstructured sparsity keeps."""
-    rows = np.abs(np.moveaxis(leaf, axis, -1)).reshape(-1, leaf.shape[axis]).astype(float)
+def kept(leaf, axis, size, n, m):
+    """The magnitude that n:m keeps of rows of a size, and how much unstructured sparsity keeps."""
+    rows = np.abs(np.moveaxis(leaf, axis, -1)).reshape(-1, size).astype(float)
     groups = np.sort(rows.reshape(len(rows), -1, m), -1)
     top = np.sort(rows, -1)[:, rows.shape[1] - rows.shape[1] // m * n :]
     return np.array([groups[..., m - n :].sum(), top.sum()])
@@ -49,6 +51,7 @@ def kept(leaf, axis, n, m):
 
 def reordered(leaf, place, order):
     """A leaf with its channels in another order, one set of channels after the other."""
+    leaf, whole = leaf.reshape(place.shape), leaf.shape
     out = leaf.copy()
     for index in np.ndindex(order.shape[:-1]):
         at = [slice(None)] * leaf.ndim
@@ -56,7 +59,7 @@ def reordered(leaf, place, order):
             at[axis] = i
         left = place.axis - sum(axis < place.axis for axis in place.stack)
         out[tuple(at)] = leaf[tuple(at)].take(order[index], left)
-    return out
+    return out.reshape(whole)
 
 
 def check(fn, params, plan, *args, rtol=1e-4, **options):
@@ -81,10 +84,7 @@ def check(fn, params, plan, *args, rtol=1e-4, **options):
     for group in result.groups:
         if group.order is not None:
             sums = [
-                sum(
-                    kept(leaves[path], plan.sparse[path].pattern.axes[0], *pattern(plan, path))
-                    for path in group.weights
-                )
+                sum(kept(leaves[path], *pattern(plan, path, group.size)) for path in group.weights)
                 for leaves in (old, new)
             ]
             assert (group.before, group.kept) == pytest.approx([one[0] for one in sums], rel=1e-5)
@@ -99,8 +99,9 @@ def check(fn, params, plan, *args, rtol=1e-4, **options):
     return result
 
 
-def pattern(plan, path):
-    return plan.sparse[path].pattern.n, plan.sparse[path].pattern.m
+def pattern(plan, path, size):
+    one = plan.sparse[path].pattern
+    return one.axis, size, one.n, one.m
 
 
 def table(result):
@@ -398,13 +399,13 @@ LEFT = {
         "dynamic_slice takes a part of them or adds some",
     ),
     "unstacked": (lambda h: h + jnp.unstack(h, axis=1)[3][:, None], "unstack takes them apart"),
-    "heads": (
-        lambda h: h.reshape(4, 4, 8).transpose(0, 2, 1).reshape(4, 32),
-        "a reshape splits or merges them",
+    "parts that are too short": (
+        lambda h: (h.reshape(4, 16, 2) / h.reshape(4, 16, 2).max(-1, keepdims=True)).reshape(4, 32),
+        "groups of 4 span parts of 2 that a reshape splits off",
     ),
-    "heads of a norm": (
-        lambda h: (h.reshape(4, 4, 8) / h.reshape(4, 4, 8).max(-1, keepdims=True)).reshape(4, 32),
-        "a reshape splits or merges them",
+    "rows that are merged with them": (
+        lambda h: jnp.flip(h.reshape(128)).reshape(4, 32),
+        "rev depends on their order",
     ),
     "looked up": (
         lambda h: h[:, np.arange(32)[::-1].copy()] + h,
@@ -467,6 +468,76 @@ def test_channels_that_are_left_alone(name):
     assert reason in group.reason and group.order is None
     assert all(map(np.array_equal, jax.tree.leaves(result.params), jax.tree.leaves(params)))
     assert group.reason in " ".join(str(result).split())
+
+
+def test_channels_that_are_split_into_heads_and_groups():
+    def norm(h, groups):
+        split = h.reshape(4, groups, -1)
+        return (split / jnp.linalg.norm(split, axis=-1, keepdims=True)).reshape(4, -1)
+
+    def fn(groups, params, x):
+        h = x @ params["a"] + params["b"][None]
+        for one in groups:
+            h = norm(h, one)
+        return h @ params["c"]
+
+    params = {"a": normal(16, 48), "b": normal(48, seed=1), "c": normal(48, 8, seed=2)}
+    plan, x = js.plan(params, {"c": js.NM(2, 4, axis=0)}), normal(4, 16, seed=3)
+    for groups, parts in (([6], (6, 8)), ([2, 6], (2, 3, 8)), ([6, 2], (2, 3, 8))):
+        (group,) = check(functools.partial(fn, groups), params, plan, x).groups
+        n = len(parts) - 1
+        assert group.axes == (
+            ("a", (16, *parts), n + 1, tuple(range(1, n + 1))),
+            ("b", parts, n, tuple(range(n))),
+            ("c", (*parts, 8), n, tuple(range(n))),
+        )
+    (group,) = js.permute(functools.partial(fn, [3, 2]), params, plan, x).groups
+    assert group.reason == "reshapes split them in ways that do not fit"
+
+
+def test_heads_of_flat_kernels_with_grouped_queries_and_rotary_positions():
+    def rotated(x):
+        turned = jnp.concatenate([-x[..., 4:], x[..., :4]], -1)
+        angle = jnp.arange(5.0)[:, None, None]
+        return x * jnp.cos(angle) + turned * jnp.sin(angle)
+
+    def fn(params, x):
+        def layer(x, w):
+            q = rotated((x @ w["q"]).reshape(5, 6, 8)).reshape(5, 3, 2, 8)
+            k = rotated((x @ w["k"]).reshape(5, 3, 8))
+            v = (x @ w["v"]).reshape(5, 3, 8)
+            scores = jax.nn.softmax(jnp.einsum("thgd,shd->hgts", q, k))
+            mixed = jnp.einsum("hgts,shd->thgd", scores, v).reshape(5, 48)
+            return x + mixed @ w["o"], None
+
+        return lax.scan(layer, x, params)[0]
+
+    shapes = {"q": (2, 16, 48), "k": (2, 16, 24), "v": (2, 16, 24), "o": (2, 48, 16)}
+    params = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    x = normal(5, 16, seed=9)
+    result = check(fn, params, js.plan(params, {"*": "2:4"}, fn, x), x)
+    (group,) = (group for group in result.groups if not group.reason)
+    assert group.weights == ("o",)
+    assert group.axes == (
+        ("o", (2, 3, 2, 8, 16), 3, (0, 1)),
+        ("v", (2, 16, 3, 8), 3, (0, 2)),
+    )
+    assert group.order.shape == (2, 3, 8)
+
+
+def test_products_of_rows_that_are_compared_pair_by_pair_have_one_order():
+    def products(params, x):
+        rows = [params[name] * x[:, None] for name in "ab"]
+        return rows[0] @ rows[1].T
+
+    def sums(params, x):
+        rows = [params[name] * x[:, None] for name in "ab"]
+        return jnp.einsum("stk,sk->st", jnp.tanh(rows[0][:, None] + rows[1][None]), rows[0])
+
+    params, x = {"a": normal(5, 32), "b": normal(5, 32, seed=1)}, normal(5)
+    plan = js.plan(params, {"*": js.NM(2, 4, axis=1)})
+    for fn in (products, sums):
+        assert table(check(fn, params, plan, x)) == {("a", "b"): ({("a", 1), ("b", 1)}, ())}
 
 
 def test_channels_of_outputs_constants_and_unused_weights_are_left_alone():
@@ -629,8 +700,7 @@ def test_all_channels_that_are_found_take_any_order(name):
         if one.reason:
             continue
         first = one.places[0]
-        shape = leaves[first.leaf].shape
-        order = np.empty([shape[axis] for axis in (*first.stack, first.axis)], int)
+        order = np.empty([first.shape[axis] for axis in (*first.stack, first.axis)], int)
         for index in np.ndindex(order.shape[:-1]):
             order[index] = random.permutation(order.shape[-1])
         for place in one.places:

@@ -23,7 +23,7 @@ __all__ = [
     "input_value",
     "is_looked_up",
     "outputs",
-    "same_axes",
+    "parts",
     "sliced",
     "stacked",
 ]
@@ -242,14 +242,14 @@ def _broadcast(value: Value, eqn: Any) -> Value:
 
 
 def _reshaped(value: Value, before: PyTree, after: PyTree) -> Value:
-    places = same_axes(before, after)
+    places = _same_axes(before, after)
     origins = tuple(_regrouped(origin, before, after) for origin in value.origins)
     return Value(
         origins, *(frozenset(places[axis] for axis in axes if axis in places) for axes in value[1:])
     )
 
 
-def same_axes(before: PyTree, after: PyTree) -> dict[int, int]:
+def _same_axes(before: PyTree, after: PyTree) -> dict[int, int]:
     """Maps the axes that a reshape leaves whole, old to new."""
     starts = {(math.prod(after[:i]), n): i for i, n in enumerate(after) if n != 1}
     return {
@@ -270,7 +270,7 @@ def _regrouped(origin: Origin, before: PyTree, after: PyTree) -> Origin:
     sliced_axes = frozenset(
         atom.axis for atoms in origin.axes for atom in atoms if atom.stride == 0
     )
-    for old, new in _parts(before, after):
+    for old, new in parts(before, after):
         sizes = [after[i] for i in new]
         new_axes = (
             _distributed([atom for i in old for atom in origin.axes[i] if atom.size != 1], sizes)
@@ -284,7 +284,7 @@ def _regrouped(origin: Origin, before: PyTree, after: PyTree) -> Origin:
     return origin._replace(axes=tuple(axes), hidden=hidden, stack=origin.stack | sliced_axes)
 
 
-def _parts(before: PyTree, after: PyTree) -> Iterator[tuple[list[int], list[int]]]:
+def parts(before: PyTree, after: PyTree) -> Iterator[tuple[list[int], list[int]]]:
     """The shortest runs of axes, old and new, that hold the same elements."""
     i = j = 0
     while i < len(before) or j < len(after):

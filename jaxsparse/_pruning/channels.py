@@ -1,14 +1,14 @@
 """Which axes of the weights of a program run over the same channels."""
 
-import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax import numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
-from jaxsparse._program.flow import N_ARY, SAME_PLACES, UNARY, same_axes
+from jaxsparse._program.flow import N_ARY, SAME_PLACES, UNARY, parts
 from jaxsparse._program.walk import INLINED, called, open_program, scan_counts
+from jaxsparse._pruning.alignment import Alignment, Axes
 
 __all__ = ["Channels", "Place", "channels"]
 
@@ -18,11 +18,15 @@ class Place(NamedTuple):
 
     Attributes:
       leaf: the index of the leaf.
-      axis: the axis that runs over the channels.
-      stack: the axes over separate sets of channels, each of which may have another order.
+      whole: the axis of the leaf.
+      shape: the shape of the leaf, with axes split as reshapes of the program split them.
+      axis: the axis of `shape` that runs over the channels.
+      stack: the axes of `shape` over separate sets of channels, each with an order of its own.
     """
 
     leaf: int
+    whole: int
+    shape: tuple[int, ...]
     axis: int
     stack: tuple[int, ...]
 
@@ -32,15 +36,13 @@ class Channels(NamedTuple):
 
     Attributes:
       places: all axes of leaves that run over them.
+      wanted: those that were asked for.
       reason: why their order matters to the program; empty if it does not.
     """
 
     places: tuple[Place, ...]
+    wanted: tuple[Place, ...]
     reason: str
-
-
-# for each axis of a value, the node of its channels; None if all elements along it are equal
-Axes = tuple[int | None, ...]
 
 
 def channels(
@@ -51,7 +53,8 @@ def channels(
     Args:
       program: the program.
       shapes: the shapes of its leading inputs, the leaves of the parameters.
-      wanted: the leaf and the axis of each place whose channels are to be found.
+      wanted: the leaf and the axis of each place whose channels are to be found; where the program
+        splits the axis, the innermost part.
 
     Returns:
       The channels, in the order in which `wanted` first mentions them, and the largest machine
@@ -66,103 +69,53 @@ def channels(
     found.note(leaves, ())
     outputs = found.follow(program.jaxpr, [*leaves, *others], ())
     found.freeze(outputs, "they reach an output of the function")
-    roots = [found.root(node) for leaf, axis in wanted if (node := leaves[leaf][axis]) is not None]
-    roots = list(dict.fromkeys(roots))
-    stacks = found.stacks(roots)
-    used = set(map(found.root, found.used))
-    over = [tuple(node if node is None else found.root(node) for node in axes) for axes in leaves]
 
-    def place(leaf, axis, root):
-        return Place(leaf, axis, tuple(over[leaf].index(other) for other in stacks[root]))
+    # for each leaf, the axis of each factor, its channels and their number
+    factors = [
+        [
+            (axis, *factor)
+            for axis, (node, n) in enumerate(zip(axes, shape, strict=True))
+            for factor in found.factors(node, n)
+        ]
+        for axes, shape in zip(leaves, shapes, strict=True)
+    ]
+    last = {
+        (leaf, axis): i for leaf, some in enumerate(factors) for i, (axis, *_) in enumerate(some)
+    }
+    ends = [(leaf, last[leaf, axis]) for leaf, axis in wanted]
+    roots = list(dict.fromkeys(factors[leaf][i][1] for leaf, i in ends))
+    reasons, used = found.frozen(), set(found.roots(found.used))
+    stacks = found.stacks({root for root in roots if root is not None and root not in reasons})
 
-    return [
-        Channels(
-            tuple(
-                place(leaf, axis, root)
-                for leaf, axes in enumerate(over)
-                for axis, node in enumerate(axes)
-                if node == root
-            ),
-            found.reasons.get(root, "" if root in used else "the function does not use them"),
-        )
-        for root in roots
-    ], found.epsilon
+    def places(root):
+        for leaf, some in enumerate(factors):
+            over = [one for _, one, _ in some]
+            shape = tuple(n for *_, n in some)
+            for i, (axis, one, _) in enumerate(some):
+                if one == root:
+                    stack = tuple(over.index(other) for other in stacks[root])
+                    yield (leaf, i), Place(leaf, axis, shape, i, stack)
+
+    result = []
+    for root in roots:
+        if root is not None:
+            every = dict(places(root))
+            reason = reasons.get(root, "" if root in used else "the function does not use them")
+            wanted_places = tuple(every[end] for end in ends if end in every)
+            result.append(Channels(tuple(every.values()), wanted_places, reason))
+    return result, found.epsilon
 
 
-class _Analysis:
-    """A walk over a program that joins the axes of its values wherever they must be aligned.
+class _Analysis(Alignment):
+    """A walk over a program that aligns the axes of its values.
 
     An operation for which the order along an axis matters freezes the axis, and what it returns
     along that axis are other channels, which are frozen too.
     """
 
     def __init__(self):
-        self.parents: list[int] = []
-        self.reasons: dict[int, str] = {}  # of frozen channels, by root
-        self.values: set[tuple[Axes, tuple[int, ...]]] = set()  # with the loops around them
-        self.sums: list[tuple[int, Axes]] = []  # summed channels, and what is aligned there
-        self.used: set[int] = set()
+        super().__init__()
         self.epsilon = 0.0
-
-    # --- nodes
-
-    def new(self, reason: str = "") -> int:
-        node = len(self.parents)
-        self.parents.append(node)
-        if reason:
-            self.reasons[node] = reason
-        return node
-
-    def fresh(self, shape: Sequence[int], reason: str = "") -> Axes:
-        return tuple(self.new(reason) if n != 1 else None for n in shape)
-
-    def root(self, node: int) -> int:
-        while self.parents[node] != node:
-            self.parents[node] = node = self.parents[self.parents[node]]
-        return node
-
-    def join(self, *nodes: int | None) -> int | None:
-        """Makes the channels of aligned axes the same."""
-        roots = sorted({self.root(node) for node in nodes if node is not None})
-        if not roots:
-            return None
-        reasons = [self.reasons[root] for root in roots if root in self.reasons]
-        for root in roots:
-            self.parents[root] = roots[0]
-        if reasons:
-            self.reasons[roots[0]] = reasons[0]
-        return roots[0]
-
-    def freeze(self, values: Iterable[Axes], reason: str) -> None:
-        for axes in values:
-            for node in axes:
-                if node is not None:
-                    self.reasons.setdefault(self.root(node), reason)
-
-    def note(self, values: Iterable[Axes], loops: tuple[int, ...]) -> None:
-        self.values.update((axes, loops) for axes in values)
-
-    def stacks(self, roots: list[int]) -> dict[int, list[int]]:
-        """For each of these channels, the other channels on whose position its order may depend.
-
-        Each value with the channels must have exactly one axis over the others or be in a loop over
-        them, and where the channels are summed, the others must be aligned.
-        """
-        around: dict[int, set[int]] = {}
-
-        def keep(root, others):
-            around[root] = around.get(root, others) & others
-
-        for axes, loops in self.values:
-            counts = collections.Counter(
-                self.root(node) for node in (*axes, *loops) if node is not None
-            )
-            for root in counts:
-                keep(root, {one for one, n in counts.items() if n == 1})
-        for node, aligned in self.sums:
-            keep(self.root(node), {self.root(one) for one in aligned if one is not None})
-        reordered = {root for root in roots if root not in self.reasons}
-        return {root: sorted(around.get(root, set()) - {root} - reordered) for root in roots}
 
     # --- programs
 
@@ -260,11 +213,11 @@ class _Analysis:
     def summed(self, pairs: Sequence[Axes], aligned: Axes) -> None:
         """Joins axes of two operands that a product sums over, given other axes that it aligns."""
         nodes = [self.join(*pair) for pair in pairs]
-        self.sums += [
+        self.sums |= {
             (node, (*aligned, *nodes))
             for node, pair in zip(nodes, pairs, strict=True)
             if node is not None and None not in pair
-        ]
+        }
 
     def kept(self, eqn: Any, axes: Axes, moved: Iterable[int], reason: str) -> list[Axes]:
         """The results of an operation that keeps all axes but those that it moves along."""
@@ -307,17 +260,18 @@ class _Analysis:
 
     def reshape(self, eqn, operands):
         (axes,), before, after = operands[:1], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-        whole = {new: old for old, new in same_axes(before, after).items()}
-        reason = "a reshape splits or merges them"
-        left = [node for i, node in enumerate(axes) if i not in whole.values()]
-        self.freeze([tuple(left)], reason)
-        constant = all(node is None for node in left)
-        return [
-            tuple(
-                axes[whole[i]] if i in whole else None if constant or n == 1 else self.new(reason)
-                for i, n in enumerate(after)
-            )
-        ]
+        if 0 in before:
+            return self.unknown(eqn, operands)
+        nodes: dict[int, int | None] = {}
+        for run, split in parts(before, after):
+            old, new = [i for i in run if before[i] != 1], [i for i in split if after[i] != 1]
+            node = axes[old[0]] if old else None
+            for i in old[1:]:
+                node = self.merge(node, axes[i], before[i])
+            for i in new[:0:-1]:
+                node, nodes[i] = self.split(node, after[i])
+            nodes |= dict.fromkeys(new[:1], node)
+        return [tuple(map(nodes.get, range(len(after))))]
 
     def reduce(self, eqn, operands):
         gone = set(eqn.params["axes"])

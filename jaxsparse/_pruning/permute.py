@@ -23,15 +23,17 @@ __all__ = ["ChannelAxis", "ChannelGroup", "PermuteResult", "permute"]
 
 
 class ChannelAxis(NamedTuple):
-    """An axis of a leaf that runs over channels.
+    """Where channels are in a leaf.
 
     Attributes:
       path: the path of the leaf.
-      axis: the axis.
-      stack: the axes of the leaf over separate sets of channels, in the order of `order`.
+      shape: its shape, with axes split as reshapes of the program split them, such as into heads.
+      axis: the axis of `shape` that runs over the channels.
+      stack: the axes of `shape` over separate sets of channels, which have separate orders.
     """
 
     path: str
+    shape: tuple[int, ...]
     axis: int
     stack: tuple[int, ...]
 
@@ -41,14 +43,15 @@ class ChannelGroup(NamedTuple):
 
     Attributes:
       weights: the paths of the planned weights whose n:m groups run over the channels.
-      axes: every axis of a leaf that runs over them.
+      axes: where the channels are in all leaves that have them.
       size: how many channels there are.
       order: int `[*stack, size]`, where `stack` are separate sets of channels, as of each layer of
         a scan; the channel at place i was at place `order[..., i]`. None if they are left alone.
       kept: the sum of the scores that n:m keeps of `weights` in this order; NaN, like the next
         two, if the channels are left alone.
       before: the same in the given order.
-      unstructured: the sum of as many scores, the largest of each row: no order keeps more.
+      unstructured: the sum of as many scores, the largest of each row over the channels: no order
+        keeps more.
       reason: why the channels are left alone; empty if they are not.
     """
 
@@ -85,7 +88,9 @@ class PermuteResult(NamedTuple):
         rows = []
         for group in self.groups:
             followers = [
-                f"{path} axis {axis}" for path, axis, _ in group.axes if path not in group.weights
+                f"{one.path} axis {one.axis} of {'x'.join(map(str, one.shape))}"
+                for one in group.axes
+                if one.path not in group.weights
             ]
             top = group.unstructured
             shares = ("", "") if group.order is None else (group.before / top, group.kept / top)
@@ -126,12 +131,12 @@ def permute(
     the outputs of one weight, its bias, the scales and biases of norms, and the axes of the weights
     that sum over these channels. Where the n:m groups of planned weights run over channels,
     `column_order` searches for an order of them; weights that sum over the same channels share it.
-    All axes over the channels are reordered alike, as channels that residual sums join are. Layers
-    that `lax.scan` stacks, experts and heads get separate orders where their channels are separate.
+    Channels that residual sums join have one order for all layers. Layers that `lax.scan` stacks,
+    experts and heads get separate orders where their channels are separate.
 
-    Channels are left alone if their order matters to the program or cannot be seen: those of
-    arguments and outputs, and those that are cut, joined, split by a reshape, counted, or used by
-    an operation that is not followed. The result gives the reason.
+    Channels are left alone if their order matters to the program: those of arguments and outputs,
+    and those that are cut, joined, looked up, counted, or used by an operation that is not
+    followed. The result gives the reason.
 
     `fn` is run on `args` before and after, with products in the highest precision. All uses of
     `params` must be in `fn`: another function of them may not stay the same.
@@ -234,7 +239,7 @@ def permute(
     end = time.monotonic() + seconds
     groups = []
     for one in found:
-        weights = [place for place in one.places if wanted.get(place.leaf) == place.axis]
+        weights = one.wanted
         order, sums = None, (math.nan,) * 3
         if not one.reason:
             ((n, m),) = cast(Pattern, patterns[weights[0].leaf]).groups
@@ -247,8 +252,11 @@ def permute(
             for place in one.places:
                 leaves[place.leaf] = _reordered(leaves[place.leaf], place, order)
         names = tuple(paths[place.leaf] for place in weights)
-        axes = tuple(ChannelAxis(paths[leaf], axis, stack) for leaf, axis, stack in one.places)
-        size = jnp.shape(leaves[weights[0].leaf])[weights[0].axis]
+        axes = tuple(
+            ChannelAxis(paths[place.leaf], place.shape, place.axis, place.stack)
+            for place in one.places
+        )
+        size = weights[0].shape[weights[0].axis]
         groups.append(ChannelGroup(names, axes, size, order, *sums, one.reason))
         for path in names:
             progress(path)
@@ -309,18 +317,23 @@ def _unsuitable(
     kinds = set()
     for place in found.places:
         pattern = patterns[place.leaf]
-        if pattern and place.axis in axes_in(pattern, jnp.ndim(leaves[place.leaf])):
+        if pattern and place.whole in axes_in(pattern, jnp.ndim(leaves[place.leaf])):
             if len(pattern.groups) != 1:
                 return f"{paths[place.leaf]} is planned as {pattern}, which an order would break up"
-            kinds |= {"{}:{}".format(*pattern.groups[0])}
-    return f"their weights are planned as {' and '.join(sorted(kinds))}" if len(kinds) > 1 else ""
+            kinds |= {pattern.groups[0]}
+    if len(kinds) > 1:
+        return f"their weights are planned as {' and '.join(f'{n}:{m}' for n, m in sorted(kinds))}"
+    ((_, m),), first = kinds, found.wanted[0]
+    size = first.shape[first.axis]
+    return f"groups of {m} span parts of {size} that a reshape splits off" if size % m else ""
 
 
 def _rows(scores: np.ndarray, place: Place) -> np.ndarray:
     """The scores as matrices `[*stack, rows, channels]`."""
-    stack = [scores.shape[axis] for axis in place.stack]
-    first = np.moveaxis(scores, (*place.stack, place.axis), (*range(len(stack)), -1))
-    return first.reshape(*stack, -1, scores.shape[place.axis])
+    stack = [place.shape[axis] for axis in place.stack]
+    split = scores.reshape(place.shape)
+    first = np.moveaxis(split, (*place.stack, place.axis), (*range(len(stack)), -1))
+    return first.reshape(*stack, -1, place.shape[place.axis])
 
 
 def _search(matrices: np.ndarray, n: int, m: int, *, seconds: float, **options: Any) -> Any:
@@ -339,10 +352,11 @@ def _search(matrices: np.ndarray, n: int, m: int, *, seconds: float, **options: 
 def _reordered(leaf: Any, place: Place, order: np.ndarray) -> Any:
     """A leaf with its channels in another order."""
     axes = (*place.stack, place.axis)
-    shape = [n if axis in axes else 1 for axis, n in enumerate(jnp.shape(leaf))]
+    shape = [n if axis in axes else 1 for axis, n in enumerate(place.shape)]
     index = order.transpose(np.argsort(axes)).reshape(shape)
     numpy = np if isinstance(leaf, np.ndarray) else jnp
-    return numpy.take_along_axis(leaf, index, place.axis)
+    split = leaf.reshape(place.shape)
+    return numpy.take_along_axis(split, index, place.axis).reshape(leaf.shape)
 
 
 def _outputs(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
