@@ -363,6 +363,10 @@ FOLLOWED = {
     "a scan over rows": lambda h: lax.scan(lambda c, x: (c + x, c * x), jnp.zeros(32), h)[1],
     "rows looked up": lambda h: h[jnp.array([1, 0, 2, 2])],
     "rows sorted": lambda h: jnp.sort(h, 0),
+    "rows written by index": lambda h: h.at[jnp.array([1, 0])].set(h[2:]),
+    "rows added by index": lambda h: jnp.zeros((3, 32)).at[jnp.array([1, 0, 1, 2])].add(h),
+    "rows of a cache": lambda h: lax.dynamic_update_slice(jnp.ones((8, 32)), h, (2, 0)),
+    "the largest rows": lambda h: lax.top_k(h.T, 2)[0].T,
     "rows joined": lambda h: jnp.concatenate([h, h]),
     "a new axis": lambda h: h[:, None].reshape(4, 32),
     "heads of width one": lambda h: h.reshape(4, 32, 1)[..., 0],
@@ -410,6 +414,22 @@ LEFT = {
     "looked up": (
         lambda h: h[:, np.arange(32)[::-1].copy()] + h,
         "gather looks them up by index",
+    ),
+    "written by index": (
+        lambda h: h.at[:, jnp.array([3, 1])].set(0.0),
+        "scatter writes to them by index",
+    ),
+    "added by index": (
+        lambda h: h.at[:, jnp.array([3, 1])].add(1.0),
+        "scatter writes to them by index",
+    ),
+    "a cache": (
+        lambda h: lax.dynamic_update_slice(h, jnp.zeros((4, 8)), (0, 8)),
+        "dynamic_update_slice overwrites a part of them",
+    ),
+    "the largest few": (
+        lambda h: jnp.tile(lax.top_k(h, 8)[0], (1, 4)) + h,
+        "top_k depends on their order",
     ),
     "the largest": (
         lambda h: h + jax.nn.one_hot(h.argmax(-1), 32),
@@ -493,6 +513,20 @@ def test_channels_that_are_split_into_heads_and_groups():
         )
     (group,) = js.permute(functools.partial(fn, [3, 2]), params, plan, x).groups
     assert group.reason == "reshapes split them in ways that do not fit"
+
+
+def test_heads_that_are_swapped_with_their_channels_are_left_alone():
+    def fn(params, x):
+        h = x @ params["a"]
+        swapped = jnp.tanh(h.reshape(4, 4, 8).transpose(0, 2, 1)).reshape(4, 32)
+        return h @ params["b"] + swapped @ params["c"], swapped @ params["d"]
+
+    params = {"a": normal(16, 32), **{name: normal(32, 8, seed=i) for i, name in enumerate("bcd")}}
+    plan = js.plan(params, {name: js.NM(2, 4, axis=0) for name in "bcd"})
+    assert table(js.permute(fn, params, plan, normal(4, 16))) == {
+        ("b",): "they are parts of the axis of c, around its groups",
+        ("c", "d"): "they are parts of the axis of b, around its groups",
+    }
 
 
 def test_heads_of_flat_kernels_with_grouped_queries_and_rotary_positions():

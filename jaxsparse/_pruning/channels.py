@@ -348,6 +348,36 @@ class _Analysis(Alignment):
             )
         ]
 
+    def scatter(self, eqn, operands):
+        (axes, indices, updates), numbers = operands, eqn.params["dimension_numbers"]
+        shape, written = eqn.invars[0].aval.shape, eqn.invars[2].aval.shape
+        inside = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+        window = [i for i in range(len(shape)) if i not in inside]
+        whole = {
+            i: j
+            for i, j in zip(window, numbers.update_window_dims, strict=True)
+            if shape[i] == written[j] and i not in numbers.scatter_dims_to_operand_dims
+        }
+        reason = "scatter writes to them by index"
+        left = tuple(node for j, node in enumerate(updates) if j not in whole.values())
+        self.freeze([indices, left], reason)
+        rest = tuple(updates[whole[i]] if i in whole else None for i in range(len(shape)))
+        return self.kept(eqn, self.aligned((axes, rest)), set(range(len(shape))) - {*whole}, reason)
+
+    def update(self, eqn, operands):
+        axes, updates = operands[:2]
+        before, written = (atom.aval.shape for atom in eqn.invars[:2])
+        moved = {i for i, (n, m) in enumerate(zip(before, written, strict=True)) if n != m}
+        reason = "dynamic_update_slice overwrites a part of them"
+        self.freeze([tuple(updates[i] for i in moved)], reason)
+        rest = tuple(None if i in moved else node for i, node in enumerate(updates))
+        return self.kept(eqn, self.aligned((axes, rest)), moved, reason)
+
+    def top_k(self, eqn, operands):
+        (axes,) = operands
+        axis = eqn.params.get("axis", -1) % len(axes)
+        return self.kept(eqn, axes, [axis], "top_k depends on their order")
+
     def pool(self, eqn, operands):
         params = eqn.params
         windows = zip(
@@ -430,13 +460,18 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("slice", "dynamic_slice", "split", "pad", "tile"), _Analysis.cut),
     **dict.fromkeys((f"reduce_window_{kind}" for kind in ("sum", "max", "min")), _Analysis.pool),
     "broadcast_in_dim": _Analysis.broadcast,
+    **dict.fromkeys(
+        ("scatter", "scatter-add", "scatter_mul", "scatter_min", "scatter_max"), _Analysis.scatter
+    ),
     "concatenate": _Analysis.concatenate,
+    "dynamic_update_slice": _Analysis.update,
     "gather": _Analysis.gather,
     "iota": _Analysis.iota,
     "reshape": _Analysis.reshape,
     "squeeze": lambda found, eqn, operands: [
         tuple(node for i, node in enumerate(operands[0]) if i not in eqn.params["dimensions"])
     ],
+    "top_k": _Analysis.top_k,
     "transpose": _Analysis.transpose,
     "unstack": _Analysis.unstack,
 }

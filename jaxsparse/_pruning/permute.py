@@ -320,6 +320,8 @@ def _unsuitable(
         if pattern and place.whole in axes_in(pattern, jnp.ndim(leaves[place.leaf])):
             if len(pattern.groups) != 1:
                 return f"{paths[place.leaf]} is planned as {pattern}, which an order would break up"
+            if place not in found.wanted:
+                return f"they are parts of the axis of {paths[place.leaf]}, around its groups"
             kinds |= {pattern.groups[0]}
     if len(kinds) > 1:
         return f"their weights are planned as {' and '.join(f'{n}:{m}' for n, m in sorted(kinds))}"
