@@ -515,6 +515,19 @@ def test_channels_that_are_split_into_heads_and_groups():
     assert group.reason == "reshapes split them in ways that do not fit"
 
 
+def test_channels_inside_of_heads_that_are_reordered_have_one_order():
+    def fn(params, x):
+        h = jnp.tanh(jnp.einsum("td,dhk->thk", x, params["v"]))
+        return jnp.einsum("thk,hkd->td", h, params["o"]), h.sum(-1) @ params["g"]
+
+    params = {"g": normal(8, 12), "o": normal(8, 16, 12, seed=1), "v": normal(12, 8, 16, seed=2)}
+    plan = js.plan(params, {"g": js.NM(2, 4, axis=0), "o": js.NM(2, 4, axis=1)})
+    assert table(check(fn, params, plan, normal(4, 12))) == {
+        ("g",): ({("g", 0), ("o", 0), ("v", 1)}, ()),
+        ("o",): ({("o", 1), ("v", 2)}, ()),
+    }
+
+
 def test_heads_that_are_swapped_with_their_channels_are_left_alone():
     def fn(params, x):
         h = x @ params["a"]
