@@ -412,7 +412,7 @@ LEFT = {
         "rev depends on their order",
     ),
     "looked up": (
-        lambda h: h[:, np.arange(32)[::-1].copy()] + h,
+        lambda h: h + h[:, jnp.array([3])],
         "gather looks them up by index",
     ),
     "written by index": (
@@ -511,8 +511,39 @@ def test_channels_that_are_split_into_heads_and_groups():
             ("b", parts, n, tuple(range(n))),
             ("c", (*parts, 8), n, tuple(range(n))),
         )
-    (group,) = js.permute(functools.partial(fn, [3, 2]), params, plan, x).groups
-    assert group.reason == "reshapes split them in ways that do not fit"
+
+    def misfit(params, x):
+        h = x @ params["a"]
+        return norm(norm(h, 3), 2) @ params["c"] + h @ params["b"][:, None]
+
+    plan = js.plan(params, {"b": js.NM(2, 4, axis=0), "c": js.NM(2, 4, axis=0)})
+    reason = "reshapes split them in ways that do not fit"
+    assert table(js.permute(misfit, params, plan, x)) == {("b",): reason, ("c",): reason}
+
+
+def test_channels_that_are_split_before_they_meet():
+    def norm(h):
+        split = h.reshape(4, 8, 4)
+        return (split / jnp.linalg.norm(split, axis=-1, keepdims=True)).reshape(4, 32)
+
+    def both(params, x):
+        return (norm(x @ params["a"]) + norm(x @ params["b"])) @ params["c"]
+
+    def repeated(params, x):
+        a = jnp.repeat((x @ params["a"])[:, :, None], 4, axis=2).reshape(4, 32)
+        return jnp.tanh(a + x @ params["b"]) @ params["c"]
+
+    params = {"a": normal(16, 32), "b": normal(16, 32, seed=1), "c": normal(32, 8, seed=2)}
+    plan, x = js.plan(params, {"c": js.NM(1, 2, axis=0)}), normal(4, 16)
+    places = {"a": ((16, 8, 4), 2, (1,)), "b": ((16, 8, 4), 2, (1,)), "c": ((8, 4, 8), 1, (0,))}
+    (group,) = check(both, params, plan, x).groups
+    assert {path: place for path, *place in map(tuple, group.axes)} == {
+        path: list(place) for path, place in places.items()
+    }
+    (group,) = check(repeated, {**params, "a": normal(16, 8)}, plan, x).groups
+    assert {path: place for path, *place in map(tuple, group.axes)} == {
+        path: list(places[path]) for path in "bc"
+    }
 
 
 def test_channels_inside_of_heads_that_are_reordered_have_one_order():

@@ -20,7 +20,7 @@ class Alignment:
 
     def __init__(self):
         self.parents: list[int] = []
-        self.reasons: dict[int, str] = {}  # of frozen channels, by root
+        self.reasons: dict[int, str] = {}  # of frozen nodes
         self.splits: dict[int, tuple[int, int, int]] = {}  # the outer, the inner, their number
         self.values: set[tuple[Axes, Axes]] = set()  # with the loops around them
         self.sums: set[tuple[int, Axes]] = set()  # summed channels, and what is aligned there
@@ -48,12 +48,9 @@ class Alignment:
         if not roots:
             return None
         first, *others = roots
-        reasons = [self.reasons[root] for root in roots if root in self.reasons]
         splits = [self.splits.pop(root) for root in roots if root in self.splits]
         for root in others:
             self.parents[root] = first
-        if reasons:
-            self.reasons[first] = reasons[0]
         if splits:
             self.splits[first] = splits[0]
         for outer, inner, size in splits[1:]:
@@ -109,8 +106,8 @@ class Alignment:
                     self.reasons.setdefault(self.root(node), reason)
 
     def frozen(self) -> dict[int, str]:
-        """The reasons of all frozen channels, with those that frozen channels are split into."""
-        reasons = dict(self.reasons)
+        """The reasons of all frozen channels, by root; the first, if there are several."""
+        reasons: dict[int, str] = {}
         for node, reason in self.reasons.items():
             for root in self.roots([node]):
                 reasons.setdefault(root, reason)
