@@ -688,10 +688,10 @@ def test_scores_decide_in_place_of_magnitudes():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, np.float64])
 def test_dtypes_and_kinds_of_arrays_stay(dtype):
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
-    if dtype is np.float64:
-        params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), PARAMS)
-    result = check(gated, params, PLAN, X.astype(params["up"].dtype), rtol=0.1)
+    x, params = X, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), PARAMS)
+    if dtype is not np.float64:
+        x, params = jax.tree.map(lambda leaf: leaf.astype(dtype), (X, PARAMS))
+    result = check(gated, params, PLAN, x, rtol=0.1)
     for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(result.params), strict=True):
         assert old.dtype == new.dtype and type(old) is type(new)
 
