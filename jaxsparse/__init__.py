@@ -24,6 +24,7 @@ from jaxsparse._plan.plan import Leaf, Plan
 from jaxsparse._plan.planning import plan
 from jaxsparse._plan.stages import geometric_stages, stepwise_stages
 from jaxsparse._pruning.permutation import column_order
+from jaxsparse._pruning.permute import permute
 from jaxsparse._pruning.prune import prune
 from jaxsparse._training.forward import effective_params, effective_weight
 from jaxsparse._training.pieces import (
@@ -89,6 +90,7 @@ __all__ = [
     "masks",
     "nm_mask",
     "nnx",
+    "permute",
     "plan",
     "prune",
     "random_score",

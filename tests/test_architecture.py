@@ -29,7 +29,10 @@ ROOMS = {
         *["layouts", "sparse24", "compress", "partition", "matmul", "verify", "files"],
         "cutlass",
     ],
-    "_pruning": ["methods", "matrices", "calibration", "prune", "permutation"],
+    "_pruning": [
+        *["methods", "matrices", "calibration", "prune", "permutation"],
+        *["alignment", "channels", "permute"],
+    ],
     "_execution": ["weights", "moves", "fusion", "report", "run", "sparsify"],
     "_analysis": ["costs", "metrics", "trajectories", "recorder"],
 }

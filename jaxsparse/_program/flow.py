@@ -10,7 +10,10 @@ from jaxtyping import PyTree
 __all__ = [
     "LOOKED_UP",
     "NOTHING",
+    "N_ARY",
     "REPEATED",
+    "SAME_PLACES",
+    "UNARY",
     "UNKNOWN",
     "Atom",
     "Origin",
@@ -20,6 +23,7 @@ __all__ = [
     "input_value",
     "is_looked_up",
     "outputs",
+    "parts",
     "sliced",
     "stacked",
 ]
@@ -130,7 +134,7 @@ def _without(left_out: int, axes: frozenset[int]) -> frozenset[int]:
     return frozenset(axis - (axis > left_out) for axis in axes if axis != left_out)
 
 
-_SAME_PLACES = {
+SAME_PLACES = {
     "all_gather_invariant",
     "convert_element_type",
     "copy",
@@ -149,12 +153,12 @@ _SAME_PLACES = {
     "stop_gradient",
 }
 _RESIZES = {"all_gather", "dynamic_slice", "pad", "slice", "split"}
-_UNARY = {
+UNARY = {
     *("abs", "cbrt", "ceil", "cos", "erf", "exp", "exp2", "expm1", "floor", "integer_pow"),
     *("is_finite", "log", "log1p", "logistic", "neg", "not", "round", "rsqrt", "sign", "sin"),
     *("sqrt", "square", "tan", "tanh"),
 }
-_N_ARY = {
+N_ARY = {
     "add",
     "add_any",
     "and",
@@ -173,7 +177,7 @@ _N_ARY = {
     "nextafter",
     "or",
 }
-_N_ARY |= {"pow", "rem", "select_n", "sub", "xor"}
+N_ARY |= {"pow", "rem", "select_n", "sub", "xor"}
 _COMPARES = {"eq", "ge", "gt", "le", "lt", "ne"}
 
 
@@ -186,13 +190,13 @@ def outputs(eqn: Any, values: Sequence[Value]) -> list[Value]:
         ]
     if name == "broadcast_in_dim":
         return [_broadcast(values[0], eqn)]
-    if name in _N_ARY:
+    if name in N_ARY:
         return [_combined(eqn, values)]
     if not any(map(any, values)):
         return [NOTHING] * len(eqn.outvars)
-    if name in _SAME_PLACES:
+    if name in SAME_PLACES:
         return list(values[: len(eqn.outvars)])
-    if name in _UNARY:
+    if name in UNARY:
         return [Value(values[0].origins, values[0].constant)]
     if name == "transpose":
         return [_transposed(values[0], eqn.params["permutation"])]
@@ -266,7 +270,7 @@ def _regrouped(origin: Origin, before: PyTree, after: PyTree) -> Origin:
     sliced_axes = frozenset(
         atom.axis for atoms in origin.axes for atom in atoms if atom.stride == 0
     )
-    for old, new in _parts(before, after):
+    for old, new in parts(before, after):
         sizes = [after[i] for i in new]
         new_axes = (
             _distributed([atom for i in old for atom in origin.axes[i] if atom.size != 1], sizes)
@@ -280,7 +284,7 @@ def _regrouped(origin: Origin, before: PyTree, after: PyTree) -> Origin:
     return origin._replace(axes=tuple(axes), hidden=hidden, stack=origin.stack | sliced_axes)
 
 
-def _parts(before: PyTree, after: PyTree) -> Iterator[tuple[list[int], list[int]]]:
+def parts(before: PyTree, after: PyTree) -> Iterator[tuple[list[int], list[int]]]:
     """The shortest runs of axes, old and new, that hold the same elements."""
     i = j = 0
     while i < len(before) or j < len(after):

@@ -10,6 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxsparse._program.flow import NOTHING, Value, outputs, sliced, stacked
 
 __all__ = [
+    "INLINED",
     "Call",
     "Fold",
     "bind",
@@ -20,6 +21,9 @@ __all__ = [
     "scan_counts",
     "walk",
 ]
+
+
+INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 
 
 class Call(NamedTuple):

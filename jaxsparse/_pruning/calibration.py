@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxsparse._plan.pattern import Pattern
 from jaxsparse._plan.plan import Leaf
 from jaxsparse._program.flow import Origin, Value, dots, input_value, outputs, sliced
-from jaxsparse._program.walk import bind, called, calls, open_program, scan_counts
+from jaxsparse._program.walk import INLINED, bind, called, calls, open_program, scan_counts
 from jaxsparse._program.windows import windows
 from jaxsparse._pruning.matrices import (
     Arrangement,
@@ -68,9 +68,6 @@ class Pruned:
         """The number of parts that are pruned separately; 1 as long as none is."""
         cut = next(iter(self.done), ())
         return math.prod(n for n, i in zip(self.array.shape, cut, strict=False) if i is not None)
-
-
-_INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 
 
 class _NothingLeftError(Exception):
@@ -306,7 +303,7 @@ class Calibration:
         if name in ("while", "cond"):
             self.collect(values, lambda: self.apart(eqn, values))
             return _bound(eqn, [_made(value) for value in values])
-        if name not in _INLINED and not name.startswith("custom_"):
+        if name not in INLINED and not name.startswith("custom_"):
             return _bound(eqn, [_made(value) for value in values])
         closed = next(value for value in params.values() if open_program(value) is called(eqn))
         return self.evaluate(open_program(closed), _consts(closed), values)

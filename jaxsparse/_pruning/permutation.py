@@ -33,7 +33,7 @@ class ColumnOrder(NamedTuple):
 
 
 def column_order(
-    scores: jax.Array,
+    scores: _checks.AnArray,
     n: int,
     m: int,
     *,
