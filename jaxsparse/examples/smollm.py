@@ -7,7 +7,7 @@
 
 All kernels of all blocks are pruned along their input axis. The text is Python's own manual pages;
 each block is pruned on what the pruned blocks before it make of the calibration text. The model
-that SparseGPT gives then runs from compressed weights and writes.
+that SparseGPT gives then runs from compressed weights, in float and rounded to int8, and writes.
 """
 
 import argparse
@@ -30,6 +30,10 @@ import jaxsparse as js
 from jaxsparse.examples import smollm_model
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
+INT8 = {  # what is rounded after SparseGPT, and the activations that `quantize` takes
+    "sparsegpt, int8 weights": "float",
+    "sparsegpt, int8 weights and activations": "token",
+}
 REFERENCE = 15.27  # the perplexity of the dense model on Python 3.12's manual pages
 PROMPT = "The for statement is used to"
 
@@ -88,17 +92,22 @@ def written(model: Any, params: Any, window: jax.Array, length: int) -> jax.Arra
 
 
 def megabytes(tree: Any) -> float:
-    """The megabytes of a tree whose floats take 16 bits."""
+    """The megabytes of a tree whose floats take 16 bits, except for the scales of int8."""
+
+    def is_int8(leaf):
+        return isinstance(leaf, js.Sparse24) and leaf.scale is not None
 
     def size(leaf):
+        if is_int8(leaf):
+            return leaf.nbytes
         wide = jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.size * (2 if wide else leaf.dtype.itemsize)
 
-    return sum(map(size, jax.tree.leaves(tree))) / 1e6
+    return sum(map(size, jax.tree.leaves(tree, is_leaf=is_int8))) / 1e6
 
 
 def plot(rows: list, path: pathlib.Path) -> None:
-    figure = Figure(figsize=(6, 2.5), layout="constrained")
+    figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.add_subplot(xlabel="perplexity (log)", xscale="log")
     names, values = [row[0] for row in rows], [row[1] for row in rows]
     axes.barh(names, values)
@@ -152,7 +161,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
         kept = js.analysis.retained_magnitude(params, masks)
         mean = float(np.mean([*kept.values()]))
         rows.append((method, perplexity(model, weights, test), mean, megabytes(packed), seconds))
-    header = ("2:4 by", "perplexity", "magnitude kept", "weights MB, 16 bits", "seconds")
+    for name, activations in INT8.items():
+        small = js.quantize(packed, activations=activations)
+        rows.append((name, perplexity(model, small, test), mean, megabytes(small), None))
+    header = ("2:4 by", "perplexity", "magnitude kept", "weights MB", "seconds")
     print(tabulate.tabulate(rows, header, floatfmt=("", ".2f", ".3f", ".1f", ".0f")))
     plot(rows, args.plot)
 
