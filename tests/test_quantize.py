@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -52,19 +53,19 @@ def rounded(a, scale):
     return np.clip(np.rint(np.float64(a) / np.float64(scale)), -127, 127)
 
 
-def weight_scale(w):
-    most = np.abs(w).max(-2)
-    return np.where(most == 0, np.float32(1), most / np.float32(127))
-
-
 def make_x(shape=(5, K), dtype=jnp.float32, seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def integers_of(w):
-    """The integers of a quantized weight, in place, as NumPy."""
-    plain = dataclasses.replace(w, scale=None, input_scale=None, activations=None)
-    return np.asarray(js.decompress(plain), np.float64)
+    """The integers of a quantized weight `[K, M]`, read by NumPy."""
+    values, words = np.asarray(w.values, np.float64), np.asarray(w.metadata, np.int64)
+    integers = np.zeros((values.shape[0], 2 * values.shape[1]))
+    for row, group in np.ndindex(values.shape[0], values.shape[1] // 2):
+        nibble = words[row, group // 4] >> 4 * (group % 4)
+        for i, place in enumerate((nibble & 3, nibble >> 2 & 3)):
+            integers[row, 4 * group + place] = values[row, 2 * group + i]
+    return integers.T
 
 
 # --- weights
@@ -73,8 +74,9 @@ def integers_of(w):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("size", [1.0, 1e-6])
 def test_weights_are_the_nearest_multiples_of_the_scale_of_their_output(dtype, size):
-    original = packed(size * dense_weight(), dtype)["w"]
-    w, exact = js.quantize(original), np.asarray(js.decompress(original), np.float64)
+    exact = (size * dense_weight()).astype(jnp.dtype(dtype))
+    original = packed(exact, dtype)["w"]
+    w, exact = js.quantize(original), np.float64(exact)
     scale, integers = np.asarray(w.scale, np.float64), integers_of(w)
     assert w.values.dtype == jnp.int8 and w.dtype == w.scale.dtype == dtype
     np.testing.assert_array_equal(w.metadata, original.with_layout("canonical").metadata)
@@ -396,17 +398,28 @@ def test_a_weight_that_several_products_use_gets_the_largest():
     np.testing.assert_allclose(small["w"].input_scale, 3 * np.abs(x).max() / 127, rtol=1e-6)
 
 
+def placed(tree, mesh, spec):
+    return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
+
+
+def test_devices_receive_int8():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    w = js.quantize(packed(dense_weight((K, 16))), activations="token")["w"]
+    rows = NamedSharding(mesh, P("a"))
+    run = jax.jit(js.sparse_matmul, out_shardings=rows)
+    program = run.lower(*placed((make_x((8, K)), w), mesh, P("a"))).compile().as_text()
+    received = re.findall(r"= (\w+\[[\d,]*\])\S* all-", program)
+    assert sorted(received) == ["f32[16]", "s8[16,16]", "u16[16,2]"]
+
+
 def test_devices_share_a_product():
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     x = make_x((8, K))
     w = js.quantize(packed(dense_weight((K, 16))), activations="token")["w"]
     expected = js.sparse_matmul(x, w)
 
-    def placed(tree, spec):
-        return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
-
     for x_spec, w_spec in ((P("a"), P("b")), (P("a", "b"), P()), (P(None, "b"), P("a"))):
-        y = jax.jit(js.sparse_matmul)(placed(x, x_spec), placed(w, w_spec))
+        y = jax.jit(js.sparse_matmul)(placed(x, mesh, x_spec), placed(w, mesh, w_spec))
         np.testing.assert_allclose(y, expected, rtol=1e-6)
     mapped = jax.shard_map(js.sparse_matmul, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"))
     np.testing.assert_allclose(jax.jit(mapped)(x, w), expected, rtol=1e-6)

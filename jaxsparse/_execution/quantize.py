@@ -30,10 +30,11 @@ def quantize(
     """Rounds compressed weights to int8, and optionally the activations they are multiplied by.
 
     Each output of a weight has its own scale, the largest magnitude of its weights divided by 127,
-    in the dtype of the weight; the weight is rounded to the nearest multiple, and keeps its dtype
-    and its places. A weight of 8 bits takes 20 bits a group of four instead of 32 (38 % less than
-    dense int8), and one scale for each output. Everything that takes compressed weights takes the
-    result: `sparsify`, `sparse_matmul`, `decompress`, `save_safetensors` and checkpoints.
+    in the dtype of the weight (float32 for floats of 8 bits); the weight is rounded to the nearest
+    multiple, and keeps its dtype and its places. It takes 20 bits a group of four instead of 32
+    (38 % less than dense int8), and one scale for each output. Everything that takes compressed
+    weights takes the result: `sparsify`, `sparse_matmul`, `decompress`, `save_safetensors` and
+    checkpoints.
 
     Activations that are rounded are multiplied in integers and summed in int32, which is exact.
     Static scales are calibrated by running `fn` from the int8 weights, with activations in float.
@@ -76,8 +77,7 @@ def quantize(
       True
 
     References:
-      Mishra et al., Accelerating Sparse Deep Neural Networks (arXiv:2104.08378), section 5; Wu et
-      al., Integer Quantization for Deep Learning Inference (arXiv:2004.09602), sections 3 and 4.
+      Wu et al., Integer Quantization for Deep Learning Inference (arXiv:2004.09602).
     """
     _checks.choice("quantize", "activations", activations, Activations)
     _check_calibration(activations, fn, batches, percentile)
@@ -93,7 +93,7 @@ def quantize(
         )
     for path, w in weights.items():
         _check_weight(path, w)
-    small = {path: to_int8(w, "float") for path, w in weights.items()}
+    small = {path: to_int8(w) for path, w in weights.items()}
 
     def with_weights(new):
         return jax.tree.unflatten(

@@ -9,14 +9,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int8
 
 from jaxsparse._checks import AnArray
-from jaxsparse._packed.sparse24 import Activations, Sparse24
+from jaxsparse._packed.sparse24 import Sparse24
 
-__all__ = ["MOST", "input_scales", "scaled_product", "to_int8"]
+__all__ = ["input_scales", "scaled_product", "to_int8"]
 
 MOST = 127  # symmetric: -128 is not used
 
 
-def to_int8(w: Sparse24, activations: Activations, input_scale: Any = None) -> Sparse24:
+def to_int8(w: Sparse24) -> Sparse24:
     """Rounds the values of a weight to int8, with one scale for each output."""
     dtype = w.dtype if w.dtype.itemsize > 1 else jnp.dtype(jnp.float32)
     wide = dtype if dtype.itemsize > 4 else jnp.dtype(jnp.float32)
@@ -36,8 +36,7 @@ def to_int8(w: Sparse24, activations: Activations, input_scale: Any = None) -> S
         w.kinds,
         transposable=w.transposable,
         scale=scale,
-        input_scale=input_scale,
-        activations=activations,
+        activations="float",
     )
 
 

@@ -17,7 +17,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pydoc_data import topics
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ import jaxsparse as js
 from jaxsparse.examples import smollm_model
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
-INT8 = {  # what is rounded after SparseGPT, and the activations that `quantize` takes
+INT8: dict[str, Literal["float", "token"]] = {  # the activations that `quantize` takes
     "sparsegpt, int8 weights": "float",
     "sparsegpt, int8 weights and activations": "token",
 }
