@@ -373,6 +373,18 @@ def test_programs_that_move_weights(activations, name):
     assert compressed == (name != "not a product")
 
 
+def test_weights_that_are_rounded_differently_are_not_concatenated():
+    x, w = make_x(), dense_weight()
+    forms = [packed(w)["w"], quantized(w), quantized(w, "token")]
+    run = js.sparsify(lambda a, b, x: x @ jnp.concatenate([a, b], 1))
+    for a in forms:
+        for b in forms:
+            report = run.report(a, b, x)
+            assert all(bool(one.reason) == (a is not b) for one in report.products)
+            expected = x @ jnp.concatenate([js.decompress(a), js.decompress(b)], 1)
+            assert jnp.linalg.norm(run(a, b, x) - expected) < 0.02 * jnp.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("percentile", [None, 100, 90])
 def test_calibration_over_batches(percentile):
     params = {"w": packed(dense_weight())["w"], "v": packed(dense_weight(seed=2).T, axis=-1)["w"]}
