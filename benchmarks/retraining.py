@@ -153,7 +153,7 @@ class Bench:
         self.starts = {
             "dense": (params, None),
             "magnitude": (params, js.magnitude_masks(params, self.plan)),
-            "sparsegpt": smollm.pruned(self.model, params, self.plan, calibration, "sparsegpt")[:2],
+            "sparsegpt": smollm.pruned(self.model, params, self.plan, calibration, "sparsegpt"),
         }
 
     def trainer(self, start, recipe, steps):

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from jaxsparse import analysis, recipes
+from jaxsparse._execution.quantize import quantize
 from jaxsparse._execution.sparsify import sparsify
 from jaxsparse._masks.blocks import block_mask
 from jaxsparse._masks.nm import nm_mask
@@ -93,6 +94,7 @@ __all__ = [
     "permute",
     "plan",
     "prune",
+    "quantize",
     "random_score",
     "recipes",
     "reset_nonparticipating",

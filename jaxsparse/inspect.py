@@ -6,6 +6,7 @@ python -m jaxsparse.inspect model.safetensors
 import argparse
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import tabulate
 
@@ -13,6 +14,12 @@ from jaxsparse._packed import files
 from jaxsparse._packed.sparse24 import Sparse24
 
 __all__ = ["main"]
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Sparse24):
+        return "dense"
+    return f"2:4{'' if value.scale is None else ' int8'}, {value.layout}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             path,
             "x".join(map(str, value.shape)) or "scalar",
             value.dtype,
-            f"2:4, {value.layout}" if isinstance(value, Sparse24) else "dense",
+            _form(value),
             value.kinds if isinstance(value, Sparse24) else "",
             *size,
         )

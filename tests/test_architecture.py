@@ -26,14 +26,14 @@ ROOMS = {
     ],
     "_kernels": ["__init__", "mosaic", "ampere", "decode", "hopper"],
     "_packed": [
-        *["layouts", "sparse24", "compress", "partition", "matmul", "verify", "files"],
+        *["layouts", "sparse24", "int8", "compress", "partition", "matmul", "verify", "files"],
         "cutlass",
     ],
     "_pruning": [
         *["methods", "matrices", "calibration", "prune", "permutation"],
         *["alignment", "channels", "permute"],
     ],
-    "_execution": ["weights", "moves", "fusion", "report", "run", "sparsify"],
+    "_execution": ["weights", "moves", "fusion", "report", "run", "sparsify", "quantize"],
     "_analysis": ["costs", "metrics", "trajectories", "recorder"],
 }
 FACES = ["recipes", "analysis", "flax", "nnx", "inspect"]

@@ -32,6 +32,7 @@ PAGES = (
     "nnx.md",
     "equinox.md",
     "pruning.md",
+    "quantization.md",
     "extending/recipe.md",
     "extending/pattern.md",
 )

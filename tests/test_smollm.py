@@ -19,11 +19,19 @@ def test_the_example_prunes_runs_compressed_and_writes(tmp_path, capsys):
     options = ["--plot", str(tmp_path / "smollm.png"), "--save", str(tmp_path / "model")]
     header, rows = smollm.main(["--tiny", *options])
     names, perplexities, kept, megabytes, seconds = zip(*rows, strict=True)
-    assert names == ("dense", "magnitude", "wanda", "sparsegpt")
+    assert names == ("dense", "magnitude", "wanda", "sparsegpt", smollm.REORDERED, *smollm.INT8)
     assert all(1 < value < 1000 for value in perplexities)
-    assert kept[0] == 1 > kept[1] > max(kept[2:])  # nothing keeps more than magnitude
-    assert megabytes[0] > megabytes[1] == megabytes[2] == megabytes[3]
-    assert seconds[0] is None and min(seconds[1:]) > 0
+    np.testing.assert_allclose(perplexities[5:], perplexities[4], rtol=0.01)
+    assert len(set(perplexities)) == len(perplexities)
+    assert kept[0] == 1 > kept[1] > max(kept[2:4])  # nothing keeps more in the given order
+    assert 1 > kept[4] > kept[3]
+    assert kept[4] == kept[5] == kept[6]
+    assert megabytes[0] > megabytes[1] == megabytes[2] == megabytes[3] == megabytes[4]
+    sparse = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # weights of two blocks
+    scales = 2 * (2 * 32 + 2 * 16 + 2 * 64 + 32)
+    dense = megabytes[0] * 1e6 - 2 * sparse
+    np.testing.assert_allclose(np.array(megabytes[5:]) * 1e6, dense + 0.625 * sparse + 4 * scales)
+    assert seconds[0] is seconds[5] is seconds[6] is None and min(seconds[1:5]) > 0
     assert len(header) == len(rows[0])
     assert (tmp_path / "smollm.png").read_bytes().startswith(b"\x89PNG")
     saved = safetensors.numpy.load_file(tmp_path / "model")

@@ -18,6 +18,7 @@ from jaxsparse._execution.weights import (
     place_of,
     split,
 )
+from jaxsparse._packed.sparse24 import Sparse24
 from jaxsparse._program.flow import Atom, Value, constant_axes
 from jaxsparse._program.walk import bind
 
@@ -59,16 +60,20 @@ def move(eqn: Any, operands: list, values: list[Value], result_values: list[Valu
     if name in _VIEWS:
         return [w.viewed(result_values[0].origins[0], shapes[0])]
     if name in _OF_VALUES:
-        (values_,) = bind(eqn, [w.leaf.values])
-        return [dataclasses.replace(w, leaf=dataclasses.replace(w.leaf, values=values_))]
+        (of_dtype,) = bind(eqn, [w.leaf.values if w.leaf.scale is None else w.leaf.scale])
+        return [dataclasses.replace(w, leaf=_with(w.leaf, of_dtype))]
     if name == "convert_element_type":
-        dtype = jnp.dtype(params["new_dtype"])
-        if not jnp.issubdtype(dtype, jnp.floating):
+        dtype, leaf = jnp.dtype(params["new_dtype"]), w.leaf
+        if not jnp.issubdtype(dtype, jnp.floating) or (
+            leaf.scale is not None and dtype.itemsize < 2
+        ):
             raise UnfitError(f"cast to {dtype}")
-        leaf = w.leaf if dtype.itemsize == w.dtype.itemsize else w.leaf.with_layout("canonical")
-        return [
-            dataclasses.replace(w, leaf=dataclasses.replace(leaf, values=leaf.values.astype(dtype)))
-        ]
+        if leaf.scale is not None:
+            leaf = _with(leaf, leaf.scale.astype(dtype))
+        else:
+            leaf = leaf if dtype.itemsize == w.dtype.itemsize else leaf.with_layout("canonical")
+            leaf = _with(leaf, leaf.values.astype(dtype))
+        return [dataclasses.replace(w, leaf=leaf)]
     if name == "slice":
         starts, strides = params["start_indices"], params["strides"] or (1,) * len(w.shape)
         cuts = list(zip(starts, params["limit_indices"], strides, strict=True))
@@ -118,6 +123,13 @@ def move(eqn: Any, operands: list, values: list[Value], result_values: list[Valu
     raise UnfitError(f"used by {name}")
 
 
+def _with(leaf: Sparse24, array: jax.Array) -> Sparse24:
+    """The weight with another scale, or with other values if it has no scale."""
+    if leaf.scale is None:
+        return dataclasses.replace(leaf, values=array)
+    return dataclasses.replace(leaf, scale=array)
+
+
 def _dynamic_slice(a: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     """Slices an array along one axis; `start` is not negative, as the program ensures."""
     starts = [start if i == axis else jnp.zeros_like(start) for i in range(a.ndim)]
@@ -153,7 +165,9 @@ def _concatenated(parts: list[Weight], dimension: int, shape: tuple[int, ...]) -
     axis = first.axis(dimension)
     kinds = [part.leaf.kinds for part in parts]
     alike = all(
-        part.leaf.contracting == first.leaf.contracting and part.dtype == first.dtype
+        part.leaf.contracting == first.leaf.contracting
+        and part.dtype == first.dtype
+        and part.leaf.activations == first.leaf.activations
         for part in parts
     )
     views = {
@@ -207,6 +221,11 @@ def _scaled(
             tuple(0 if place in contracted else slice(None) for place in range(len(shape)))
         ]
         scale = ordered(scale, w.atoms(kept), w.leaf)
-    values_ = w.leaf.values
-    values_ = values_ * scale if name == "mul" else values_ / scale
-    return dataclasses.replace(w, leaf=dataclasses.replace(w.leaf, values=values_))
+    leaf, scaled = w.leaf, w.leaf.values
+    if leaf.scale is not None:  # scales are not negative: the signs go to the values
+        scale = jnp.squeeze(scale, -1) if jnp.ndim(scale) else jnp.asarray(scale)
+        signs = jnp.sign(scale).astype(jnp.int8)
+        signed = leaf.values * (signs[..., None] if signs.ndim else signs)
+        leaf, scaled, scale = dataclasses.replace(leaf, values=signed), leaf.scale, jnp.abs(scale)
+    scaled = scaled * scale if name == "mul" else scaled / scale
+    return dataclasses.replace(w, leaf=_with(leaf, scaled))

@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxsparse._execution import moves, weights
 from jaxsparse._execution.fusion import Product, activation_at, bias_of
 from jaxsparse._execution.report import Usage
-from jaxsparse._execution.weights import UnfitError, Weight
+from jaxsparse._execution.weights import Ready, UnfitError, Weight
 from jaxsparse._kernels import may_run
 from jaxsparse._packed.matmul import chosen, common_dtype
 from jaxsparse._program.flow import Value, outputs
@@ -27,8 +27,15 @@ __all__ = ["Run"]
 class Run:
     """One evaluation of a program; records in `rows` how it uses each weight."""
 
-    def __init__(self, paths: Sequence[str], implementation: str | None, rows: dict[Any, Usage]):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        implementation: str | None,
+        rows: dict[Any, Usage],
+        observe: Callable[[Ready], Ready],
+    ):
         self.paths, self.implementation, self.rows = paths, implementation, rows
+        self.observe = observe  # sees, and may change, the operands of each product
         self.place: tuple[int, ...] = ()  # the calls around the current equation
         self.site = 0  # the current equation
 
@@ -206,7 +213,7 @@ class Run:
         `pairs` holds the summed and the batched axes, each for `w` and for `x`; `places` maps axes
         of the result to axes of `w`.
         """
-        ready = weights.operands(w, x, *pairs)
+        ready = self.observe(weights.operands(w, x, *pairs))
         leaf, aval = ready.leaf, eqn.outvars[0].aval
         rows = math.prod(ready.x.shape[leaf.values.ndim - 2 : ready.x.ndim - len(leaf.contracting)])
         run = chosen(self.implementation, rows, leaf, common_dtype(x.dtype, leaf.dtype), aval.dtype)

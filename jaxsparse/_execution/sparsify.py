@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse._execution.report import Report, Usage
 from jaxsparse._execution.run import Run
-from jaxsparse._execution.weights import Weight
+from jaxsparse._execution.weights import Ready, Weight
 from jaxsparse._packed.matmul import check_implementation
 from jaxsparse._packed.sparse24 import Sparse24
 from jaxsparse._plan.paths import leaf_paths
@@ -84,10 +84,16 @@ def sparsify(fn: Callable, *, implementation: str | None = None) -> "Sparsified"
 class Sparsified:
     """A function that accepts compressed weights, as `sparsify` returns it."""
 
-    def __init__(self, fn: Callable, implementation: str | None):
+    def __init__(
+        self,
+        fn: Callable,
+        implementation: str | None,
+        observe: Callable[[Ready], Ready] = lambda ready: ready,
+    ):
         functools.update_wrapper(self, fn, updated=())
         self._fn = fn
         self._implementation = implementation
+        self._observe = observe
         self._trace = jax.make_jaxpr(fn, return_shape=True)
 
     def __call__(self, *args, **kwargs):
@@ -128,7 +134,7 @@ class Sparsified:
             else jnp.asarray(leaf, var.aval.dtype)
             for i, (leaf, var) in enumerate(zip(leaves, program.jaxpr.invars, strict=True))
         ]
-        run = Run(paths, self._implementation, rows)
+        run = Run(paths, self._implementation, rows, self._observe)
         results = run.evaluate(program.jaxpr, program.consts, operands)
         return jax.tree.unflatten(
             jax.tree.structure(out), [run.dense(result, "returned") for result in results]

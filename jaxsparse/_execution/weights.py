@@ -120,10 +120,10 @@ def _in_order(atom: Atom) -> tuple[int, int]:
 
 
 def split(values: Sequence) -> tuple[list, Callable]:
-    """Splits values into arrays, two for each weight, and a function that rejoins them."""
+    """Splits values into arrays, those of each weight, and a function that rejoins them."""
     arrays: list = []
     for value in values:
-        arrays += [value.leaf.values, value.leaf.metadata] if isinstance(value, Weight) else [value]
+        arrays += jax.tree.leaves(value.leaf) if isinstance(value, Weight) else [value]
 
     def rebuild(arrays):
         rest = iter(arrays)
@@ -131,9 +131,7 @@ def split(values: Sequence) -> tuple[list, Callable]:
         def one(value):
             if not isinstance(value, Weight):
                 return next(rest)
-            return dataclasses.replace(
-                value, leaf=dataclasses.replace(value.leaf, values=next(rest), metadata=next(rest))
-            )
+            return dataclasses.replace(value, leaf=jax.tree.map(lambda _: next(rest), value.leaf))
 
         return list(map(one, values))
 
@@ -144,8 +142,12 @@ def split(values: Sequence) -> tuple[list, Callable]:
 
 
 def opened(leaf: Sparse24) -> list[jax.Array]:
-    """Values and canonical metadata, both `[*stack, *output, ...]`."""
-    arrays = (leaf.values, leaf.with_layout("canonical").metadata)
+    """Values, canonical metadata and scales, all `[*stack, *output, ...]`."""
+    arrays = [leaf.values, leaf.with_layout("canonical").metadata]
+    if leaf.scale is not None:
+        arrays.append(leaf.scale[..., None])
+    if leaf.input_scale is not None:
+        arrays.append(jnp.broadcast_to(leaf.input_scale[..., None, None], arrays[-1].shape))
     return [a.reshape(*a.shape[:-2], *leaf.output, a.shape[-1]) for a in arrays]
 
 
@@ -154,15 +156,24 @@ def closed(
 ) -> Sparse24:
     """Builds a weight from such arrays, whose leading axes are the stacks and outputs of `kinds`.
 
-    Its layout is that of `leaf`.
+    Its layout is that of `leaf`. Outputs that come together share the largest input scale.
     """
     stacks = kinds.count("S")
     output = arrays[0].shape[stacks:-1]
-    values, metadata = (
+    values, metadata, *scales = (
         a.reshape(*a.shape[:stacks], math.prod(output), a.shape[-1]) for a in arrays
     )
+    scale, input_scale = [*(a[..., 0] for a in scales), None, None][:2]
     return Sparse24(
-        values, metadata, leaf.contracting, output, kinds, transposable=transposable
+        values,
+        metadata,
+        leaf.contracting,
+        output,
+        kinds,
+        transposable=transposable,
+        scale=scale,
+        input_scale=None if input_scale is None else input_scale.max(-1),
+        activations=leaf.activations,
     ).with_layout(leaf.layout)
 
 
@@ -206,9 +217,7 @@ def sliced(w: Weight) -> Weight:
     their first.
     """
     if w.shape[0] == 1:
-        leaf = dataclasses.replace(
-            w.leaf, values=w.leaf.values[None], metadata=w.leaf.metadata[None], axes=w.leaf.kinds
-        )
+        leaf = dataclasses.replace(jax.tree.map(lambda a: a[None], w.leaf), axes=w.leaf.kinds)
         return Weight(leaf, w.origin._replace(axes=w.origin.axes[1:]), w.shape[1:], w.sources)
     axis = w.axis(0)
     if axis is None or w.leaf.kinds[axis] == "K":
@@ -218,13 +227,13 @@ def sliced(w: Weight) -> Weight:
     kinds = w.leaf.kinds
     leaf = regrouped(w.leaf, kinds[:axis] + "S" + kinds[axis + 1 :])
     place = place_of(leaf.kinds, axis)
-    values, metadata = (jnp.moveaxis(a, place, 0) for a in (leaf.values, leaf.metadata))
+    first = jax.tree.map(lambda a: jnp.moveaxis(a, place, 0), leaf)
     kinds = leaf.kinds[:axis] + leaf.kinds[axis + 1 :]
     inside = tuple(
         tuple(atom._replace(axis=atom.axis - (atom.axis > axis)) for atom in atoms)
         for atoms in w.origin.axes[1:]
     )
-    leaf = dataclasses.replace(leaf, values=values, metadata=metadata, axes=kinds)
+    leaf = dataclasses.replace(first, axes=kinds)
     return Weight(leaf, w.origin._replace(axes=inside), w.shape[1:], w.sources)
 
 

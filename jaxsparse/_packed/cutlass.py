@@ -43,7 +43,7 @@ def to_cutlass(w: Sparse24) -> CutlassArrays:
 
     Raises:
       TypeError: `w` is not a compressed weight.
-      ValueError: CUTLASS has no such weight: its dtype, a stack, or its sizes.
+      ValueError: CUTLASS has no such weight: its dtype, a stack, its sizes, or a scale.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,6 +61,12 @@ def to_cutlass(w: Sparse24) -> CutlassArrays:
     if not isinstance(w, Sparse24):
         raise TypeError(f"to_cutlass: `w` is a {type(w).__name__}. Pass a weight from compress.")
     _check("to_cutlass", w.values)
+    if w.scale is not None:
+        raise ValueError(
+            "to_cutlass: `w` has a scale, which the arrays of CUTLASS lack. Pass the integers as "
+            "dataclasses.replace(w, scale=None, input_scale=None, activations=None), and keep "
+            "`w.scale`."
+        )
     words = w.with_layout("canonical").metadata
     if w.values.dtype.itemsize == 1:
         words = words.reshape(*words.shape[:-1], -1, 2)

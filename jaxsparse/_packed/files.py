@@ -1,7 +1,6 @@
 """Models in safetensors files, with their compressed weights unchanged."""
 
 import json
-import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxsparse._packed.sparse24 import Sparse24
+from jaxsparse._packed.sparse24 import ARRAYS, Sparse24
 from jaxsparse._plan.paths import leaf_paths
 
 __all__ = ["Entry", "load_safetensors", "read", "save_safetensors"]
@@ -37,9 +36,10 @@ class Entry(NamedTuple):
 def save_safetensors(params: PyTree, file: Any) -> None:
     """Writes a model to a safetensors file, with its compressed weights unchanged.
 
-    A compressed weight at `path` becomes the tensors `path/values` and `path/metadata`; what else
-    it consists of is in the header, under `jaxsparse`, as JSON. Masked weights are written as
-    dense arrays. It needs the package safetensors.
+    A compressed weight at `path` becomes the tensors `path/values` and `path/metadata`, and
+    `path/scale` and `path/input_scale` if it has them; what else it consists of is in the header,
+    under `jaxsparse`, as JSON. Masked weights are written as dense arrays. It needs the package
+    safetensors.
 
     Args:
       params: pytree of arrays and `Sparse24`.
@@ -72,8 +72,9 @@ def save_safetensors(params: PyTree, file: Any) -> None:
     for path, leaf in zip(paths, leaves, strict=True):
         parts = {path: leaf}
         if _is_packed(leaf):
-            parts = {f"{path}/values": leaf.values, f"{path}/metadata": leaf.metadata}
-            compressed[path] = {name: getattr(leaf, name) for name in FIELDS}
+            parts = {f"{path}/{name}": getattr(leaf, name) for name in ARRAYS[leaf.activations]}
+            fields = FIELDS if leaf.scale is None else (*FIELDS, "activations")
+            compressed[path] = {name: getattr(leaf, name) for name in fields}
         for name, array in parts.items():
             kind = str(getattr(array, "dtype", type(array).__name__))
             if kind not in DTYPES:
@@ -158,9 +159,10 @@ def read(file: Any, call: str) -> list[Entry]:
     entries = []
     for path, fields in saved["compressed"].items():
         try:
-            values, metadata = (tensors.pop(f"{path}/{part}") for part in ("values", "metadata"))
+            names = ARRAYS.get(fields.get("activations"), ARRAYS[None])
+            arrays = {name: tensors.pop(f"{path}/{name}") for name in names}
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-            entries.append(Entry(path, Sparse24(values, metadata, **fields)))
+            entries.append(Entry(path, Sparse24(**arrays, **fields)))
         except KeyError as error:
             raise ValueError(f"{call}: {file} has no tensor {error}.") from None
         except (TypeError, ValueError) as error:
@@ -188,6 +190,8 @@ def _nested(values: dict[str, Any], file: Any) -> dict:
 def _described(leaf: Any) -> str:
     """The form, shape and dtype of a leaf."""
     form = f"compressed along {leaf.kinds} " if _is_packed(leaf) else ""
+    if _is_packed(leaf) and leaf.scale is not None:
+        form += f"as int8 for activations={leaf.activations!r} "
     shape = "x".join(map(str, leaf.shape)) or "a scalar"
     return f"{form}{shape} {leaf.dtype}"
 
@@ -196,8 +200,7 @@ def megabytes(value: Any) -> tuple[float, float]:
     """The megabytes of a weight in its form, and as a dense array."""
     if not _is_packed(value):
         return value.nbytes / 1e6, value.nbytes / 1e6
-    dense = math.prod(value.shape) * value.values.dtype.itemsize
-    return (value.values.nbytes + value.metadata.nbytes) / 1e6, dense / 1e6
+    return value.nbytes / 1e6, value.size * value.dtype.itemsize / 1e6
 
 
 def _is_packed(leaf: Any) -> bool:

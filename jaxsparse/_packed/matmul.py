@@ -15,6 +15,7 @@ from jaxtyping import Array, ArrayLike, Real
 
 from jaxsparse import _checks
 from jaxsparse._kernels import ACTIVATIONS, KERNELS, preferred
+from jaxsparse._packed.int8 import scaled_product
 from jaxsparse._packed.layouts import convert
 from jaxsparse._packed.partition import devices_needed, divided
 from jaxsparse._packed.sparse24 import Sparse24, check_static, expand, kept_values
@@ -39,6 +40,11 @@ def sparse_matmul(
     respect to `x`, `w.values` and `bias`, in forward and reverse mode; the gradient of the values
     is the dense gradient at the kept places. Sums are taken in float32 for 16-bit floats; bias and
     activation are applied before rounding (under differentiation, after it).
+
+    Weights of int8, as `quantize` makes them, are multiplied before they are scaled: with x as it
+    comes, or with x rounded to int8 as `w.activations` says, and sums in int32. The gradient of x
+    ignores the rounding of x (straight through); there is none for int8 values, and one for
+    `w.scale`. No kernel takes int8 yet.
 
     The gradient of `x` is a product with the transpose of `w`. If `w` is transposable, kernels
     compute it like the product itself, from values that are packed again along the output at each
@@ -127,6 +133,7 @@ def sparse_matmul(
             f"{(*stack, *w.output)}. Reshape the bias."
         )
     dtype = common_dtype(x.dtype, w.dtype)
+    kept = dtype if w.scale is None else w.values.dtype
     rows, m, k = x.shape[len(stack) : ends], w.values.shape[-2], math.prod(w.contracting)
     default = w.dtype if x.dtype == w.dtype else dtype
     out_dtype = default if preferred_element_type is None else jnp.dtype(preferred_element_type)
@@ -138,28 +145,32 @@ def sparse_matmul(
         )
         _refuse(
             implementation,
-            KERNELS[implementation].misfit(math.prod(rows), dtype) or wider,
+            KERNELS[implementation].misfit(math.prod(rows), kept) or wider,
             ValueError,
         )
-    operands = [
-        x.reshape(*stack, math.prod(rows), k).astype(dtype),
-        w.values.astype(dtype),
-        w.metadata,
-    ]
-    if bias is not None:
-        operands.append(jnp.reshape(bias, (*stack, m)).astype(_sum_dtype(dtype)))
-    y = sparse_matmul_p.bind(
-        *_varying_alike(operands),
-        activation=activation,
-        implementation=implementation,
+    multiply = functools.partial(
+        _multiply,
+        activation=None,
+        implementation=implementation if w.scale is None else "dense",
         layout=w.layout,
         transposable=w.transposable,
         transposed=False,
         precision=_precision(precision),
-        out_dtype=out_dtype,
         devices=None if implementation == "dense" else devices_needed(),
     )
+    x = x.reshape(*stack, math.prod(rows), k).astype(dtype)
+    biases = [] if bias is None else [jnp.reshape(bias, (*stack, m)).astype(_sum_dtype(dtype))]
+    if w.scale is None:
+        operands = x, w.values.astype(dtype), w.metadata, *biases
+        y = multiply(*operands, activation=activation, out_dtype=out_dtype)
+    else:
+        y = scaled_product(multiply, x, w, _sum_dtype(dtype))
+        y = _finished(y, biases, _differentiable(activation), out_dtype)
     return y.reshape(*stack, *rows, *w.output)
+
+
+def _multiply(*operands, **params):
+    return sparse_matmul_p.bind(*_varying_alike(operands), **params)
 
 
 def _precision(precision):
@@ -212,7 +223,7 @@ def chosen(implementation: str | None, rows: int, w: Sparse24, dtype: Any, out_d
     if implementation is not None:
         return implementation
     device = jax.devices()[0]
-    if device.platform != "gpu" or "S" in w.kinds or out_dtype != dtype:
+    if w.scale is not None or device.platform != "gpu" or "S" in w.kinds or out_dtype != dtype:
         return "dense"
     m, k = w.values.shape[-2], 2 * w.values.shape[-1]
     return preferred(rows, m, k, dtype, w.layout, _capability(device))
@@ -271,21 +282,22 @@ def _impl(*operands, **params):
 
 
 def _dense(x, values, metadata, *bias, activation, layout, precision, transposed, out_dtype, **_):
-    y = _contract(
-        x,
-        expand(values, convert(metadata, layout, "canonical", values)),
-        -1,
-        -2 if transposed else -1,
-        precision,
-        out_dtype,
-    )
-    return _finished(y, bias, activation, out_dtype)
+    w = expand(values, convert(metadata, layout, "canonical", values))
+    if jnp.issubdtype(w.dtype, jnp.integer):
+        w = w.astype(x.dtype)
+    y = _contract(x, w, -1, -2 if transposed else -1, precision, out_dtype)
+    return _finished(y, bias, ACTIVATIONS[activation], out_dtype)
 
 
-def _finished(y, bias, activation, out_dtype):
+def _finished(y, bias, activate, out_dtype):
     if bias:
         y += bias[0][..., None, :]
-    return ACTIVATIONS[activation](y).astype(out_dtype)
+    return activate(y).astype(out_dtype)
+
+
+def _differentiable(activation):
+    """The activation; the gradient of `jax.nn.relu` at 0 is 0."""
+    return jax.nn.relu if activation == "relu" else ACTIVATIONS[activation]
 
 
 def _share(params, summed_over, *operands):
@@ -295,7 +307,7 @@ def _share(params, summed_over, *operands):
     x, values, metadata, *bias = operands
     sums = {**params, "activation": None, "out_dtype": _sum_dtype(params["out_dtype"])}
     y = lax.psum(sparse_matmul_p.bind(x, values, metadata, **sums), summed_over)
-    return _finished(y, bias, params["activation"], params["out_dtype"])
+    return _finished(y, bias, ACTIVATIONS[params["activation"]], params["out_dtype"])
 
 
 def _sum_dtype(dtype):
@@ -440,9 +452,7 @@ def _jvp(primals, tangents, **params):
 
     def finish(y, *bias):
         wide = y.astype(_sum_dtype(y.dtype))
-        # the gradient of jax.nn.relu at 0 is 0
-        activate = jax.nn.relu if activation == "relu" else ACTIVATIONS[activation]
-        return activate(wide + bias[0][..., None, :] if bias else wide).astype(y.dtype)
+        return _finished(wide, bias, _differentiable(activation), y.dtype)
 
     bias_dot = map(ad.instantiate_zeros, bias_dot)
     return jax.jvp(finish, (y, *bias), (y_dot, *bias_dot))

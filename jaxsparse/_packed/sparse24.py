@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import weakref
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,27 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Shaped, UInt16
 
-from jaxsparse._checks import AnArray
+from jaxsparse._checks import AnArray, choice
 from jaxsparse._packed.layouts import Layout, convert, metadata_form
 from jaxsparse._registration import register_exported, register_saved
 
-__all__ = ["Sparse24", "decompress", "expand", "kept_values", "to_kept", "transposed"]
+__all__ = [
+    "ARRAYS",
+    "Activations",
+    "Sparse24",
+    "decompress",
+    "expand",
+    "kept_values",
+    "to_kept",
+    "transposed",
+]
 
-_DATA = ("values", "metadata")
-_STATIC = ("contracting", "output", "axes", "layout", "transposable")
+Activations = Literal["float", "token", "tensor"]
+
+_DATA = ("values", "metadata", "scale", "input_scale")
+# by `activations`, the arrays of a weight
+ARRAYS = {None: _DATA[:2], "float": _DATA[:3], "token": _DATA[:3], "tensor": _DATA}
+_STATIC = ("contracting", "output", "axes", "layout", "transposable", "activations")
 _checked: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 
 
@@ -52,10 +65,16 @@ class Sparse24:
       transposable: whether 2 of every 4 neighbours are also kept along the innermost output axis,
         static. Kernels can then compute the gradient of the other operand of a product. This needs
         no further storage.
+      scale: `[..., M]`, floats of at least 16 bits, if the values are int8 as `quantize` makes
+        them; the weight is then `scale * values`, of the dtype of the scale. None otherwise.
+      input_scale: `[...]`, the scale of the other operand of a product, if `activations` is
+        `"tensor"`; None otherwise.
+      activations: how the other operand of a product with int8 values is rounded, static; see
+        `quantize`. None for values without a scale.
 
     Raises:
-      TypeError: values or metadata are not arrays of a dtype of the format.
-      ValueError: shapes, sizes, layout or places are inconsistent; see `check`.
+      TypeError: an array is not one, or not of a dtype of the format.
+      ValueError: shapes, sizes, layout, places or scales are inconsistent; see `check`.
 
     References:
       Mishra et al., Accelerating Sparse Deep Neural Networks, section 3 (arXiv:2104.08378).
@@ -68,28 +87,33 @@ class Sparse24:
     axes: str = ""
     layout: Layout = "canonical"
     transposable: bool = False
+    scale: Any = None
+    input_scale: Any = None
+    activations: Activations | None = None
 
     def __post_init__(self):
         self.check("Sparse24")
 
     def tree_flatten_with_keys(self):
-        keys = map(jax.tree_util.GetAttrKey, _DATA)
-        data = zip(keys, (self.values, self.metadata), strict=True)
-        return tuple(data), tuple(getattr(self, name) for name in _STATIC)
+        data, static = self.tree_flatten()
+        keys = map(jax.tree_util.GetAttrKey, ARRAYS[self.activations])
+        return tuple(zip(keys, data, strict=True)), static
 
     def tree_flatten(self):
-        return (self.values, self.metadata), tuple(getattr(self, name) for name in _STATIC)
+        data = tuple(getattr(self, name) for name in ARRAYS[self.activations])
+        return data, tuple(getattr(self, name) for name in _STATIC)
 
     @classmethod
     def tree_unflatten(cls, static, data):
         # not checked, since JAX also builds trees of specs, gradients and placeholders
         new = object.__new__(cls)
+        data = (*data, *[None] * (len(_DATA) - len(data)))
         for name, value in zip((*_DATA, *_STATIC), (*data, *static), strict=True):
             object.__setattr__(new, name, value)
         return new
 
     def check(self, call: str = "Sparse24.check") -> "Sparse24":
-        """Checks that values, metadata and sizes are consistent, and that places are valid.
+        """Checks that arrays and sizes are consistent, and that places and scales are valid.
 
         Creating a `Sparse24` checks it. Call this for one that was restored by other means than
         `flax.serialization`. Under `jit` only dtypes, shapes and the layout are checked.
@@ -101,9 +125,9 @@ class Sparse24:
           The weight itself.
 
         Raises:
-          TypeError: values or metadata are not arrays of a dtype of the format.
-          ValueError: shapes are inconsistent, the layout does not exist, or the two places of a
-            group are not in ascending order.
+          TypeError: an array is not one, or not of a dtype of the format.
+          ValueError: shapes are inconsistent, the layout does not exist, the two places of a group
+            are not in ascending order, or a scale is negative or not finite.
 
         Example:
           >>> import jax.numpy as jnp
@@ -116,6 +140,7 @@ class Sparse24:
         """
         check_static(self, call)
         check_places(self, call)
+        check_scales(self, call)
         return self
 
     @property
@@ -147,8 +172,8 @@ class Sparse24:
 
     @property
     def dtype(self):
-        """The dtype of the weight."""
-        return self.values.dtype
+        """The dtype of the weight: that of its values, or of its scale if it has one."""
+        return self.values.dtype if self.scale is None else self.scale.dtype
 
     @property
     def axis(self) -> int:
@@ -157,8 +182,8 @@ class Sparse24:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of values and metadata together."""
-        return self.values.nbytes + self.metadata.nbytes
+        """The bytes of values, metadata and scales together."""
+        return sum(array.nbytes for array in self.tree_flatten()[0])
 
     def with_layout(self, layout: Layout) -> "Sparse24":
         """Converts the metadata to another layout; exact in both directions.
@@ -198,7 +223,8 @@ def _unchecked(w: Sparse24, **changes: Any) -> Sparse24:
 
 def check_static(w: Sparse24, call: str) -> None:
     """Checks dtypes, shapes and the layout, which are also known under `jit`."""
-    for name in _DATA:
+    choice(call, "activations", w.activations, (None, *get_args(Activations)))
+    for name in ARRAYS[w.activations]:
         array = getattr(w, name)
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise TypeError(f"{call}: `{name}` is a {type(array).__name__}, not an array.")
@@ -226,16 +252,38 @@ def check_static(w: Sparse24, call: str) -> None:
             f"{call}: `metadata` have shape {metadata.shape}, but the layout {w.layout!r} of "
             f"values of shape {values.shape} has {form.shape}."
         )
+    _check_static_scales(w, call)
+
+
+def _check_static_scales(w: Sparse24, call: str) -> None:
+    for name in _DATA:
+        if name not in ARRAYS[w.activations] and getattr(w, name) is not None:
+            raise ValueError(
+                f"{call}: there is a `{name}`, and activations={w.activations!r}. Make weights of "
+                "int8 by jaxsparse.quantize."
+            )
+    if w.scale is not None and w.values.dtype != jnp.int8:
+        raise TypeError(
+            f"{call}: there is a `scale`, but `values` are {w.values.dtype}, not int8. Make "
+            "weights of int8 by jaxsparse.quantize."
+        )
+    for name, rank in (("scale", 1), ("input_scale", 2)):
+        array, shape = getattr(w, name), w.values.shape[: w.values.ndim - rank]
+        if array is None:
+            continue
+        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
+            raise TypeError(f"{call}: `{name}` is {array.dtype}. Pass floats of at least 16 bits.")
+        if array.shape != shape:
+            raise ValueError(
+                f"{call}: `{name}` has shape {array.shape}, but values of shape {w.values.shape} "
+                f"have {shape}."
+            )
 
 
 def check_places(w: Sparse24, call: str) -> None:
     """Checks that places ascend in each group, once for each array and outside of `jit`."""
     metadata = w.metadata
-    if isinstance(metadata, jax.core.Tracer) or not isinstance(metadata, (jax.Array, np.ndarray)):
-        return
-    if _checked.get(id(metadata)) is metadata or not getattr(
-        metadata, "is_fully_addressable", True
-    ):
+    if not _to_be_checked(metadata):
         return
     with jax.ensure_compile_time_eval():  # known metadata may get traced values
         canonical = convert(metadata, w.layout, "canonical", w.values)
@@ -249,8 +297,39 @@ def check_places(w: Sparse24, call: str) -> None:
             f"{int(second[at])}, but they must be in ascending order. The metadata are damaged, "
             "or not in this layout."
         )
-    if isinstance(metadata, jax.Array):
-        _checked[id(metadata)] = metadata
+    _remember(metadata)
+
+
+def check_scales(w: Sparse24, call: str) -> None:
+    """Checks that scales are finite and not negative, once for each and outside of `jit`."""
+    for name in ("scale", "input_scale"):
+        array = getattr(w, name)
+        if not _to_be_checked(array):
+            continue
+        numbers = np.asarray(array, np.float64)
+        wrong = np.argwhere(~(np.isfinite(numbers) & (numbers >= 0)))
+        if len(wrong):
+            at = tuple(wrong[0].tolist())
+            raise ValueError(
+                f"{call}: `{name}` is {numbers[at]} at {at}, but scales are finite and not "
+                "negative. The weight is damaged."
+            )
+        _remember(array)
+
+
+def _to_be_checked(array: Any) -> bool:
+    """Whether the contents of an array are known and were not checked before."""
+    known = isinstance(array, (jax.Array, np.ndarray)) and not isinstance(array, jax.core.Tracer)
+    return (
+        known
+        and getattr(array, "is_fully_addressable", True)
+        and _checked.get(id(array)) is not array
+    )
+
+
+def _remember(array: Any) -> None:
+    if isinstance(array, jax.Array):
+        _checked[id(array)] = array
 
 
 def to_kept(
@@ -330,6 +409,8 @@ def transposed(
 def decompress(packed):
     """Replaces every `Sparse24` in a pytree by its masked weight, exactly; others are unchanged.
 
+    A weight of int8 becomes `scale * values`, rounded to the dtype of its scale.
+
     Args:
       packed: a `Sparse24`, or a pytree that contains some.
 
@@ -350,6 +431,8 @@ def decompress(packed):
             return leaf
         check_static(leaf, "decompress")
         w = expand(leaf.values, leaf.with_layout("canonical").metadata)
+        if leaf.scale is not None:
+            w = w.astype(leaf.dtype) * leaf.scale[..., None]
         kinds = leaf.kinds
         order = [i for kind in "SOK" for i, one in enumerate(kinds) if one == kind]
         w = w.reshape(*(leaf.shape[i] for i in order))
@@ -359,17 +442,24 @@ def decompress(packed):
 
 
 def _to_dict(w: Sparse24) -> dict:
-    return {"values": w.values, "metadata": w.with_layout("canonical").metadata}
+    saved = w.with_layout("canonical")
+    return {name: getattr(saved, name) for name in ARRAYS[w.activations]}
 
 
 def _from_dict(w: Sparse24, state: dict) -> Sparse24:
+    if (state.get("scale") is None) != (w.scale is None):
+        raise ValueError(
+            "Sparse24: of the saved weight and the weight to restore, only one has a scale. Apply "
+            "jaxsparse.quantize to both or to neither."
+        )
     loaded = dataclasses.replace(w, **state, layout="canonical")
     return loaded.with_layout(w.layout)
 
 
 def _tupled(static: list) -> tuple:
-    contracting, output, *rest = static
-    return (tuple(contracting), tuple(output), *rest)
+    contracting, output, axes, layout, transposable, *activations = static
+    # absent from what was exported before it existed
+    return (tuple(contracting), tuple(output), axes, layout, transposable, *(activations or [None]))
 
 
 register_exported(Sparse24, list, _tupled)

@@ -7,7 +7,8 @@
 
 All kernels of all blocks are pruned along their input axis. The text is Python's own manual pages;
 each block is pruned on what the pruned blocks before it make of the calibration text. The model
-that SparseGPT gives then runs from compressed weights and writes.
+that SparseGPT gives after its channels are put into a better order then runs from compressed
+weights, in float and rounded to int8, and writes.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pydoc_data import topics
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,10 @@ import jaxsparse as js
 from jaxsparse.examples import smollm_model
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
+INT8: dict[str, Literal["float", "token"]] = {  # the activations that `quantize` takes
+    "sparsegpt, int8 weights": "float",
+    "sparsegpt, int8 weights and activations": "token",
+}
 REFERENCE = 15.27  # the perplexity of the dense model on Python 3.12's manual pages
 PROMPT = "The for statement is used to"
 
@@ -58,8 +63,7 @@ def _loss(model, params, tokens):
 
 
 def pruned(model: Any, params: Any, plan: js.Plan, calibration: jax.Array, method: Any) -> Any:
-    """The pruned model, its masks and the seconds that it took."""
-    start = time.perf_counter()
+    """The pruned model and its masks."""
     kernels = sum(leaf.shape[0] for leaf in plan.sparse.values())
     with tqdm.tqdm(total=kernels, desc=method, unit="kernel", leave=False) as bar:
         result = js.prune(
@@ -70,8 +74,17 @@ def pruned(model: Any, params: Any, plan: js.Plan, calibration: jax.Array, metho
             method=method,
             progress=lambda path: bar.update(),
         )
-    jax.block_until_ready(result)
-    return *result, time.perf_counter() - start
+    return jax.block_until_ready(result)
+
+
+def reordered(model: Any, params: Any, plan: js.Plan, tokens: jax.Array) -> Any:
+    """The same model with its channels in an order under which 2:4 keeps more."""
+    with tqdm.tqdm(total=len(plan.sparse), desc="channels", unit="kernel", leave=False) as bar:
+        result = js.permute(
+            model.apply, params, plan, tokens, rounds=40, progress=lambda path: bar.update()
+        )
+    print(result, end="\n\n")
+    return result.params
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -88,17 +101,22 @@ def written(model: Any, params: Any, window: jax.Array, length: int) -> jax.Arra
 
 
 def megabytes(tree: Any) -> float:
-    """The megabytes of a tree whose floats take 16 bits."""
+    """The megabytes of a tree whose floats take 16 bits, except for the scales of int8."""
+
+    def is_int8(leaf):
+        return isinstance(leaf, js.Sparse24) and leaf.scale is not None
 
     def size(leaf):
+        if is_int8(leaf):
+            return leaf.nbytes
         wide = jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.size * (2 if wide else leaf.dtype.itemsize)
 
-    return sum(map(size, jax.tree.leaves(tree))) / 1e6
+    return sum(map(size, jax.tree.leaves(tree, is_leaf=is_int8))) / 1e6
 
 
 def plot(rows: list, path: pathlib.Path) -> None:
-    figure = Figure(figsize=(6, 2.5), layout="constrained")
+    figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.add_subplot(xlabel="perplexity (log)", xscale="log")
     names, values = [row[0] for row in rows], [row[1] for row in rows]
     axes.barh(names, values)
@@ -146,13 +164,20 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if known and abs(dense - REFERENCE) > 0.1:
         raise SystemExit(f"The dense model has a perplexity of {dense:.2f}, not {REFERENCE}.")
     rows = [("dense", dense, 1.0, megabytes(params), None)]
-    for method in METHODS:
-        weights, masks, seconds = pruned(model, params, plan, calibration, method)
+    for name in (*METHODS, REORDERED):
+        start, method = time.perf_counter(), name.partition(",")[0]
+        if name == REORDERED:
+            params = reordered(model, params, plan, test[:1, :-1])
+        weights, masks = pruned(model, params, plan, calibration, method)
+        seconds = time.perf_counter() - start
         packed = js.compress(weights, masks, plan, layout="canonical")
         kept = js.analysis.retained_magnitude(params, masks)
         mean = float(np.mean([*kept.values()]))
-        rows.append((method, perplexity(model, weights, test), mean, megabytes(packed), seconds))
-    header = ("2:4 by", "perplexity", "magnitude kept", "weights MB, 16 bits", "seconds")
+        rows.append((name, perplexity(model, weights, test), mean, megabytes(packed), seconds))
+    for name, activations in INT8.items():
+        small = js.quantize(packed, activations=activations)
+        rows.append((name, perplexity(model, small, test), mean, megabytes(small), None))
+    header = ("2:4 by", "perplexity", "magnitude kept", "weights MB", "seconds")
     print(tabulate.tabulate(rows, header, floatfmt=("", ".2f", ".3f", ".1f", ".0f")))
     plot(rows, args.plot)
 
