@@ -31,9 +31,10 @@ import jaxsparse as js
 from jaxsparse.examples import smollm_model
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
-INT8: dict[str, Literal["float", "token"]] = {  # the activations that `quantize` takes
-    "sparsegpt, int8 weights": "float",
-    "sparsegpt, int8 weights and activations": "token",
+REORDERED = "sparsegpt, channels reordered"
+INT8: dict[str, Literal["float", "token"]] = {  # the activations that `quantize` takes after that
+    "... and int8 weights": "float",
+    "... and int8 weights and activations": "token",
 }
 REFERENCE = 15.27  # the perplexity of the dense model on Python 3.12's manual pages
 PROMPT = "The for statement is used to"
@@ -163,13 +164,13 @@ def main(argv: Sequence[str] | None = None) -> Any:
     known = known and platform.python_version().startswith("3.12.")
     if known and abs(dense - REFERENCE) > 0.1:
         raise SystemExit(f"The dense model has a perplexity of {dense:.2f}, not {REFERENCE}.")
-    rows = [("dense", dense, 1.0, megabytes(params), None)]
+    rows: list[tuple] = [("dense", dense, 1.0, megabytes(params), None)]
     for name in (*METHODS, REORDERED):
-        start, method = time.perf_counter(), name.partition(",")[0]
+        begun, method = time.perf_counter(), name.partition(",")[0]
         if name == REORDERED:
             params = reordered(model, params, plan, test[:1, :-1])
         weights, masks = pruned(model, params, plan, calibration, method)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - begun
         packed = js.compress(weights, masks, plan, layout="canonical")
         kept = js.analysis.retained_magnitude(params, masks)
         mean = float(np.mean([*kept.values()]))
