@@ -54,18 +54,30 @@ def smollm(result):
     )
 
 
+def permutation(result):
+    before, after = result["perplexities"]
+    return (
+        "The magnitude that 2:4 keeps before and after channels are reordered, as a share of what "
+        f"unstructured sparsity keeps, after {result['rounds']} rounds of the search (`python "
+        f"benchmarks/permutation.py`; {where(result)}):\n\n"
+        + rows_of(result, ".4f", ".4f", ".3f", ".0f")
+        + f"\n\nMore magnitude is not less perplexity: with `ffn_down` pruned by it, {before:.2f} "
+        f"in the given order, {after:.2f} in the other."
+    )
+
+
 def demo_plan(result):
     return f"```text\n{result['plan']}\n```"
 
 
 def plan(result):
-    """The rows of a plan that inform: one for each kind of layer and axis, and a dense one."""
+    """The rows of a plan that inform: one for each axis, and a dense one."""
     *head, total, saved = result["plan"].splitlines()
     header, rows, kept = head[:2], head[2:], {}
     for row in rows:
-        leaf, layer, _, axis, *_ = row.split()
+        leaf, _, _, axis, *_ = row.split()
         if not leaf.endswith(("bias", "scale")):
-            kept.setdefault((axis == "dense" or layer, axis), row)
+            kept.setdefault(axis, row)
     return "\n".join(("```text", *header, *kept.values(), "...", total, saved, "```"))
 
 
@@ -214,6 +226,7 @@ TABLES = {
     "demo_plan": lambda: written("char_lm", demo_plan),
     "char_lm": lambda: written("char_lm", char_lm),
     "smollm": lambda: written("smollm", smollm),
+    "permutation": lambda: written("permutation", permutation),
     "train_step": lambda: written("train_step", train_step),
     "gpu": gpus,
     "gpu_summary": lambda: gpus(gpu_summary),

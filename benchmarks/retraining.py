@@ -6,7 +6,8 @@
 Every recipe starts from the masks of largest magnitude (the trained weights) and from those of
 SparseGPT (its weights). The text is the docstrings of Python's standard library; the perplexity is
 that of the example `smollm`, on the manual pages. All runs see the same windows in the same order.
-The learning rate of each run is the best of three, by short runs and other docstrings.
+The learning rate of each run is the best of at least three, by short runs and other docstrings; as
+long as the best is the lowest or the highest, a further one is tried, up to six.
 """
 
 import argparse
@@ -32,12 +33,8 @@ import jaxsparse as js
 from jaxsparse.examples import smollm, smollm_model
 
 STEPS, TUNING_STEPS, RANK = 100, 20, 16
-RATES = {  # three each, and the best is not at an edge
-    "dense": (3e-5, 1e-4, 3e-4),
-    "magnitude": (3e-4, 1e-3, 3e-3),
-    "sparsegpt": (3e-5, 1e-4, 3e-4),
-    "adapters": (3e-4, 1e-3, 3e-3),
-}
+# the middle of the three rates that are tried first, in halves of a decimal digit
+MIDDLE = {"dense": -8, "magnitude": -6, "sparsegpt": -8, "adapters": -6}
 RECIPES = {
     "static": lambda tx, plan, masks, steps: js.recipes.static(tx, plan, masks=masks),
     "explore_exploit": lambda tx, plan, masks, steps: js.recipes.explore_exploit(
@@ -239,9 +236,18 @@ def main(argv=None):
     short = min(TUNING_STEPS, args.steps - 1)
     rows = []
     for start, recipe in tqdm.tqdm(RUNS, "runs"):
-        rates = RATES["adapters" if recipe == "adapters" else start]
-        tried = records(start, recipe, rates, short, bench.validation)
-        rate = min(tried, key=operator.itemgetter("perplexity"))["rate"]
+        middle = MIDDLE["adapters" if recipe == "adapters" else start]
+        tried = {middle - 1, middle, middle + 1}
+        while len(tried) <= 6:
+            rates = [float(f"{10 ** (half / 2):.0e}") for half in sorted(tried)]
+            short_runs = [*records(start, recipe, rates, short, bench.validation)]
+            rate = min(short_runs, key=operator.itemgetter("perplexity"))["rate"]
+            if rate == rates[0]:
+                tried.add(min(tried) - 1)
+            elif rate == rates[-1]:
+                tried.add(max(tried) + 1)
+            else:
+                break
         (record,) = records(start, recipe, [rate], args.steps, bench.test)
         rows.append((start, recipe, rate, record["perplexity"]))
     before = {

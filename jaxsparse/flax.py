@@ -17,6 +17,7 @@ from jaxsparse import _checks
 from jaxsparse._execution.sparsify import sparsify
 from jaxsparse._packed.matmul import check_implementation
 from jaxsparse._packed.sparse24 import Sparse24, decompress
+from jaxsparse._plan.eligibility import Anywhere
 from jaxsparse._plan.paths import leaf_paths
 from jaxsparse._plan.pattern import Pattern
 from jaxsparse._plan.plan import Plan
@@ -30,7 +31,10 @@ __all__ = ["intercept", "plan"]
 
 
 def plan(
-    model: nn.Module, rules: Mapping[str, Pattern | str | None], *init_args: Any, **init_kwargs: Any
+    model: nn.Module,
+    rules: Mapping[str, Pattern | str | Anywhere | None],
+    *init_args: Any,
+    **init_kwargs: Any,
 ) -> Plan:
     """Plans the sparsity of a Flax Linen model; axes are those that the model sums over.
 

@@ -15,6 +15,7 @@ from flax import errors, nnx
 from jaxtyping import PyTree
 
 from jaxsparse._checks import Gradient
+from jaxsparse._plan.eligibility import Anywhere
 from jaxsparse._plan.pattern import Pattern
 from jaxsparse._plan.plan import Plan
 from jaxsparse._plan.planning import learned_plan, traced
@@ -27,7 +28,7 @@ __all__ = ["intercept", "plan"]
 
 def plan(
     model: nnx.Module,
-    rules: Mapping[str, Pattern | str | None],
+    rules: Mapping[str, Pattern | str | Anywhere | None],
     *args: Any,
     method: str = "__call__",
     **kwargs: Any,

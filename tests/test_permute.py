@@ -681,9 +681,9 @@ def test_scores_decide_in_place_of_magnitudes():
     scores = jax.tree.map(lambda leaf: jnp.exp(normal(*leaf.shape, seed=7)), PARAMS)
     result = js.permute(gated, PARAMS, PLAN, X, scores=scores)
     (group,) = result.groups
-    found = js.column_order(scores["down"].T, 2, 4)
-    np.testing.assert_array_equal(group.order, found.order)
-    assert (group.kept, group.before, group.unstructured) == pytest.approx(found[1:])
+    best = js.column_order(scores["down"].T, 2, 4)
+    np.testing.assert_array_equal(group.order, best.order)
+    assert (group.kept, group.before, group.unstructured) == pytest.approx(best[1:])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, np.float64])

@@ -476,6 +476,15 @@ def test_files_without_int8_are_as_before(tmp_path):
     assert sorted(saved) == ["axes", "contracting", "layout", "output", "transposable"]
 
 
+def test_scales_are_those_of_the_kept_weights():
+    w = np.random.default_rng(2).normal(size=(K, M)).astype(np.float32)
+    w[1::4] = 1000  # pruned
+    mask = np.zeros((K, M), bool)
+    mask[0::4] = mask[2::4] = True
+    weight = js.quantize(js.compress({"w": jnp.asarray(w)}, {"w": jnp.asarray(mask)}))["w"]
+    np.testing.assert_allclose(weight.scale, np.abs(w * mask).max(0) / 127, rtol=1e-6)
+
+
 def with_scale(change):
     return lambda arrays: arrays.update({"a/w/scale": change(arrays["a/w/scale"])})
 
@@ -529,43 +538,71 @@ def test_the_form_of_a_file_is_compared(tmp_path, capsys):
 # --- errors
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"packed": {"w": jnp.ones((4, 4))}}, ValueError, "there is no compressed weight"),
-        ({"activations": "row"}, ValueError, "activations='row' is not one of 'float', 'token'"),
-        ({"percentile": 99}, ValueError, 'are for activations="tensor"'),
-        ({"activations": "tensor"}, ValueError, "is calibrated on data. Pass `fn` and `batches`"),
-        ({"activations": "tensor", "fn": 3, "batches": []}, TypeError, "`fn` is a int"),
-        ({"activations": "tensor", "batches": []}, ValueError, "`batches` is empty"),
-        ({"activations": "tensor", "batches": [np.ones(3)]}, TypeError, "a batch is a ndarray"),
-        (
-            {"activations": "tensor", "batches": [(jnp.ones((0, K)),)]},
-            ValueError,
-            "an argument in a batch is empty",
-        ),
-        (
-            {"activations": "tensor", "batches": [(make_x(),)], "percentile": 0},
-            ValueError,
-            r"percentile=0 is not in \(0, 100\]",
-        ),
-        (
-            {"activations": "tensor", "batches": [(make_x() * jnp.inf,)]},
-            ValueError,
-            "the inputs of w are not finite",
-        ),
-        (
-            {"activations": "tensor", "batches": [(make_x(),)], "fn": lambda params, x: x},
-            ValueError,
-            "`fn` does not multiply by all of w",
-        ),
-        ({"packed": js.quantize(packed(dense_weight()))}, ValueError, "w is quantized already"),
-        ({"packed": packed(np.full((K, M), np.inf))}, ValueError, "w has weights that are not fin"),
-        ({"packed": packed(np.ones((K, M)), jnp.int32)}, TypeError, "w holds int32"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_quantized_is_refused(arguments, error, message):
+REFUSED = {
+    "no compressed weight": (
+        {"packed": {"w": jnp.ones((4, 4))}},
+        ValueError,
+        "there is no compressed weight",
+    ),
+    "unknown activations": (
+        {"activations": "row"},
+        ValueError,
+        "activations='row' is not one of 'float', 'token'",
+    ),
+    "percentile without calibration": (
+        {"percentile": 99},
+        ValueError,
+        'are for activations="tensor"',
+    ),
+    "no data": (
+        {"activations": "tensor"},
+        ValueError,
+        "is calibrated on data. Pass `fn` and `batches`",
+    ),
+    "no function": ({"activations": "tensor", "fn": 3, "batches": []}, TypeError, "`fn` is a int"),
+    "no batches": ({"activations": "tensor", "batches": []}, ValueError, "`batches` is empty"),
+    "batch not a tuple": (
+        {"activations": "tensor", "batches": [np.ones(3)]},
+        TypeError,
+        "a batch is a ndarray",
+    ),
+    "empty batch": (
+        {"activations": "tensor", "batches": [(jnp.ones((0, K)),)]},
+        ValueError,
+        "an argument in a batch is empty",
+    ),
+    "percentile of 0": (
+        {"activations": "tensor", "batches": [(make_x(),)], "percentile": 0},
+        ValueError,
+        r"percentile=0 is not in \(0, 100\]",
+    ),
+    "infinite inputs": (
+        {"activations": "tensor", "batches": [(make_x() * jnp.inf,)]},
+        ValueError,
+        "the inputs of w are not finite",
+    ),
+    "weight not used": (
+        {"activations": "tensor", "batches": [(make_x(),)], "fn": lambda params, x: x},
+        ValueError,
+        "`fn` does not multiply by all of w",
+    ),
+    "quantized already": (
+        {"packed": js.quantize(packed(dense_weight()))},
+        ValueError,
+        "w is quantized already",
+    ),
+    "infinite weights": (
+        {"packed": packed(np.full((K, M), np.inf))},
+        ValueError,
+        "w has weights that are not fin",
+    ),
+    "integers": ({"packed": packed(np.ones((K, M)), jnp.int32)}, TypeError, "w holds int32"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_quantized_is_refused(name):
+    arguments, error, message = REFUSED[name]
     arguments = {"packed": packed(dense_weight()), **arguments}
     if arguments.get("activations") == "tensor" and "batches" in arguments:
         arguments.setdefault("fn", product)

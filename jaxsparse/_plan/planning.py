@@ -25,7 +25,7 @@ __all__ = ["learned_plan", "plan", "traced"]
 
 def plan(
     params: PyTree,
-    rules: Mapping[str, Pattern | str | None],
+    rules: Mapping[str, Pattern | str | Anywhere | None],
     fn: Callable | None = None,
     *args: Any,
     **kwargs: Any,
@@ -178,7 +178,10 @@ def traced(call: str, fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -
 
 
 def learned_plan(
-    call: str, params: PyTree, rules: Mapping[str, Pattern | str | None], used: list[set[Use]]
+    call: str,
+    params: PyTree,
+    rules: Mapping[str, Pattern | str | Anywhere | None],
+    used: list[set[Use]],
 ) -> Plan:
     """Makes a plan whose axes come from the program; `used` holds the uses of each leaf."""
     known = dict(zip(leaf_paths(params), used, strict=True))
@@ -250,7 +253,7 @@ def _summed_by_all(products: list[Use], ndim: int) -> tuple[int, ...]:
 def apply_rules(
     call: str,
     params: PyTree,
-    rules: Mapping[str, Pattern | str | None],
+    rules: Mapping[str, Pattern | str | Anywhere | None],
     decide: Callable[..., Leaf],
 ) -> Plan:
     """Makes a plan; `decide(path, leaf, rule, pattern)` plans the leaves with a sparse rule."""
