@@ -213,9 +213,8 @@ def main(argv=None):
     done = {(line["start"], line["recipe"], line["rate"], line["steps"]): line for line in lines}
     bench = Bench(args)
 
-    def records(start, recipe, rates, steps, windows):
+    def records(train, start, recipe, rates, steps, windows):
         """The record of a run for each rate, trained unless it is already there."""
-        train = bench.trainer(start, recipe, steps)
         for rate in rates:
             key = start, recipe, rate, steps
             if key not in done:
@@ -238,9 +237,10 @@ def main(argv=None):
     for start, recipe in tqdm.tqdm(RUNS, "runs"):
         middle = MIDDLE["adapters" if recipe == "adapters" else start]
         tried = {middle - 1, middle, middle + 1}
+        train = bench.trainer(start, recipe, short)
         while len(tried) <= 6:
             rates = [float(f"{10 ** (half / 2):.0e}") for half in sorted(tried)]
-            short_runs = [*records(start, recipe, rates, short, bench.validation)]
+            short_runs = [*records(train, start, recipe, rates, short, bench.validation)]
             rate = min(short_runs, key=operator.itemgetter("perplexity"))["rate"]
             if rate == rates[0]:
                 tried.add(min(tried) - 1)
@@ -248,7 +248,8 @@ def main(argv=None):
                 tried.add(max(tried) + 1)
             else:
                 break
-        (record,) = records(start, recipe, [rate], args.steps, bench.test)
+        train = bench.trainer(start, recipe, args.steps)
+        (record,) = records(train, start, recipe, [rate], args.steps, bench.test)
         rows.append((start, recipe, rate, record["perplexity"]))
     before = {
         start: bench.perplexity(

@@ -11,7 +11,7 @@ from jaxsparse._masks.nm import nm_mask
 from jaxsparse._masks.topk import topk_mask
 from jaxsparse._masks.transposable import transposable_nm_mask
 from jaxsparse._packed.compress import compress
-from jaxsparse._packed.cutlass import CutlassArrays, from_cutlass, to_cutlass
+from jaxsparse._packed.cutlass import from_cutlass, to_cutlass
 from jaxsparse._packed.files import load_safetensors, save_safetensors
 from jaxsparse._packed.matmul import sparse_matmul
 from jaxsparse._packed.sparse24 import Sparse24, decompress
@@ -54,7 +54,6 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "Block",
-    "CutlassArrays",
     "Leaf",
     "Pattern",
     "Plan",

@@ -658,5 +658,5 @@ if __name__ == "__main__":
     scale = GPU if args.gpu else CPU
     folder = args.out or store.folder(scale)
     if not store.read(folder):
-        parser.error(f"there are no runs in {folder}; python -m benchmarks.quality makes some")
+        parser.error(f"{folder} holds no runs. Make some by python -m benchmarks.quality.")
     report(scale, folder)

@@ -16,7 +16,7 @@ def folder(scale):
 
 
 def read(folder):
-    """Maps (cell, seed) to the record of the run; empty if there is no file."""
+    """Maps (cell, seed) to the record of the run; empty without a file."""
     path = folder / "runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = {}

@@ -21,7 +21,7 @@ def mask_density(opt_state: PyTree) -> dict[str, jax.Array]:
       Dict from the path of a leaf to a float32 scalar.
 
     Raises:
-      ValueError: there are no masks in `opt_state`.
+      ValueError: `opt_state` holds no masks.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,7 +47,7 @@ def mask_churn(before: PyTree, after: PyTree) -> dict[str, jax.Array]:
       Dict from the path of a leaf to a float32 scalar.
 
     Raises:
-      ValueError: there are no masks in one of the two, or they belong to different parameters.
+      ValueError: one of the two holds no masks, or they belong to different parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,7 +84,7 @@ def retained_magnitude(params: PyTree, opt_state: PyTree) -> dict[str, jax.Array
       Dict from the path of a leaf to a float32 scalar.
 
     Raises:
-      ValueError: there are no masks in `opt_state`, or they were made for other parameters.
+      ValueError: `opt_state` holds no masks, or they were made for other parameters.
 
     Example:
       >>> import jax.numpy as jnp

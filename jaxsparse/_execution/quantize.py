@@ -56,9 +56,10 @@ def quantize(
 
     Raises:
       TypeError: a compressed weight does not hold floats, or `fn` is not callable.
-      ValueError: there is no compressed weight, or one is quantized already or not finite; there
-        is no such choice of activations, or calibration data that it does not use, or none; in
-        calibration, a weight is not used by a product, or its inputs are not finite.
+      ValueError: `packed` holds no compressed weight; a weight is quantized already or not finite;
+        `activations` is unknown; calibration data is missing, empty, or passed for a choice that
+        does not use it; in calibration, a weight is not used by a product, or its inputs are not
+        finite.
 
     Example:
       >>> import jax, jax.numpy as jnp

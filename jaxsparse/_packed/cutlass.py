@@ -36,10 +36,11 @@ def to_cutlass(w: Sparse24) -> CutlassArrays:
 
     Args:
       w: a compressed weight of 16 or 8 bits, without stacks; M is a multiple of 32 (16 bits) or 16
-        (8 bits), and K of 32 or 64. Masks may be of any layout.
+        (8 bits), and K of 32 or 64. Its metadata may have any layout.
 
     Returns:
-      The values and the metadata.
+      A named tuple of `values` `[M, K/2]` and `metadata`, which is int16 `[M, K/16]` for weights of
+      16 bits and int32 `[M, K/32]` for those of 8.
 
     Raises:
       TypeError: `w` is not a compressed weight.

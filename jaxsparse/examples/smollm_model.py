@@ -34,7 +34,7 @@ HUGGING_FACE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-KERNELS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+KERNELS = tuple(name for name in HUGGING_FACE if not name.endswith("norm"))
 
 
 class Sizes(NamedTuple):
